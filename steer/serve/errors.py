@@ -51,6 +51,7 @@ class Code(Enum):
     HOST_NOT_ALLOWED = 421, "the server has no keys and is not known by this name: `--allowed-hosts`"
     INVALID_API_KEY = 401, "the key is missing, unknown or was taken away"
     INVALID_DIRECTION = 400, "what was sent is no direction, or not one for this model; `problems` lists the reasons"
+    INVALID_HTTP = 400, "what came is no request of HTTP/1.1, or more than one connection may send"
     INVALID_JSON = 400, "the body is no JSON object, or has a key twice"
     INVALID_VALUE = 400, "a field has a value that is not accepted, or is not known; `param` names it"
     METHOD_NOT_ALLOWED = 405, "the route has no such method"

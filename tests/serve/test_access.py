@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import shutil
 import socket
 import time
@@ -306,6 +307,96 @@ def test_what_never_becomes_a_request_is_not_kept(server: Server, begin: bytes, 
     assert sent < 16 * 2**20, "what the system itself holds of a connection comes on top"
 
 
+def raw(server: Server, *parts: bytes) -> list[tuple[int, dict[str, str], Any]]:
+    """The answers to what is sent on one connection, with a while between the parts, until it ends or nothing more
+    comes: (status, headers, body as JSON)."""
+    found: list[tuple[int, dict[str, str], Any]] = []
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        for number, part in enumerate(parts):
+            time.sleep(0.2 * (number > 0))
+            connection.sendall(part)
+        with connection.makefile("rb", buffering=0) as answers:
+            while (not found or select.select([connection], [], [], 0.3)[0]) and (line := answers.readline()):
+                headers = dict(each.decode().lower().strip().split(": ", 1) for each in iter(answers.readline, b"\r\n"))
+                body = answers.read(int(headers["content-length"]))
+                found.append((int(line.split()[1]), headers, json.loads(body) if body else None))
+    return found
+
+
+def whole(body: dict[str, Any], key: str, *more: str, trailer: str = "") -> tuple[bytes, bytes]:
+    """A chunked request for completions: the headers, and what comes after them."""
+    data = json.dumps(body).encode()
+    headers = ["Host: localhost", "Content-Type: application/json", "Transfer-Encoding: chunked"]
+    headers += [f"{name}: {value}" for name, value in (bearer(key) if key else {}).items()]
+    head = "\r\n".join([f"POST {PROMPT} HTTP/1.1", *headers, *more]) + "\r\n\r\n"
+    return head.encode(), b"%x\r\n%s\r\n0\r\n%s\r\n" % (len(data), data, trailer.encode())
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("trailer", "status"), [("X-Steer: refusal\r\n", 400), ("X-Steering: refusal\r\n", 400), ("X-Other: 1\r\n", 200)]
+)
+def test_a_trailer_is_no_header_whenever_it_comes(server: Server, trailer: str, status: int, late: bool) -> None:
+    body = BODIES[PROMPT]
+    parts = whole(body, "reader", trailer=trailer)
+    [(got, headers, said)] = raw(server, *(parts if late else [b"".join(parts)]))
+    assert got == status, said
+    if status == 400:
+        assert said["error"]["code"] == "invalid_http"
+        assert f"the trailer '{trailer.partition(':')[0].lower()}'" in said["error"]["message"].lower()
+    else:
+        assert headers["x-steer-applied"] == "[]"
+    key = bearer("reader")["Authorization"]
+    parts = whole(body, "", trailer=f"Authorization: {key}\r\nHost: evil.example\r\n")
+    assert [each[0] for each in raw(server, *(parts if late else [b"".join(parts)]))] == [401]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("upgrade", ["h2c", "websocket"])
+def test_a_request_that_asks_for_another_protocol_too_is_answered_in_this_one(
+    server: Server, upgrade: str, late: bool
+) -> None:
+    """And its body is no request, whenever it comes."""
+    more = (
+        "Connection: Upgrade, HTTP2-Settings",
+        f"Upgrade: {upgrade}",
+        "HTTP2-Settings: AAMAAABkAAQAAP__",
+        "X-Steer: off",
+    )
+    parts = whole(BODIES[PROMPT] | {"user": "\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"}, "reader", *more)
+    [(status, headers, _)] = raw(server, *(parts if late else [b"".join(parts)]))
+    assert (status, headers["x-steer-applied"]) == (200, "[]")
+
+
+def test_requests_that_wait_on_one_connection_are_few(server: Server) -> None:
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    assert [status for status, *_ in raw(server, one * 10)] == [200] * 10
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 * 2**20:
+                connection.sendall(one * 500)
+                sent += len(one) * 500
+    assert sent < 16 * 2**20, "what the system itself holds of a connection comes on top"
+
+
+def test_a_body_in_the_smallest_pieces_ends_the_connection(server: Server) -> None:
+    """Also one that nobody reads any more: without a key it was answered when its headers had come."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(CHUNKED)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 * 2**20:
+                connection.sendall(b"1\r\na\r\n" * 2000)
+                sent += 12000
+    assert sent < 16 * 2**20
+
+
+def test_what_is_no_request_is_told_so_in_json(server: Server) -> None:
+    [(status, _, said)] = raw(server, b"hello\r\n\r\n")
+    assert (status, said["error"]["code"]) == (400, "invalid_http")
+
+
 def test_a_long_body_in_small_pieces_is_no_such_thing(server: Server) -> None:
     pieces = iter([b'{"model": "tiny", "max_tokens": 1, "prompt": "', *[b"x" * 1024] * 400, b'"}'])
     headers = bearer("reader") | {"Content-Type": "application/json"}
@@ -372,3 +463,13 @@ def test_the_log_has_what_happened_and_nothing_that_was_said(server: Server, fol
         if "by" in line.get("detail", {})
     ]
     assert moved[-2:] == [("swap", "all", "moved"), ("delete", "all", "moved")]
+
+
+def test_who_leaves_is_noticed_where_other_requests_wait_behind(server: Server, folder: Path) -> None:
+    body = BODIES[PROMPT] | {"max_tokens": 200, "n": 16, "temperature": 1, "steer": "refusal", "user": "leaves"}
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(b"".join(whole(body, "reader")) + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        while '"event":"admitted"' not in (folder / "audit.jsonl").read_text().splitlines()[-1]:
+            time.sleep(0.01)
+    [*_, last] = settled(folder / "audit.jsonl").splitlines()
+    assert json.loads(last)["outcome"] == "cancelled"

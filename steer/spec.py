@@ -26,7 +26,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import lru_cache
+from itertools import chain, islice
 
 from steer.errors import DirectionError, SpecError, brief
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
@@ -293,9 +294,14 @@ def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]
 def bare(name: str) -> str:
     """Without what people write differently: case, and what stands between words or around them. Of a name that is
     longer than any, its beginning."""
-    if not name.isascii():  # letters that look alike, as far as Unicode says so
-        name = unicodedata.normalize("NFKC", name[:MAX_NAME])
-    return "".join(islice(filter(str.isalnum, name[:MAX_TEXT].casefold()), 64))
+    letters = name[:MAX_TEXT].casefold() if name.isascii() else chain.from_iterable(map(_alike, name[:MAX_NAME]))
+    return "".join(islice(filter(str.isalnum, letters), 64))
+
+
+@lru_cache(2**14)
+def _alike(char: str) -> str:
+    """A character as those that it looks like, as far as Unicode says so: one may be as many as 18."""
+    return unicodedata.normalize("NFKC", char).casefold()
 
 
 def nearly(name: str) -> bool:

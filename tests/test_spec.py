@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +24,7 @@ from steer.spec import (
     Entry,
     RequestedDirection,
     Spec,
+    bare,
     nearly,
     parse,
     text,
@@ -580,3 +582,19 @@ def test_a_text_of_json_says_a_key_once_and_an_empty_one_says_nothing() -> None:
 @pytest.mark.parametrize("name", ["vllm_xargs.steer", "\uff53teer", "X-\uff33teer", "a.b.steering"])
 def test_what_looks_like_the_field_is_nearly_it(name: str) -> None:
     assert nearly(name)
+
+
+def test_names_of_any_letters_cost_as_little_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body may have thousands of the longest, and each is read before anybody is asked. One letter may be as many as
+    eighteen."""
+    assert bare("ｓＴｅｅｒ") == bare("s\u0308teer") == "steer"
+    read: list[str] = []
+
+    def normalize(_form: str, text: str) -> str:
+        read.append(text)
+        return text * 18
+
+    monkeypatch.setattr(unicodedata, "normalize", normalize)
+    assert len(bare("".join(map(chr, range(0x4E00, 0x9000))))) == 64
+    assert 0 < len(read) <= 5
+    assert max(map(len, read)) == 1

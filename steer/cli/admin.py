@@ -113,11 +113,12 @@ def verify_audit(
 
     If one file is given, those that it was rotated to are read too.
     """
-    from steer.serve.audit import Head, verify, with_rotated
+    from steer.serve.audit import Head, verify, verify_with_rotated
 
     try:
         kept = [Head.parse(text) for text in anchor or ()]
-        report = verify(with_rotated(files[0]) if len(files) == 1 else files, kept, start)
+        one = len(files) == 1
+        report = verify_with_rotated(files[0], kept, start) if one else verify(files, kept, start)
     except OSError as error:
         raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -286,7 +286,11 @@ class Audit:
 
     def _rotate(self) -> None:
         old = self._free_name()
-        os.rename(self.path, old)
+        try:
+            os.rename(self.path, old)
+        except OSError:  # of a file that is mounted by itself, or in a folder of somebody else's
+            old.unlink()
+            raise
         if self.fsync != "never":
             self._behind.append(os.dup(self._fd))
         self._begin({"previous": old.name})
@@ -497,6 +501,25 @@ def with_rotated(path: Path) -> list[Path]:
     """The file, and those beside it that it was rotated to."""
     others = path.parent.glob(f"{glob.escape(path.name)}.*")
     return [path, *sorted(other for other in others if _ROTATED.fullmatch(other.name, len(path.name)))]
+
+
+#: How often a log is read once more because it was rotated meanwhile.
+TRIES = 20
+
+
+def verify_with_rotated(path: Path, anchors: Sequence[Head] = (), start: int = 1) -> Verification:
+    """`verify` of a log and all files that it was rotated to, also while a server writes it."""
+    for left in reversed(range(TRIES)):
+        files = with_rotated(path)
+        try:
+            report = verify(files, anchors, start)
+        except FileNotFoundError:
+            if not left or with_rotated(path) == files:
+                raise
+            continue
+        if not report.problems or with_rotated(path) == files:
+            break
+    return report
 
 
 def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) -> Verification:

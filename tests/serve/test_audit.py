@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,17 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from steer.serve.audit import MAX_LINE, Audit, AuditError, AuditUnavailable, Head, unseal, verify
+from steer.serve.audit import (
+    MAX_LINE,
+    Audit,
+    AuditError,
+    AuditUnavailable,
+    Head,
+    unseal,
+    verify,
+    verify_with_rotated,
+    with_rotated,
+)
 
 law = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -196,6 +209,49 @@ def test_rotation_overwrites_nothing(tmp_path: Path) -> None:
     assert len(files) > 5
     report = verify(files)
     assert (report.problems, report.notes, report.last.seq) == ([], [], report.lines)
+
+
+def test_a_file_that_cannot_be_renamed_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = Audit(tmp_path / "a.jsonl", fsync="never", max_bytes=2000)
+    audit.open()
+
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "rename", busy)
+    before, refused = set(tmp_path.iterdir()), 0
+    for number in range(60):
+        try:
+            audit.write("refused", key="alice", request_id=f"r{number}")
+        except AuditUnavailable:
+            refused += 1
+    assert refused > 20
+    assert set(tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    audit.write("refused", key="alice", request_id="again")
+    audit.close()
+    assert verify_with_rotated(audit.path).problems == []
+
+
+def test_a_log_is_whole_while_a_server_rotates_it(tmp_path: Path) -> None:
+    audit = Audit(tmp_path / "a.jsonl", fsync="never", max_bytes=20_000)
+    audit.open()
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            audit.write("refused", key="alice", request_id="r")
+            time.sleep(1e-4)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        while len(with_rotated(audit.path)) < 12:
+            assert verify_with_rotated(audit.path).problems == []
+    finally:
+        ended.set()
+        writer.join()
+    audit.close()
 
 
 def test_a_crash_in_the_middle_of_a_rotation_is_healed(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ class BatchingEngine(Engine):
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="steer-score")
         self._fault: BaseException | None = None  # what ended the model's thread
         self._moved = time.monotonic()  # when there was a pass last, or no request that waits for one
+        self._rest = 0.0  # until when scoring leaves the model to others
         self._holds: set[object] = set()  # the pauses in which somebody uses the model
         #: The requests of the running pass in its order, each with its tokens, and those of them that are read.
         self._passing: list[tuple[_Running | None, int]] = []
@@ -156,8 +157,14 @@ class BatchingEngine(Engine):
 
     async def _scored(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         def scored() -> list[Token]:
-            with self.alone():
-                return self.score_alone(ids, steer, top)
+            if self._requests:  # which have as much of the time as scoring, however much there is to score
+                time.sleep(max(0.0, self._rest - time.monotonic()))
+            begun = time.monotonic()
+            try:
+                with self.alone():
+                    return self.score_alone(ids, steer, top)
+            finally:
+                self._rest = 2 * time.monotonic() - begun
 
         # One thread: several may hold the pause at once, and there is one index.
         return await asyncio.get_running_loop().run_in_executor(self._scorer, scored)

@@ -10,7 +10,14 @@ import abc
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, aclosing, closing, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    aclosing,
+    closing,
+    contextmanager,
+)
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -43,15 +50,23 @@ class Engine(abc.ABC):
         self.in_flight = 0
 
     async def generate(
-        self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        steer: RequestSteer | None,
+        read: Readout | None = None,
+        turns: AbstractAsyncContextManager[object] | None = None,
     ) -> AsyncGenerator[Token, None]:
         """Tokens as they come, the end-of-sequence token included, each with its reading where there is `read`. Closing
-        the iterator cancels the request.
+        the iterator cancels the request, which has its place at once and begins when `turns` lets it.
 
         Raises NoRoom when the queue is full (before anything is queued), RequestFailed (NotFinite where steering is
         the reason) when this request cannot be answered, EngineFailed when the engine fails.
         """
-        with self._place():
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._place())
+            if turns is not None:
+                await stack.enter_async_context(turns)
             decisions = self.steering.index.decisions
             steer, phase, met = decisions.take(steer), None if steer is None else steer.acting.phase, False
             try:

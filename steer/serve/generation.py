@@ -35,6 +35,8 @@ log = logging.getLogger("steer")
 T = TypeVar("T")
 #: About what an answer says of a token: its text and a number.
 TOKEN_BYTES = 64
+#: Answers of one request that run at once, so that the requests of others have room beside a large one.
+AT_ONCE = 16
 #: What `generate` takes where a model that is to be sampled does not say.
 TOP_K = 50
 #: Settings by which `generate` would choose other tokens and which are not served, with the value that changes nothing.
@@ -233,13 +235,13 @@ class Served:
         different = first and len(first) == len(inside) and first[0] != inside[0]
         return [spelled for spelled in (first, inside if different else ()) if spelled]
 
-    async def pieces(self, job: Job) -> AsyncGenerator[Piece, None]:
-        """What goes wrong between tokens and text is a RequestFailed."""
+    async def pieces(self, job: Job, turns: asyncio.Semaphore) -> AsyncGenerator[Piece, None]:
+        """What goes wrong between tokens and text is a RequestFailed. `turns`: of the request."""
         made, ends = 0, job.sampling.ends(self.engine.eos_ids)
         current_usage().answer(lambda: made)
         try:
             text = TextStream(self.loaded.tokenizer, job.stop)
-            async with aclosing(self.engine.generate(job.prompt, job.sampling, job.steer, job.read)) as tokens:
+            async with aclosing(self.engine.generate(job.prompt, job.sampling, job.steer, job.read, turns)) as tokens:
                 async for token in tokens:
                     made += 1
                     if token.id in ends:
@@ -260,14 +262,14 @@ class Served:
             log.exception("an answer broke off")
             raise RequestFailed(f"the answer was cut off: {type(error).__name__}: {str(error)[:200]}") from error
 
-    async def answer(self, job: Job) -> WholeAnswer:
+    async def answer(self, job: Job, turns: asyncio.Semaphore) -> WholeAnswer:
         out = WholeAnswer()
         if job.scored is not None:
             rest = await self.engine.score(job.prompt, job.steer, job.scored) if len(job.prompt) > 1 else []
             out.scored = [Token(job.prompt[0]), *rest]
         if job.sampling.max_tokens == 0:
             return out
-        async with aclosing(self.pieces(job)) as pieces:
+        async with aclosing(self.pieces(job, turns)) as pieces:
             async for piece in pieces:
                 out.made += 1
                 out.text += piece.text
@@ -277,9 +279,10 @@ class Served:
         return out
 
     async def answers(self, jobs: Sequence[Job]) -> list[WholeAnswer]:
-        """All of them at once; when one fails the others are cancelled."""
+        """All of them, AT_ONCE at a time; when one fails the others are cancelled."""
+        turns = asyncio.Semaphore(AT_ONCE)
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self.answer(job)) for job in jobs]
+            tasks = [group.create_task(self.answer(job, turns)) for job in jobs]
         return [task.result() for task in tasks]
 
     async def told(
@@ -298,10 +301,11 @@ class Served:
     async def interleaved(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
         """Pieces of all jobs as they come, each with its job's index."""
         queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+        turns = asyncio.Semaphore(AT_ONCE)
 
         async def run(job: Job) -> None:
             try:
-                async with aclosing(self.pieces(job)) as pieces:
+                async with aclosing(self.pieces(job, turns)) as pieces:
                     async for piece in pieces:
                         queue.put_nowait((job.index, piece))
                 queue.put_nowait(None)

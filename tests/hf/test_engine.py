@@ -8,6 +8,7 @@ import itertools
 import random
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -612,6 +613,30 @@ def test_a_full_engine_refuses_before_anything_is_queued(llama: Rig, monkeypatch
             await stream.aclose()
 
     asyncio.run(run())
+
+
+def test_scoring_leaves_as_much_time_to_the_requests_that_run(llama: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second text waits as long as the first one took, and without such requests not at all."""
+    assert isinstance(llama.engine, BatchingEngine)
+    slept: list[float] = []
+
+    def score_alone(*_: object) -> list[Token]:
+        time.sleep(0.2)
+        return []
+
+    monkeypatch.setattr(llama.engine, "score_alone", score_alone)
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept.append))
+
+    async def score(texts: int) -> None:
+        for _ in range(texts):
+            await llama.engine.score([5, 6, 7], None, 0)
+
+    asyncio.run(score(2))
+    assert slept == []
+    monkeypatch.setitem(llama.engine._requests, "runs", None)
+    monkeypatch.setattr(llama.engine, "_rest", 0.0)
+    asyncio.run(score(2))
+    assert slept[0] == 0.0 < slept[1]
 
 
 def test_scores_are_the_steered_models_log_probabilities(llama: Rig) -> None:

@@ -7,8 +7,8 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 import transformers as tf
 from fastapi.testclient import TestClient
 
+from steer.hf.batching import BatchingEngine
 from steer.hf.engine import Engine
 from steer.hf.sampling import Token
 from steer.serve import text
 from steer.serve.app import build, prepare
-from steer.serve.generation import written
+from steer.serve.generation import AT_ONCE, written
 from steer.settings import ServeSettings
 from tests.serve.inside import post
 
@@ -159,3 +160,29 @@ def test_what_is_written_in_pieces_is_json() -> None:
     assert written(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     with pytest.raises(ValueError, match="JSON"):
         written({"a": [float("nan")]})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_of_many_answers_leaves_room_beside_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    real, running, most = BatchingEngine.answer, 0, 0
+
+    async def counted(self: BatchingEngine, *asked: Any) -> AsyncGenerator[Token, None]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            async with aclosing(real(self, *asked)) as tokens:
+                async for token in tokens:
+                    yield token
+        finally:
+            running -= 1
+
+    with served(tiny_folder, tmp_path) as (client, folder):
+        monkeypatch.setattr(BatchingEngine, "answer", counted)
+        asked = {"model": folder.name, "prompt": PROMPT, "max_tokens": 3, "n": 40, "ignore_eos": True, "stream": stream}
+        answer = client.post("/v1/completions", json=asked)
+    pieces = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    assert {one["index"] for each in pieces or [answer.json()] for one in each["choices"]} == set(range(40))
+    assert (most, running) == (AT_ONCE, 0)

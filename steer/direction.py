@@ -52,6 +52,8 @@ from steer.names import MAX_STRENGTH, MEASUREMENT_KEY, MODES, TURNING, Mode, Sit
 
 #: A file of 128 layers × 16384 with k = 2 has about 50 MB.
 MAX_BYTES = 256 * 2**20
+#: Of its head, which says what is in it, and is read by Python.
+MAX_HEAD = 4 * 2**20
 UNIT_TOLERANCE = 1e-4
 #: Of any value: products and norms of larger ones overflow float32, and NaN would get into the stream.
 MAX_VALUE = 1e15
@@ -572,6 +574,9 @@ def sorted_metadata(data: bytes) -> bytes:
 def _read_tensors(data: bytes, problems: list[str]) -> dict[str, Tensor] | None:
     if len(data) > MAX_BYTES:
         problems.append(f"{len(data)} bytes, a direction file has at most {MAX_BYTES}")
+        return None
+    if MAX_HEAD < (head := int.from_bytes(data[:8], "little")) <= len(data):
+        problems.append(f"a header of {head} bytes, a direction file's has at most {MAX_HEAD}")
         return None
     try:
         return safetensors.torch.load(data)

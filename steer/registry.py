@@ -326,7 +326,9 @@ class Registry:
                 self.get(name)
                 check_name(name)
             if self.folder is not None:
-                (self.folder / f"{name}{SUFFIX}").unlink(missing_ok=True)
+                for path in self.folder.glob(f"*{SUFFIX}"):
+                    if _named(path) == name:
+                        path.unlink(missing_ok=True)
                 self._seen.pop(name, None)
             self._drop(name)
 
@@ -383,7 +385,7 @@ class Registry:
         with self._swapping:
             present: set[str] = set()
             for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-                name = os.fsencode(path.name).decode(errors="backslashreplace").removesuffix(SUFFIX)  # text in any case
+                name = _named(path)
                 if name.startswith("."):
                     continue
                 present.add(name)
@@ -453,6 +455,11 @@ class Registry:
     def stop(self) -> None:
         if self.follower is not None:
             self.follower.stop()
+
+
+def _named(path: Path) -> str:
+    """What the direction in a file is called: text in any case."""
+    return os.fsencode(path.name).decode(errors="backslashreplace").removesuffix(SUFFIX)
 
 
 class Admission:

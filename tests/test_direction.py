@@ -591,3 +591,9 @@ def test_a_profile_says_only_what_is_defined() -> None:
         assert unknown[name] is None, "of a file of another tool the difference alone"  # type: ignore[literal-required]
     along = first["cosine_next"]
     assert along == pytest.approx(float(ROWS[0, 0] @ ROWS[1, 0]), abs=1e-6)
+
+
+def test_a_head_that_would_take_seconds_to_read_is_refused() -> None:
+    head = json.dumps({"__metadata__": {f"key{i}": "" for i in range(400_000)}}).encode()
+    with pytest.raises(DirectionError, match=r"a header of \d+ bytes, a direction file's has at most 4194304"):
+        Direction.from_bytes(len(head).to_bytes(8, "little") + head)

@@ -675,6 +675,8 @@ def test_a_name_that_is_no_text_is_told_as_one(tmp_path: Path) -> None:
     assert served(registry) == {"good": digest(A)}
     assert [*registry.failures] == ["n\\xff"]
     registry.failures["n\\xff"][0].encode()
+    registry.delete("n\\xff")
+    assert not list(tmp_path.glob("n*"))
 
 
 def test_other_files_are_not_looked_at(tmp_path: Path) -> None:

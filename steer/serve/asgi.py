@@ -7,12 +7,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import Message, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.serve import errors
 
 #: Seconds in which a client must take the end of an answer that is broken off: what it held is let go then.
 LAST = 5.0
+#: Seconds in which an app ends by itself that was told that its client has left.
+LEAVING = 0.5
 #: Makes the new body of an answer of the whole old one.
 Change = Callable[[bytes], Awaitable[bytes]]
 
@@ -30,16 +32,17 @@ def is_event_stream(start: Message) -> bool:
 
 
 class Outgoing:
-    """An answer on its way out. `status`: 0 until it has begun; `ended`: nothing more of it is sent."""
+    """An answer on its way out. `status`: 0 until it has begun; `streams`: has it begun as a stream of events; `ended`:
+    nothing more of it is sent."""
 
     def __init__(self, send: Send) -> None:
-        self._send, self.status, self._streams, self.ended = send, 0, False, False
+        self._send, self.status, self.streams, self.ended = send, 0, False, False
 
     async def send(self, message: Message) -> None:
         if self.ended:
             return
         if message["type"] == "http.response.start":
-            self.status, self._streams = message["status"], is_event_stream(message)
+            self.status, self.streams = message["status"], is_event_stream(message)
         await self._send(message)
         self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
@@ -57,8 +60,44 @@ class Outgoing:
                     start = {"type": "http.response.start", "status": told.status_code, "headers": told.raw_headers}
                     await self._send(start)
                     await self._send({"type": "http.response.body", "body": told.body})
-                elif self._streams:
+                elif self.streams:
                     await self._send({"type": "http.response.body", "body": errors.last_event(error)})
+
+
+async def answered(
+    app: ASGIApp, scope: Scope, receive: Receive, answer: Outgoing, stop: asyncio.Future[Exception]
+) -> None:
+    """Have `app` answer in a task of its own, until `stop` has an error. Then its client is told of that, and to the
+    app that client has left: so it ends what it has asked an engine for, which cancelling it may not reach, where it
+    waits for tasks that it has made. A stream that has begun is cancelled, and so is what has not ended LEAVING seconds
+    later."""
+
+    async def receiving() -> Message:
+        coming = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait((coming, stop), return_when=asyncio.FIRST_COMPLETED)
+            return coming.result() if coming.done() else {"type": "http.disconnect"}
+        finally:
+            coming.cancel()
+
+    answering = asyncio.ensure_future(app(scope, receiving, answer.send))
+    stopped = False
+    try:
+        await asyncio.wait((answering, stop), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            stopped = True
+            if answer.streams:
+                answering.cancel()
+            await answer.break_off(stop.result())
+            await asyncio.wait((answering,), timeout=LEAVING)
+    finally:
+        if not answering.done():
+            answering.cancel()
+            await asyncio.wait((answering,))
+        if not answering.cancelled():
+            answering.exception()  # of what was ended it is nobody's
+    if not stopped:
+        answering.result()
 
 
 def rewriting(send: Send, choose: Callable[[Message], Change | None], media_type: str | None = None) -> Send:

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope
 
 from steer._version import __version__
 from steer.errors import InvalidInput, RequestError, SteerError, UnknownDirection, printable
 from steer.registry import Move, Registry
 from steer.serve import metrics, policy
+from steer.serve.asgi import Outgoing, answered
 from steer.serve.audit import Audit, AuditUnavailable
 from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, Rules, forbidden
 from steer.serve.errors import Code
@@ -58,14 +59,23 @@ class Run:
     spec: Spec = field(default_factory=Spec)
     request_id: str = ""
     line: int | None = None
-    task: asyncio.Future[None] | None = None
     #: Why it was ended before its end.
     ended: Refusal | None = None
+    _stop: asyncio.Future[Exception] | None = field(default=None, init=False)
 
     def abort(self, why: Refusal) -> None:
+        """On the event loop."""
         self.ended = why
-        if self.task is not None:
-            self.task.cancel()
+        if self._stop is not None and not self._stop.done():
+            self._stop.set_result(why)
+
+    async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, answer: Outgoing) -> None:
+        """Have `app` answer it, until it is aborted."""
+        if self.ended is not None:
+            await answer.break_off(self.ended)
+            return
+        self._stop = asyncio.get_running_loop().create_future()
+        await answered(app, scope, receive, answer, self._stop)
 
 
 MINUTE = 60.0
@@ -123,7 +133,7 @@ class Control:
         #: Of pages elsewhere that may call.
         self.origins: frozenset[str] = frozenset()
         self.policy_problems: tuple[str, ...] = ()
-        #: All requests that run, plain ones too.
+        #: All requests that run and can be ended, plain ones too.
         self.runs: set[Run] = set()
         self.registry: Registry | None = None
         self._share(Shared())
@@ -423,8 +433,7 @@ class Control:
         Where each line is to be on the disk first (`--audit-fsync always`), this waits for it, and nobody else does.
         """
         run.spec, run.request_id = spec, request_id(scope)
-        self._loop = asyncio.get_running_loop()
-        self._add(run)
+        self.add(run)
         try:
             if spec and self.audit:
                 run.line = self.audit.write(
@@ -437,28 +446,30 @@ class Control:
                 if kept := self.audit.kept(run.line):
                     await asyncio.wrap_future(kept)
         except AuditUnavailable as error:
-            self._discard(run)
+            self.discard(run)
             self._note_end(run, "error", 0, 0)
             raise Refusal(Code.AUDIT_UNAVAILABLE, "audit", str(error), Retry_After="10") from None
         except BaseException:
-            self._discard(run)
+            self.discard(run)
             self._note_end(run, "cancelled", 0, 0)
             raise
 
-    def _add(self, run: Run) -> None:
+    def add(self, run: Run) -> None:
+        """It runs, and can be ended. Whoever adds one must `discard` it; `end` does."""
+        self._loop = asyncio.get_running_loop()
         self.runs.add(run)
         if run.spec:
             self.shared.count_own(STEERED, 1)
             metrics.STEERED_RUNNING.inc()
 
-    def _discard(self, run: Run) -> None:
+    def discard(self, run: Run) -> None:
         self.runs.discard(run)
         if run.spec:
             self.shared.count_own(STEERED, -1)
             metrics.STEERED_RUNNING.dec()
 
     def end(self, run: Run, outcome: str, usage: metrics.Usage) -> None:
-        self._discard(run)
+        self.discard(run)
         used = usage.prompt + usage.again + usage.completion
         if (rules := run.caller.rules) is not None and run.caller.name is not None:
             self._tokens.charge(run.caller.name, rules.tokens_per_minute, used)

@@ -9,7 +9,6 @@ logged.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import time
@@ -171,7 +170,7 @@ class SteerMiddleware:
                 scope["steer"], scope[BODY], scope[SIZE] = admission, body, len(data)
                 metrics.ADMISSION.observe(time.perf_counter() - started)
                 again = b"" if self.parsed else await understood(lambda: json.dumps(body).encode(), len(data))
-                await self._serve(run, answer, scope, replay(again, receive, answer.leave))
+                await run.serve(self.app, scope, replay(again, receive, answer.leave), answer)
                 self.rendering.look(admission.spec, body)
             except Gone:
                 pass
@@ -189,20 +188,6 @@ class SteerMiddleware:
         check_size(body)
         carried = carriers.read(body, Headers(scope=scope), self.served, scope["query_string"])
         return body, carried, readout.parse(body.get(readout.FIELD))
-
-    async def _serve(self, run: Run, answer: _Answer, scope: Scope, receive: Receive) -> None:
-        """In a task of its own: the kill switch may end it, its key's being taken away, or the end of the server."""
-        if run.ended:  # while its line was being kept
-            await answer.break_off(run.ended)
-            return
-        run.task = asyncio.ensure_future(self.app(scope, receive, answer.send))
-        try:
-            await run.task
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if run.ended is None or (current and current.cancelling()):
-                raise
-            await answer.break_off(run.ended)
 
 
 class _Answer(Outgoing):

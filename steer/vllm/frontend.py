@@ -8,6 +8,7 @@ processor releases the request. `plugin` wraps all of it on the instances of an 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -121,7 +122,8 @@ class Ticket:
     """One admission on its way through the engine: of one HTTP request, or of one `add_request` of a program.
 
     `name`: given to the engine in place of a spec, until `Frontend.forget`. `used`: has the engine got a request with
-    it. `lost`: has steering taken the stream of one of its answers out of range. `salt`: what keeps its requests apart
+    it. `forgotten`: nothing more is made for it. `running`: its requests that the engine has, by id. `lost`: has
+    steering taken the stream of one of its answers out of range. `salt`: what keeps its requests apart
     from others in the prefix cache, while nothing was lost. `states`: of its requests, where they are read or have a
     condition or a phase, by the choices that they answer. `holds`: whether their conditions hold, by their ids, as far
     as it is known.
@@ -131,6 +133,8 @@ class Ticket:
     name: str = field(default_factory=lambda: f"ticket:{secrets.token_hex(16)}")
     usage: metrics.Usage = field(default_factory=metrics.current_usage)
     used: bool = False
+    forgotten: bool = False
+    running: set[str] = field(default_factory=set)
     lost: bool = False
     salt: str = ""
     states: dict[tuple[str, int], RequestState] = field(default_factory=dict)
@@ -151,11 +155,12 @@ class _Call:
 class Passage:
     """What the engine may be asked for in the context of one network request, beside what has a ticket.
 
-    `plain`: may it be plain. A raw spec is never taken here: it would pass by keys, policy and audit log.
-    `refused`: why something was refused, once it was.
+    `plain`: may it be plain. `over`: a ticket let it pass, and its answer has ended. `refused`: why something was
+    refused, once it was. A raw spec is never taken here: it would pass by keys, policy and audit log.
     """
 
     plain: bool = False
+    over: bool = False
     refused: str | None = None
 
 
@@ -295,8 +300,16 @@ class Frontend:
         self._tickets[ticket.name] = ticket
         return ticket
 
-    def forget(self, ticket: Ticket) -> None:
-        if self._tickets.pop(ticket.name, None) and ticket.admission.readout is not None:
+    def forget(self, ticket: Ticket) -> list[str]:
+        """Nothing more is made for it. Ids of its requests that have not ended, which the engine has to end."""
+        if self._tickets.pop(ticket.name, None):
+            ticket.forgotten = True
+            self._read_no_more(ticket)
+        return list(ticket.running)
+
+    def _read_no_more(self, ticket: Ticket) -> None:
+        """Whoever is forgotten is read as long as the engine has a request of it."""
+        if ticket.forgotten and not ticket.running and ticket.admission.readout is not None:
             self.shared.count_own(READING, -1)
 
     async def readings(self, ticket: Ticket, tokenizer: Decoder) -> list[tuple[str, Reading]]:
@@ -382,6 +395,8 @@ class Frontend:
         if getattr(request, "resumable", False):
             raise SpecError("requests with streamed input cannot be steered", param=KEY)
         ticket = call.ticket
+        if ticket.forgotten:
+            raise over()
         salted = request.cache_salt or ""
         if not salted.endswith(salt_of(request, ticket.admission.spec)):
             raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
@@ -391,6 +406,7 @@ class Frontend:
             request.cache_salt += f"?{request.request_id}"  # one that asks the same may decide otherwise, by rounding
         ticket.admission.hold(request.request_id)
         self.held[request.request_id] = ticket
+        ticket.running.add(request.request_id)
         call.holding.append(request.request_id)
 
     def has_added(self, request: EngineRequest, state: RequestState) -> None:
@@ -404,6 +420,8 @@ class Frontend:
     def let_go(self, request_id: str) -> None:
         if ticket := self.held.pop(request_id, None):
             ticket.admission.release(request_id)
+            ticket.running.discard(request_id)
+            self._read_no_more(ticket)
 
     def left_of_call(self) -> list[str]:
         """Ids of the steered requests that the `add_request` of this context has made and that have not ended."""
@@ -428,14 +446,23 @@ class Frontend:
 
 
 def check_passage(way: Passage | None, *, raw: bool) -> None:
-    """Raise SpecError unless a layer of ours lets a request without a ticket pass. `raw`: it brings a spec itself."""
+    """Raise SpecError unless a layer of ours lets a request without a ticket pass. `raw`: it brings a spec itself.
+    Raises `over()` for one that had a ticket, and comes after its end."""
     way = way or Passage()
+    if way.over:
+        raise over()
     if raw:
         way.refused = "this route does not take steering: ask a generation route of this server"
     elif not way.plain:
         way.refused = "this route cannot be steered, and requests without steering are not allowed here"
     if way.refused:
         raise SpecError(way.refused, param=KEY)
+
+
+def over() -> asyncio.CancelledError:
+    """Raised where a task of vLLM's goes on with a request whose answer has ended: it is a cancelled one, which waits
+    for nothing more of its own and of which nobody is told."""
+    return asyncio.CancelledError("the request has ended")
 
 
 def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: Admission) -> SamplingParams:

@@ -344,8 +344,8 @@ class Generation:
             try:
                 await middleware(scope, receive, send)
             finally:
-                if ticket is not None:
-                    front.forget(ticket)
+                if ticket is not None and (left := front.forget(ticket)):
+                    await internals.engine.abort_async(scope["app"].state.engine_client, left)
         except SteerError as error:
             await errors.of(error)(scope, receive, send)
 
@@ -467,6 +467,8 @@ async def _run(
         except Exception:
             if way.refused is None or not await answer.refuse():
                 raise
+        finally:
+            way.over = used is not None
 
 
 def _in_our_words(scope: Scope, body: object) -> Scope:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -337,6 +338,36 @@ def test_the_switch_ends_streams_and_admits_no_more(server: Server) -> None:
     eventually(lambda: not pinned(), told="pins are left")
 
 
+@pytest.mark.parametrize("route", BODIES)
+def test_the_switch_ends_whole_answers_in_the_engine_too(server: Server, route: str) -> None:
+    """It makes nothing more for who was told so."""
+    choices = route in ("/v1/completions", "/v1/chat/completions")
+    limit = "max_output_tokens" if route == "/v1/responses" else "max_tokens"
+    more: dict[str, Any] = {limit: 240, "ignore_eos": True, "temperature": 1, "steer": "refusal"}
+    more |= {"n": 96} if choices else {}
+    requests = 1 if choices else 48
+    before = metric(server, "generation_tokens_total")
+    with ThreadPoolExecutor(requests) as pool:
+        asked = [pool.submit(ask, server, "all", route, **more) for _ in range(requests)]
+        eventually(lambda: metric(server, "generation_tokens_total") > before)
+        assert server.client.post("/v1/steering", json={"enabled": False}, headers=bearer("all")).status_code == 200
+        answers = [one.result() for one in asked]
+    told = metric(server, "generation_tokens_total")
+    eventually(lambda: not metric(server, "num_requests_running") + metric(server, "num_requests_waiting"))
+    after = metric(server, "generation_tokens_total")
+    assert server.client.post("/v1/steering", json={"enabled": True}, headers=bearer("all")).json()["enabled"]
+    refused = [one for one in answers if one.status_code != 200]
+    assert len(refused) == len(answers) or (refused and route == "/v1/messages"), "whose answers may end before"
+    assert {(one.status_code, one.json()["error"]["code"]) for one in refused} == {(503, "steering_off")}
+    assert after - told < 2000, "of the 10 or 20 thousand that were asked for"
+    assert "never retrieved" not in server.log
+
+
+def metric(server: Server, name: str) -> float:
+    text = server.client.get("/metrics", headers=bearer("meter")).text
+    return sum(float(n) for n in re.findall(rf"^vllm:{name}{{\S* (\S+)", text, re.MULTILINE))
+
+
 def test_pages_of_other_origins_may_not_call(server: Server) -> None:
     answer = ask(server, "reader")
     assert "access-control-allow-origin" not in answer.headers
@@ -392,7 +423,7 @@ def test_the_log_is_whole_and_has_the_tokens(server: Server, home: Home) -> None
     assert not any(line["completion_tokens"] for line in refused)
     served = [line for line in ended.values() if line not in refused]
     assert {line["outcome"] for line in served} == {"ok", "aborted"}
-    assert all(line["prompt_tokens"] and line["completion_tokens"] for line in served)
+    assert all(line["prompt_tokens"] and line["completion_tokens"] for line in served if line["outcome"] == "ok")
 
 
 def test_what_runs_when_the_server_stops_has_its_end_or_is_told(server: Server, home: Home) -> None:

@@ -3,6 +3,7 @@ is no engine behind it."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import types
@@ -16,8 +17,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from steer.errors import SpecError, UnsupportedModel
+from steer import readout
+from steer.errors import NoRoom, SpecError, UnsupportedModel
 from steer.registry import Registry
+from steer.serve.authorise import admit
+from steer.serve.carriers import Carried
+from steer.spec import parse as parse_spec
 from steer.vllm import internals
 from tests import models
 
@@ -278,6 +283,46 @@ def test_with_a_default_no_other_route_is_plain(
     answer = client.post("/v1/completions", json={"model": "tiny"})
     assert [answer.headers["x-steer-applied"]] == asked
     assert client.post("/v1/completions", json={"model": "tiny", "steer": "off"}).headers["x-steer-applied"] == "[]"
+
+
+def test_what_comes_after_the_end_of_its_request_is_made_no_more(engine: Engine) -> None:
+    """And what is read is counted until the engine has let it go, which is later than its answer was ended."""
+    from vllm import SamplingParams
+
+    from steer.vllm.frontend import READING, Passage, passage, salt_of
+
+    def request(name: str, params: Any) -> Any:
+        made = types.SimpleNamespace(
+            request_id=name, sampling_params=params, prompt_token_ids=[1, 2, 3], mm_features=None
+        )
+        made.cache_salt = salt_of(made, admission.spec)
+        return made
+
+    front = engine.steer
+    front.settings = front.settings.model_copy(update={"readout": 1})
+    admission = admit(
+        Carried({"field": parse_spec("refusal")}, None), front.registry, (), readout.parse("refusal"), readable=3
+    )
+    ticket = front.ticket(admission)
+    given = SamplingParams(extra_args={"steer": ticket.name})
+    with front.admitted(given) as params:
+        front.check_added(request("one", params))
+        assert front.forget(ticket) == ["one"]
+        with pytest.raises(asyncio.CancelledError):
+            front.check_added(request("two", params))
+    assert (front.shared.total(READING), list(front.held)) == (1, ["one"])
+    with pytest.raises(NoRoom, match="1 requests are being read"):
+        front.ticket(admission)
+    front.let_go("one")
+    assert front.shared.total(READING) == 0
+    way = Passage()
+    way.over = True
+    token = passage.set(way)
+    with pytest.raises(asyncio.CancelledError), front.admitted(given):
+        pass
+    passage.reset(token)
+    admission.release()
+    assert not any(loaded.pins for loaded in front.registry.names().values())
 
 
 def test_servers_without_a_layer_of_ours_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,11 @@ from steer.registry import Admission
 from steer.serve import carriers, errors, html, metrics, operation, origin
 from steer.serve.access import PUBLIC, REQUEST_ID, Access
 from steer.serve.answers import ReadReport, report
-from steer.serve.asgi import Change, rewriting, with_headers
+from steer.serve.asgi import Change, Outgoing, rewriting, with_headers
 from steer.serve.authorise import resolve
 from steer.serve.body import BODY, LARGE, Gone, offload, parse_body, prompt_count, read_body, replay, understood
 from steer.serve.connection import PROTOCOL
-from steer.serve.control import Control, request_id
+from steer.serve.control import Control, Run, request_id
 from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
@@ -365,16 +365,17 @@ class Other(_Layer):
             await self._refuse(error, scope, receive, send)
             return
         try:
-            await self._handle(scope, receive, send)
+            await self._handle(run, scope, receive, send)
         finally:
             control.leave(run)
 
-    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, run: Run, scope: Scope, receive: Receive, send: Send) -> None:
         app = scope["app"]
+        control = control_of(app)
         try:
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
-            control_of(app).renewed(scope)
+            run.caller = control.renewed(scope)
             served = internals.server.served_names(app)
             traces = carriers.traces(body, Headers(scope=scope), served, scope["query_string"])
             found = await understood(lambda: next(traces, None), len(data))
@@ -394,7 +395,11 @@ class Other(_Layer):
                 message = with_headers(message, lambda headers: headers.append(carriers.RECEIPT, Spec().receipt()))
             await send(message)
 
-        await _run(self.app, way, body, scope, replay(data, receive), sending)
+        control.add(run)
+        try:
+            await run.serve(partial(_run, self.app, way, body), scope, replay(data, receive), Outgoing(sending))
+        finally:
+            control.discard(run)
 
     async def _refuse(self, error: SteerError, scope: Scope, receive: Receive, send: Send) -> None:
         control = control_of(scope["app"])

@@ -187,6 +187,9 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
     problems: dict[str, str] = {}
     others: list[ErrorDetails] = []
     for item in islice(error.errors(), MAX_PROBLEMS):
+        if isinstance(item, str):  # an engine's own, of no field
+            problems.setdefault("body", item[:MAX_PROBLEM])
+            continue
         where = item["loc"][item["loc"][:1] == ("body",) :]
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, Unserved):

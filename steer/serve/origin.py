@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from steer.serve.asgi import with_headers
 from steer.serve.errors import Code, HTTPProblem
 
 #: In a list of hosts or origins: all of them.
@@ -79,6 +80,16 @@ def check_kind(scope: Scope, kind: str) -> None:
         return
     given = repr(said[:_SHOWN]) if said else "none"
     raise HTTPProblem(Code.CONTENT_TYPE, f"this route needs the header 'Content-Type: {kind}' (got {given})")
+
+
+def plain_json(scope: Scope) -> Scope:
+    """The scope of a request whose type `check_kind` takes for JSON, with the type that everybody takes for it; of any
+    other as it is."""
+    try:
+        check_kind(scope, JSON)
+    except HTTPProblem:
+        return scope
+    return with_headers(scope, lambda headers: headers.update({"content-type": JSON}))
 
 
 def header(headers: Headers, name: str) -> str | None:

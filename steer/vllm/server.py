@@ -464,7 +464,7 @@ async def _run(
 ) -> None:
     """`app` with its way to the engine. `used`: has the engine got what was admitted; None where nothing has to be.
     `body`: what was sent, whose fields errors are told of by name."""
-    scope = _in_our_words(scope, body)
+    scope = _in_our_words(origin.plain_json(scope), body)
     answer = _Held(restated(send, body if isinstance(body, dict) else ()), way, used, scope, receive)
     with _passing(way):
         try:
@@ -500,8 +500,19 @@ def _in_our_words(scope: Scope, body: object) -> Scope:
     ours: dict[object, object] = {
         kind: then if issubclass(kind, HTTPException) else partial(telling, then=then) for kind, then in theirs.items()
     }
-    ours |= {Exception: telling, RequestValidationError: errors.on_validation_error}
+    ours |= {Exception: telling, RequestValidationError: _on_validation_error}
     return {**scope, "starlette.exception_handlers": (ours, by_status)}
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    """vLLM's routes that take JSON look at the header first, and say so in a text."""
+    assert isinstance(error, RequestValidationError)
+    if any(isinstance(item, str) for item in error.errors()):
+        try:
+            origin.check_kind(request.scope, origin.JSON)
+        except HTTPProblem as problem:
+            return errors.of(problem)
+    return await errors.on_validation_error(request, error)
 
 
 class _Held:

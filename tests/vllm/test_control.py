@@ -163,6 +163,23 @@ def test_a_form_is_not_read(server: Server) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (415, "content_type")
 
 
+TAKEN = ("application/json", "application/vnd.api+json", "application/ld+json", "application/json ; a")
+
+
+@pytest.mark.parametrize("route", [*BODIES, "/tokenize", "/v1/messages/count_tokens"])
+def test_a_body_has_the_type_of_json_or_is_refused_for_it(server: Server, route: str) -> None:
+    """Also by vLLM's own checks, which know one name of it."""
+    body = json.dumps(BODIES.get(route, {"model": "tiny", "messages": MESSAGES})).encode()
+    for kind in (*TAKEN, None, "text/json", "application/jsonx"):
+        headers = bearer("reader") | ({} if kind is None else {"Content-Type": kind})
+        answer = server.client.post(route, content=body, headers=headers)
+        if kind in TAKEN:
+            assert answer.status_code == 200, (kind, answer.text)
+        else:
+            assert answer.status_code == 415, (kind, answer.text)
+            assert "needs the header 'Content-Type: application/json' (got" in answer.text
+
+
 def test_a_request_of_any_route_is_one_at_once_to_its_end(server: Server) -> None:
     """From its headers on: bodies are held in memory while they come."""
 

@@ -104,6 +104,7 @@ class Rules:
 
 
 OPEN = Rules()
+NO_READOUT = "this server offers no read-out (vLLM: start it with --readout N)"
 
 
 def admit(
@@ -113,10 +114,12 @@ def admit(
     wanted: RequestedReadout | None = None,
     *,
     readable: int = 0,
+    unreadable: str = NO_READOUT,
     caller: Caller = ANYONE,
     rules: Rules = OPEN,
 ) -> Admission:
-    """Pin what `resolve` gives and what is `wanted` to be read, of an engine that can read `readable` layers.
+    """Pin what `resolve` gives and what is `wanted` to be read, of an engine that can read `readable` layers;
+    `unreadable` says why it reads none.
 
     Both in one step, so that what is read is the version that steers. Raises what `resolve` raises, and the same for
     what may not or cannot be read.
@@ -124,8 +127,7 @@ def admit(
     if wanted is not None:
         caller.check_readout()
         if not readable:
-            said = f"{readout.FIELD}: this server offers no read-out (vLLM: start it with --readout N)"
-            raise SpecError(said, param=readout.FIELD)
+            raise SpecError(f"{readout.FIELD}: {unreadable}", param=readout.FIELD)
     with registry.steady():
         spec = resolve(carried, registry, default, caller=caller, rules=rules)
         read = None if wanted is None else readout.resolve(wanted, spec, registry, readable, caller.may_use)

@@ -27,7 +27,7 @@ from steer.readout import RequestedReadout
 from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
 from steer.serve.asgi import Outgoing, with_headers
-from steer.serve.authorise import admit
+from steer.serve.authorise import NO_READOUT, admit
 from steer.serve.body import (
     BODY,
     SIZE,
@@ -95,9 +95,9 @@ class RenderingWatch:
 @dataclass(eq=False)
 class SteerMiddleware:
     """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
-    that has another interface; `readable` is how many layers the engine can read, 0 for none; `parsed`
-    says that the app takes the body from `scope[BODY]`, and none has to be written for it again; `context` is the most
-    tokens that one prompt with its answer can have there; `rendering` looks at how chats are rendered."""
+    that has another interface; `readable` is how many layers the engine can read, 0 for none, and `unreadable` why;
+    `parsed` says that the app takes the body from `scope[BODY]`, and none has to be written for it again; `context` is
+    the most tokens that one prompt with its answer can have there; `rendering` looks at how chats are rendered."""
 
     app: ASGIApp
     _: KW_ONLY
@@ -109,6 +109,7 @@ class SteerMiddleware:
     max_body: int = 8 * 2**20
     forward: Forward | None = None
     readable: int = 0
+    unreadable: str = NO_READOUT
     parsed: bool = False
     context: int = 2**15
 
@@ -139,6 +140,7 @@ class SteerMiddleware:
                 self.default,
                 wanted,
                 readable=self.readable,
+                unreadable=self.unreadable,
                 caller=run.caller,
                 rules=control.rules,
             )

@@ -39,7 +39,7 @@ from steer.serve import carriers, errors, html, metrics, operation, origin
 from steer.serve.access import PUBLIC, REQUEST_ID, Access
 from steer.serve.answers import ReadReport, report
 from steer.serve.asgi import Change, Outgoing, rewriting, with_headers
-from steer.serve.authorise import resolve
+from steer.serve.authorise import NO_READOUT, resolve
 from steer.serve.body import BODY, LARGE, Gone, offload, parse_body, prompt_count, read_body, replay, understood
 from steer.serve.connection import PROTOCOL
 from steer.serve.control import Control, Run, request_id
@@ -73,6 +73,7 @@ KEPT: Mapping[str, str] = {
 #: Where answers have choices, which the read-out and `steer_applied` go into. A server without one of these is none of
 #: ours.
 READ_ROUTES = ("/v1/chat/completions", "/v1/completions")
+NOT_READ = f"this route gives no read-out: ask {' or '.join(READ_ROUTES)}"
 MODELS_ROUTE = "/v1/models"
 HEALTH_ROUTE = "/health"
 MAX_BODY = 64 * 2**20
@@ -336,6 +337,7 @@ class Generation:
             max_body=MAX_BODY,
             forward=forward,
             readable=front.readable if self.reads else 0,
+            unreadable=NO_READOUT if self.reads or not front.readable else NOT_READ,
             control=control,
             context=front.context,
             rendering=self.rendering,

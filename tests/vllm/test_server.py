@@ -424,8 +424,10 @@ def test_reading_changes_no_answer_and_its_bounds_are_told(server: Server) -> No
         refused = ask(server, "/v1/completions", **more)
         assert refused.status_code == 400, refused.text
         assert message in refused.json()["error"]["message"]
-    refused = ask(server, "/v1/messages", steer_readout="refusal")
-    assert (refused.status_code, "offers no read-out" in refused.text) == (400, True)
+    for route in ("/v1/messages", "/v1/responses"):
+        refused = ask(server, route, steer_readout="refusal")
+        assert refused.status_code == 400
+        assert "this route gives no read-out: ask /v1/chat/completions or /v1/completions" in refused.text
 
 
 def test_positions_of_one_step_are_not_read_in_the_next(server: Server) -> None:

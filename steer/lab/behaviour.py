@@ -19,6 +19,8 @@ FOLDER = Path(__file__).parent / "behaviours"
 #: Letters of which one says about as much as two or three of an alphabet; and the end of an answer in which it may turn
 #: out late that it refuses, in characters.
 DENSE, LATE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]"), 300
+#: What TOML makes of the \b of "\bI", and no pattern needs; \n, \r and \t are in it what they stand for.
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 #: Code in fences, and quotations in the signs of several languages.
 QUOTED = re.compile(
     r'```.*?(?:```|$)|(?<!\w)".*?(?:"|$)|“.*?(?:”|$)|„.*?(?:“|$)|»\S[^»«]*\S«|«.*?(?:»|$)|「.*?(?:」|$)', re.DOTALL
@@ -57,6 +59,11 @@ class Wordings(BaseModel):
     @classmethod
     def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
+            if found := CONTROL.search(pattern):
+                raise ValueError(
+                    f"{pattern[:200]!r} has the control character {found[0]!r}, which no answer has: TOML makes one of "
+                    r"a backslash in double quotes; write the pattern in single quotes, as '\bI'"
+                )
             try:
                 _compiled(pattern)
             except (re.error, OverflowError, RecursionError) as error:

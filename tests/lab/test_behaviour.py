@@ -172,6 +172,17 @@ def test_what_is_no_pattern_is_refused(pattern: str, tmp_path: Path) -> None:
         Behaviour.load(str(path))
 
 
+@pytest.mark.parametrize("field", ["patterns", "exceptions", "late"])
+@pytest.mark.parametrize("pattern", [r"\bI am sorry", r"sorry\f", r"\u0000"])
+def test_a_pattern_in_double_quotes_has_no_control_character(field: str, pattern: str, tmp_path: Path) -> None:
+    path = tmp_path / "sorry.toml"
+    path.write_text(f'description = "it is sorry"\nmin_words = 1\n{field} = ["{pattern}"]\n')
+    with pytest.raises(InvalidInput, match=rf"{field}: .*control character .*; write the pattern in single quotes"):
+        Behaviour.load(str(path))
+    path.write_text(f"description = 'it is sorry'\nmin_words = 1\n{field} = ['{pattern}', \"a\\t\\nb\"]\n")
+    Behaviour.load(str(path))
+
+
 @pytest.mark.parametrize("text", ["x = " + "1" * 5000, "x = " + "[" * 900 + "]" * 900])
 def test_what_python_cannot_read_is_not_toml(text: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"

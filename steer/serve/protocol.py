@@ -108,6 +108,8 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = (
     }
 )
 _EMPTY: tuple[object, ...] = ("", [], {})
+#: Fields of one route that are sent to the other.
+OF_ROUTE = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
 
 
 class StreamOptions(BaseModel):
@@ -171,7 +173,7 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _of_known_fields(cls, data: object) -> object:
-        return _given(cls, data, cls.neutral)
+        return _given(cls, data, cls.neutral, CARRIED)
 
     @field_validator("stop", "bad_words", mode="before")
     @classmethod
@@ -213,32 +215,42 @@ class GenerationRequest(BaseModel):
         return [replace(asked, seed=None if self.seed is None else self.seed + i) for i in range(self.n)]
 
 
-def _given(cls: type[BaseModel], data: object, neutral: Mapping[str, tuple[object, ...]]) -> object:
+def _given(
+    cls: type[BaseModel], data: object, neutral: Mapping[str, tuple[object, ...]], carried: Iterable[str] = ()
+) -> object:
     """Without what is null, which is the default; raises Unserved for what is not served."""
     if not isinstance(data, dict):
         return data
-    _check(data, cls.model_fields, neutral)
+    _check(data, cls.model_fields, neutral, carried)
     for name in ("max_tokens", "max_completion_tokens"):
         if data.get(name) == -1:  # as several servers have it for: no limit
             data = data | {name: None}
     return {name: value for name, value in data.items() if value is not None or _means_null(cls.model_fields.get(name))}
 
 
-def _check(data: Mapping[str, object], served: Iterable[str], neutral: Mapping[str, tuple[object, ...]]) -> None:
+def _check(
+    data: Mapping[str, object],
+    served: Iterable[str],
+    neutral: Mapping[str, tuple[object, ...]],
+    carried: Iterable[str],
+) -> None:
     """Raises Unserved for what `data` asks for beside the fields that are `served`. `neutral` is of one route and goes
-    before `NOT_SERVED`."""
+    before `NOT_SERVED`; what is `carried` a client may have meant, and it is not here."""
     known = {*served}
-    problems = ((name[:100], _wrong(name, data[name], known, neutral)) for name in data if name not in known)
+    meant = known.union(carried)
+    problems = ((name[:100], _wrong(name, data[name], meant, neutral)) for name in data if name not in known)
     if found := list(islice((each for each in problems if each[1]), MAX_PROBLEMS)):
         raise Unserved(found)
 
 
-def _wrong(name: str, value: object, served: set[str], own: Mapping[str, tuple[object, ...]]) -> str:
+def _wrong(name: str, value: object, meant: set[str], own: Mapping[str, tuple[object, ...]]) -> str:
     if value is None or name in IGNORED or _among(value, _EMPTY):
         return ""
     neutral = own.get(name, NOT_SERVED.get(name))
     if neutral is None:
-        near = get_close_matches(name[:40], served, 1, 0.8)
+        if name in OF_ROUTE:
+            return f"not of this route: {OF_ROUTE[name]} takes it"
+        near = get_close_matches(name[:40], meant, 1, 0.8)
         return f"unknown field{f'; did you mean {near[0]}?' if near else ''}"
     if _among(value, neutral):
         return ""

@@ -322,7 +322,7 @@ def test_a_file_that_must_overflow_is_refused_with_the_rule(tiny_server: Server)
         ("chat", {"repeat_penalty": 2}, "repeat_penalty", "accepted: null, 1"),
         ("chat", {"tool_choice": "required"}, "tool_choice", "accepted: null, 'none', 'auto'"),
         ("chat", {"whatever": 2}, "whatever", "whatever: unknown field"),
-        ("chat", {"prompt": "x"}, "prompt", "prompt: unknown field"),
+        ("chat", {"prompt": "x"}, "prompt", "prompt: not of this route: /v1/completions takes it"),
         (
             "chat",
             {"stream_options": {"continuous_usage_stats": True}},

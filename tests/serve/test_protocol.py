@@ -71,9 +71,26 @@ def test_true_is_not_1() -> None:
 def test_an_unknown_field_is_refused_with_the_nearest_known_one() -> None:
     with pytest.raises(ValidationError, match=r"temprature: unknown field; did you mean temperature\?"):
         ChatRequest.model_validate(BODY[ChatRequest] | {"temprature": 0.5})
+    for wrong, right in {
+        "stear": "steer",
+        "steeer": "steer",
+        "ster": "steer",
+        "steer_readuot": "steer_readout",
+        "vllm_xarg": "vllm_xargs",
+    }.items():
+        with pytest.raises(ValidationError, match=rf"{wrong}: unknown field; did you mean {right}\?"):
+            ChatRequest.model_validate(BODY[ChatRequest] | {wrong: "refusal"})
     with pytest.raises(ValidationError) as caught:
         ChatRequest.model_validate(BODY[ChatRequest] | {f"unknown{number}": 1 for number in range(1000)})
     assert len(str(caught.value)) < 2000
+
+
+def test_a_field_of_the_other_route_is_told_with_that_route() -> None:
+    chat, completion = BODY[ChatRequest], BODY[CompletionRequest]
+    with pytest.raises(ValidationError, match="prompt: not of this route: /v1/completions takes it"):
+        ChatRequest.model_validate({"model": "m", "prompt": completion["prompt"]})
+    with pytest.raises(ValidationError, match="messages: not of this route: /v1/chat/completions takes it"):
+        CompletionRequest.model_validate({"model": "m", "messages": chat["messages"]})
 
 
 def test_the_neutral_values_of_a_route_are_its_own() -> None:

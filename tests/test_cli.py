@@ -721,6 +721,9 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"measure m {sets} -o {other}": "other.safetensors is a direction, and would be lost",
         f"fit m {sets} {output} --harmfull a": "--harmfull a: not an option of this command; did you mean --harmful?",
         f"check {other} --stength 0.5": "--stength 0.5: not an option of this command; did you mean --strength?",
+        "serve --prot 8001": "--prot 8001: not an option of the transformers backend; did you mean --port?",
+        "serve --prot=8001": "--prot=8001: not an option of the transformers backend; did you mean --port?",
+        "serve --max-num-seqs 4": "--max-num-seqs 4: not an option of the transformers backend; options of vLLM need",
         f"fit m {sets} {output} --judge h://a --judge h://b --judge-model a --judge-model b": "one judge decides here",
     }
     done = subprocess.run(

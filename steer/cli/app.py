@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from steer._version import __version__
 from steer.cli import admin, check, evaluate, export, fit, search
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
-from steer.cli.options import VLLM_OPTIONS, check_model, expanded, find_vllm_model
+from steer.cli.options import VLLM_OPTIONS, check_model, expanded, find_vllm_model, unknown_options
 from steer.errors import InvalidInput
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.settings import ServeSettings, served_name
@@ -94,9 +94,7 @@ def serve(
         serve_on_vllm(model or str(MODEL), *from_serve_settings(settings, options))
         return
     if options:
-        raise InvalidInput(
-            f"{' '.join(options)}: not an option of the transformers backend; options of vLLM need --backend vllm"
-        )
+        raise unknown_options(ctx, options, "the transformers backend")
     if settings.readout is not None:
         raise InvalidInput("--readout: the transformers backend reads any number of requests; leave it out")
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -427,6 +427,15 @@ class Bench:
     evaluator: Callable[[int, int, Rendering | None], Evaluator]
 
 
+def unknown_options(context: typer.Context, given: Sequence[str], taker: str) -> InvalidInput:
+    """The error where `taker`, which is not vLLM, takes no more options than those of the command in `context`."""
+    first = given[0].partition("=")[0]
+    what = "an option" if first.startswith("-") else "an argument"
+    known = [name for param in context.command.params for name in (*param.opts, *param.secondary_opts)]
+    near = "".join(f"; did you mean {name}?" for name in get_close_matches(first, known, 1, 0.8))
+    return InvalidInput(f"{' '.join(given)}: not {what} of {taker}{near or '; options of vLLM need --backend vllm'}")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """What opens MODEL; further options of the command in `context` are vLLM's own. Raises InvalidInput, before
@@ -444,13 +453,7 @@ class EngineOptions:
             os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the standard output is for results
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         elif self.options:
-            unknown, first = " ".join(self.options), self.options[0].partition("=")[0]
-            what = "an option" if first.startswith("-") else "an argument"
-            known = [name for param in self.context.command.params for name in param.opts]
-            near = "".join(f"; did you mean {name}?" for name in get_close_matches(first, known, 1))
-            raise InvalidInput(
-                f"{unknown}: not {what} of this command{near or '; options of vLLM need --backend vllm'}"
-            )
+            raise unknown_options(self.context, self.options, "this command")
         check_model(self.model, self.opening.revision)
 
     @property

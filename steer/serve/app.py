@@ -3,8 +3,10 @@ registry, serve: any step that fails ends the start), its routes, the layers aro
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -212,6 +214,7 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     """Everything but the socket. Raises SteerError when the server must not start."""
     control = Control(settings)
     control.listen(settings.host, settings.origins)
+    check_address(settings.host, settings.port)
     check_directions(settings.directions)
     loaded = load(model, **settings.loading)
     warn_of_template(loaded)
@@ -253,6 +256,30 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         settings.default_steer,
     )
     return served
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise InvalidInput where nothing can listen, which uvicorn would find out when the model has been loaded."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise InvalidInput(f"--host {host}: {error.strerror}; accepted: an address of this machine") from error
+    refused: list[OSError] = []
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                tried.bind(address)
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise InvalidInput(
+                    f"--port {port}: {error.strerror}; give another (--port 0 takes a free one)"
+                ) from error
+            refused.append(error)  # of a family that this machine does not have
+    if len(refused) == len(found):
+        raise InvalidInput(f"--host {host}: {refused[0].strerror}; accepted: an address of this machine")
 
 
 def warn_of_template(chat: Chat) -> None:

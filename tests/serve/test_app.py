@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from transformers import AutoTokenizer
 
 from steer.direction import Direction
+from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.load import Loaded, template_parameters
-from steer.serve.app import warn_of_template
+from steer.serve.app import prepare, warn_of_template
+from steer.settings import ServeSettings
 from steer.spec import PHASES
 from steer.tokenization import thinking_of
 from tests import models
@@ -619,6 +622,18 @@ def test_a_server_default_and_how_to_switch_it_off(tiny_server: Server, tiny_fol
 def test_a_default_that_is_not_there_refuses_to_start(tiny_folder: Any, tmp_path: Any) -> None:
     with pytest.raises(RuntimeError, match="direction 'refusal' is not served; served: none"):
         Server(str(tiny_folder), "--directions", str(tmp_path), "--default-steer", "refusal").__enter__()
+
+
+def test_an_address_where_nothing_can_listen_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    tiny_model = str(tmp_path)  # which could not be loaded
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InvalidInput, match=rf"--port {port}: Address .*in use; give another \(--port 0 takes"):
+            prepare(tiny_model, ServeSettings(port=port))
+    with pytest.raises(InvalidInput, match=r"--host 192\.0\.2\.1: .*; accepted: an address of this machine"):
+        prepare(tiny_model, ServeSettings(host="192.0.2.1", insecure=True))
+    with pytest.raises(UnsupportedModel):  # the next problem: the address is one
+        prepare(tiny_model, ServeSettings(host="localhost", port=port))
 
 
 def test_a_default_that_goes_away_is_never_silently_plain(tiny_server: Server, tiny_folder: Any, tmp_path: Any) -> None:

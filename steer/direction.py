@@ -34,7 +34,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -188,9 +188,10 @@ class LayerProfile(TypedDict):
     cosine_next: Annotated[float | None, Field(description="of its first row with the next layer's")]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Direction:
-    """A direction in memory. `problems` lists what is wrong with it, and `to_bytes` raises that."""
+    """A direction in memory. `problems` lists what is wrong with it, and `to_bytes` raises that. Two are equal that say
+    the same with the same tensors."""
 
     meta: DirectionMeta
     directions: Tensor
@@ -204,6 +205,28 @@ class Direction:
     axis: Tensor | None = None
     angles: Tensor | None = None
     mlp_weights: Tensor | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if self is other or not isinstance(other, Direction):
+            return self is other
+        pairs = ((getattr(self, each.name), getattr(other, each.name)) for each in fields(self) if each.name != "meta")
+        return self.meta == other.meta and all(_same(one, two) for one, two in pairs)
+
+    def __hash__(self) -> int:
+        """Of what costs nothing: a set of directions is small, and tensors are compared where it says the same."""
+        meta = self.meta
+        return hash((meta.method, meta.model, meta.created, meta.mode, meta.strength, meta.layers, meta.d_model))
+
+    def __repr__(self) -> str:
+        """One line, with the digest of the file that `save` would write."""
+        if not isinstance(self.meta, DirectionMeta):
+            return f"Direction(meta {_kind(self.meta)})"
+        try:
+            told = f"digest {digest(self.to_bytes())[:12]}"
+        except DirectionError as error:
+            told = f"{len(error.problems)} problems, see problems()"
+        meta = self.meta
+        return f"Direction({meta.method}, {meta.mode}, {meta.layers} layers, d_model {meta.d_model}, {told})"
 
     @property
     def layers(self) -> int:
@@ -511,6 +534,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def _dense(tensor: object) -> bool:
     """Are its values there, one behind the other?"""
     return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
+
+
+def _same(one: object, other: object) -> bool:
+    if not (_dense(one) and _dense(other)):
+        return one is other
+    assert isinstance(one, Tensor)
+    assert isinstance(other, Tensor)
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
 
 
 def _kind(value: object) -> str:

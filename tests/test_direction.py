@@ -111,6 +111,33 @@ def test_no_length_of_the_header_makes_a_file_unreadable() -> None:
     assert len(lengths) == 32, "every first byte that the format's padding allows"
 
 
+def test_a_direction_is_equal_to_what_its_file_holds_and_to_nothing_else() -> None:
+    read = Direction.from_bytes(DATA)
+    assert read == GOOD
+    assert hash(read) == hash(GOOD)
+    assert len({read, GOOD, replace(GOOD)}) == 1
+    others: list[object] = [DATA, None, GOOD.with_meta(strength=0.5), replace(GOOD, embedding=None)]
+    others += [replace(GOOD, weights=w) for w in (GOOD.weights * 0.5, GOOD.weights[:1], GOOD.weights.to_sparse())]
+    assert [other for other in others if other == GOOD] == []
+    assert len({GOOD, *others}) == len(others) + 1
+
+
+def test_a_direction_is_shown_in_one_line() -> None:
+    shown = repr(GOOD)
+    assert "\n" not in shown
+    assert len(shown) < 120
+    for words in (
+        GOOD.meta.method,
+        GOOD.meta.mode,
+        f"{GOOD.layers} layers",
+        f"d_model {GOOD.d_model}",
+        digest(DATA)[:12],
+    ):
+        assert words in shown
+    assert "1 problems" in repr(replace(GOOD, weights=GOOD.weights.double()))
+    assert "builtins.int" in repr(replace(GOOD, meta=7))  # type: ignore[arg-type]
+
+
 def test_equal_directions_have_one_digest_and_any_change_another() -> None:
     assert len({digest(replace(GOOD).to_bytes()) for _ in range(12)}) == 1, "however often it is written"
     assert digest(GOOD.with_meta(strength=0.5).to_bytes()) != digest(DATA)

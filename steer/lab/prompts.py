@@ -1,16 +1,18 @@
-"""Contrast sets from files (one prompt a line, JSON, JSON lines, parquet) or a hub dataset, texts or conversations; and
+"""Contrast sets from files (one prompt a line, JSON, JSON lines, tables) or a hub dataset, texts or conversations; and
 their token ids, exactly as the server would make them.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import logging
 import random
 import re
 import urllib.request
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http.client import HTTPException
@@ -29,11 +31,11 @@ log = logging.getLogger("steer")
 #: Names under which datasets keep the prompt, a text or a conversation; the first that is not null wins.
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "query")
 #: Names of conversations only, after the others: such a list often has the answer too.
-CONVERSATIONS = ("messages", "conversation")
+CONVERSATIONS = ("messages", "conversation", "conversations")
 HUB = "hub:"
 FORMATS = (
-    ".txt (a prompt a line), .jsonl, .json, .parquet, a URL of one, or "
-    "hub:OWNER/NAME[/CONFIG][:SPLIT[:COLUMN]], where a split may be a part, as train[100:200]"
+    ".txt (a prompt a line), .jsonl, .json, .csv or .tsv (with a row of names), .parquet, FILE:COLUMN, a URL of one, "
+    "or hub:OWNER/NAME[/CONFIG][:SPLIT[:COLUMN]], where a split may be a part, as train[100:200]"
 )
 _HUB = re.compile(
     r"(?P<name>[^/:]+(?:/[^/:]+)?)(?:/(?P<config>[^/:]+))?(?::(?P<split>(?:\[[^\]]*\]|[^:\[\]])*)(?::(?P<column>.*))?)?"
@@ -45,6 +47,8 @@ NAMED = 10
 #: Seconds to wait for the server of a URL, and bytes that are read of it.
 PATIENCE, MOST_BYTES = 10.0, 2**28
 ROLES = ("system", "user", "assistant")
+#: How ShareGPT calls them, in messages of `from` and `value`.
+SHARED = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +150,7 @@ class PromptSet:
         if more := len(numbers) - len(shown):
             shown.append(f"{more} more")
         listed = " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
-        kind, _ = KINDS.get(PurePosixPath(self.name).suffix.lower(), ROW)
+        kind, _ = _kind(self.name)
         return f"{self.name}, {kind}{'s' * (len(numbers) > 1)} {listed}"
 
     @property
@@ -178,12 +182,22 @@ def read_prompts(source: str) -> PromptSet:
     """Read a contrast set. Raises InvalidInput naming the file, the line and what would be accepted."""
     if source.startswith(HUB):
         return _from_hub(source)
-    path, data = _fetched(source) if source.startswith(("https://", "http://")) else _read(source)
-    try:
-        parsed = _parse(path, data)
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"{source}: not UTF-8 text: {error}") from error
-    return _set(source, path.name, hashlib.sha256(data).hexdigest(), parsed)
+    file, only = _column(source)
+    path, data = _fetched(source) if source.startswith(("https://", "http://")) else _read(file)
+    name = path.name if only is None else f"{path.name}:{only}"
+    return _set(source, name, hashlib.sha256(data).hexdigest(), _parse(path, data, only))
+
+
+def _column(source: str) -> tuple[str, str | None]:
+    """The file that `source` names, and its column where there is FILE of FILE:COLUMN."""
+    file, _, column = source.rpartition(":")
+    named = bool(file and column) and not Path(source).exists() and Path(file).is_file()
+    return (file, column) if named else (source, None)
+
+
+def _kind(name: str) -> tuple[str, int]:
+    """What the file `name`, which may have a column, has one after the other, and the number of the first."""
+    return KINDS.get(PurePosixPath(name).suffix.lower().partition(":")[0], ROW)
 
 
 def _set(source: str, name: str, sha256: str, parsed: Sequence[Prompt]) -> PromptSet:
@@ -191,7 +205,7 @@ def _set(source: str, name: str, sha256: str, parsed: Sequence[Prompt]) -> Promp
     prompts = tuple(prompt for prompt in parsed if prompt)
     if not prompts:
         raise InvalidInput(f"{source}: has no prompts")
-    _, first = KINDS.get(PurePosixPath(name).suffix.lower(), ROW)
+    _, first = _kind(name)
     places: dict[Prompt, int] = {}
     for number, prompt in enumerate(parsed, first):
         places.setdefault(prompt, number)
@@ -269,23 +283,60 @@ class Split:
         return cls(harmful.without(tried[0]), harmless.without(tried[1]), *tried)
 
 
-def _parse(path: Path, data: bytes) -> list[Prompt]:
+def _parse(path: Path, data: bytes, only: str | None = None) -> list[Prompt]:
+    """The prompts of a file, those of the column `only` where one is given; an empty text is none."""
     suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _from_parquet(path, data, only)
+    if suffix not in (".txt", ".jsonl", ".json", ".csv", ".tsv"):
+        raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; accepted: {FORMATS}")
+    text, read_one = _decoded(path, data), partial(prompt_of, names=(only,)) if only else prompt_of
     if suffix == ".txt":
-        return [line.strip() for line in data.decode("utf-8-sig").split("\n")]
+        if only:
+            raise InvalidInput(f"{path}: has a prompt in each line, and no column '{only}'")
+        return [line.strip() for line in text.split("\n")]
     if suffix == ".jsonl":
-        text = data.decode("utf-8-sig")
-        read = iter(json_lines(str(path), text, prompt_of))
+        whole = None
+        try:
+            read = iter(json_lines(str(path), text, read_one))
+        except InvalidInput as error:
+            with suppress(InvalidInput):
+                whole = from_json(text)
+            if isinstance(whole, list):
+                raise InvalidInput(f"{path}: this is one JSON list: name it .json") from error
+            raise
         return [next(read) if line.strip() else "" for line in text.split("\n")]
     if suffix == ".json":
         with prefixed(str(path)):
-            value = from_json(data.decode("utf-8-sig"))
+            value = from_json(text)
         if not isinstance(value, list):
-            raise InvalidInput(f"{path}: must be a JSON list of texts or objects, got {type(value).__name__}")
-        return each(str(path), "item", enumerate(value), prompt_of)
-    if suffix == ".parquet":
-        return _from_parquet(path, data)
-    raise InvalidInput(f"{path}: the suffix '{suffix}' is not known; accepted: {FORMATS}")
+            got = f"an object with {_keys(value)}" if isinstance(value, dict) and value else type(value).__name__
+            raise InvalidInput(f"{path}: must be a JSON list of texts or objects, got {got}")
+        return each(str(path), "item", enumerate(value), read_one)
+    return _from_csv(path, text, only)
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        was = " but UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
+        raise InvalidInput(f"{path}: not UTF-8 text{was}: save it as UTF-8 ({error})") from error
+    if "\0" in text:
+        raise InvalidInput(f"{path}: not UTF-8 text: it has zero bytes, as UTF-16 does; save it as UTF-8")
+    return text
+
+
+def _keys(item: Mapping[object, object]) -> str:
+    return ", ".join(brief(key) for key in [*item][:NAMED])
+
+
+def _meant(names: Iterable[str], there: Collection[str]) -> list[str]:
+    """Those of `there` that `names` mean, in the order of these: upper case does not matter, but the same spelling goes
+    before another."""
+    folded = {key.lower(): key for key in reversed([*there]) if isinstance(key, str)}
+    found = (name if name in there else folded.get(name.lower()) for name in names)
+    return list(dict.fromkeys(name for name in found if name is not None))
 
 
 def prompt_of(item: object, names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -> Prompt:
@@ -293,9 +344,9 @@ def prompt_of(item: object, names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -
     not null; empty if all are. Raises InvalidInput."""
     if isinstance(item, str):
         return _text(item).strip()
-    known = [name for name in names if name in item] if isinstance(item, dict) else []
+    known = _meant(names, item) if isinstance(item, dict) else []
     if not isinstance(item, dict) or not known:
-        there = ", ".join(brief(key) for key in [*item][:NAMED]) if isinstance(item, dict) else ""
+        there = _keys(item) if isinstance(item, dict) else ""
         told = f"neither a text nor an object with one of {', '.join(names)}"
         raise InvalidInput(f"{told}; it has {there}" if there else told)
     name = next((name for name in known if item[name] is not None), None)
@@ -303,9 +354,9 @@ def prompt_of(item: object, names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -
         return ""
     if isinstance(item[name], list):
         return _conversation(item[name])
-    if isinstance(item[name], str) and name not in CONVERSATIONS:
+    if isinstance(item[name], str) and name.lower() not in CONVERSATIONS:
         return _text(item[name]).strip()
-    accepted = "not a list of messages" if name in CONVERSATIONS else "neither a text nor a list of messages"
+    accepted = "not a list of messages" if name.lower() in CONVERSATIONS else "neither a text nor a list of messages"
     raise InvalidInput(f"'{name}' is {accepted}, but {type(item[name]).__name__}")
 
 
@@ -322,7 +373,7 @@ def _conversation(messages: list[object]) -> Conversation:
         raise InvalidInput("a list of messages must have at least one message")
     problems, turns = [], []
     for number, message in enumerate(messages, 1):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        role, content = _turn(message)
         if role not in ROLES or not isinstance(content, str):
             problems.append(f"message {number}: needs a role of {', '.join(ROLES)} and a text as content")
         turns.append((str(role), _text(str(content), f"message {number}: ")))
@@ -333,12 +384,22 @@ def _conversation(messages: list[object]) -> Conversation:
     return Conversation(tuple(turns))
 
 
+def _turn(message: object) -> tuple[object, object]:
+    """(role, content) of a message of OpenAI's or of ShareGPT's; None for what it does not have."""
+    if not isinstance(message, dict):
+        return None, None
+    if "role" not in message and "from" in message:
+        role = message["from"]
+        return SHARED.get(role) if isinstance(role, str) else None, message.get("value")
+    return message.get("role"), message.get("content")
+
+
 def _from_table(
     columns: Collection[str], column: Callable[[str], Iterable[object]], where: str, only: str | None = None
 ) -> list[Prompt]:
     """The prompts of a table, row by row as those of JSON lines."""
     accepted = (only,) if only else (*COLUMNS, *CONVERSATIONS)
-    names = [name for name in accepted if name in columns]
+    names = _meant(accepted, columns)
     if not names:
         raise InvalidInput(
             f"{where}: has none of the columns {', '.join(accepted)}; its columns are {', '.join(columns)}"
@@ -348,13 +409,41 @@ def _from_table(
     return each(where, "row", items, partial(prompt_of, names=names))
 
 
-def _from_parquet(path: Path, data: bytes) -> list[Prompt]:
+def _from_csv(path: Path, text: str, only: str | None) -> list[Prompt]:
+    """Of a table in text whose first row names its columns. The sign between them is the one by which that row has a
+    column that is looked for, or else the most."""
+
+    def rows(sign: str) -> Iterator[list[str]]:
+        return filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True))
+
+    def head(sign: str) -> tuple[bool, int]:
+        names = next(rows(sign), [])
+        return bool(_meant((only,) if only else (*COLUMNS, *CONVERSATIONS), names)), len(names)
+
+    try:
+        names, *found = [*rows(max("\t" if path.suffix.lower() == ".tsv" else ",;\t", key=head))] or [[]]
+    except csv.Error as error:
+        raise InvalidInput(f"{path}: not a table in text: {error}") from error
+
+    def whole(row: list[str]) -> dict[str, str | None]:
+        if len(row) != len(names):
+            raise InvalidInput(
+                f"{len(row)} fields, and the first row names {len(names)}; a text that has the sign between fields "
+                'stands in "quotes"'
+            )
+        return {name: field or None for name, field in zip(names, row, strict=True)}
+
+    table = each(str(path), "row", enumerate(found, 1), whole)
+    return _from_table(names, lambda name: (row[name] for row in table), str(path), only)
+
+
+def _from_parquet(path: Path, data: bytes, only: str | None = None) -> list[Prompt]:
     parquet = imported("pyarrow.parquet", f"{path}: reading parquet", "'steer-llm[data]'")
     try:
         table = parquet.read_table(io.BytesIO(data))
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path}: not a parquet file: {error}") from error
-    return _from_table(table.column_names, lambda name: table.column(name).to_pylist(), str(path))
+    return _from_table(table.column_names, lambda name: table.column(name).to_pylist(), str(path), only)
 
 
 def _from_hub(source: str) -> PromptSet:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
+import io
 import json
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,12 @@ from steer.lab.prompts import (
 PROMPTS = ("How do I bake bread?", "Grüße aus Köln 🙂", 'Say "yes, no"')
 
 
+def table(sign: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, delimiter=sign).writerows([head, *rows])
+    return text.getvalue()
+
+
 def jsonl(items: list[Any]) -> str:
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
@@ -47,6 +55,11 @@ FORMATS: dict[str, Callable[[list[str]], str]] = {
     "objects.jsonl": lambda prompts: jsonl([{"id": i, "prompt": p} for i, p in enumerate(prompts)]),
     "gaps.jsonl": lambda prompts: "\n" + jsonl(list(prompts)).replace("\n", "\n\n"),
     "texts.json": lambda prompts: json.dumps(prompts),
+    "comma.csv": lambda prompts: table(",", ["id", "prompt"], enumerate(prompts)),
+    "semicolon.csv": lambda prompts: table(";", ["id", "Prompt", "a,b,c,d"], ((1, p, "") for p in prompts)),
+    "tab.csv": lambda prompts: table("\t", ["text", "prompt"], (("not this", p) for p in prompts)),
+    "one.csv": lambda prompts: table(",", ["Goal"], ([p] for p in prompts)) + "\n",
+    "tab.TSV": lambda prompts: table("\t", ["id, number", "QUESTION"], enumerate(prompts)),
     "objects.json": lambda prompts: json.dumps([{"goal": p} for p in prompts], indent=2),
 }
 
@@ -105,6 +118,46 @@ def test_of_several_columns_the_first_known_text_is_taken(tmp_path: Path) -> Non
     assert read_prompts(str(path)).prompts == ("yes", "yes")
 
 
+def test_upper_case_of_a_column_does_not_matter_and_the_same_spelling_goes_before(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(jsonl([{"Goal": "yes"}, {"PROMPT": "no", "prompt": "yes"}, {"Messages": chat("yes")}]))
+    assert read_prompts(str(path)).prompts == ("yes", "yes", Conversation((("user", "yes"),)))
+
+
+def test_a_column_of_a_file_is_named_after_it(tmp_path: Path) -> None:
+    rows = [{"prompt": "one", "Harmful": "bad one"}, {"prompt": "two", "Harmful": "bad two"}]
+    for path in [*written(rows, tmp_path), *(tmp_path / f"p.{suffix}" for suffix in ("json", "csv", "tsv"))]:
+        if path.suffix == ".json":
+            path.write_text(json.dumps(rows))
+        elif path.suffix in (".csv", ".tsv"):
+            path.write_text(table("\t" if path.suffix == ".tsv" else ";", [*rows[0]], (row.values() for row in rows)))
+        read = read_prompts(f"{path}:harmful")
+        assert read.prompts == ("bad one", "bad two")
+        assert read.name == f"{path.name}:harmful"
+        assert read.named(["bad two"]).startswith(f"{path.name}:harmful, ")
+        assert re.search(r"(line|row) 2$|item 1$", read.named(["bad two"]))
+        with pytest.raises(InvalidInput, match="nothing"):
+            read_prompts(f"{path}:nothing")
+    (tmp_path / "p.txt").write_text("one\n")
+    with pytest.raises(InvalidInput, match="no column 'prompt'"):
+        read_prompts(f"{tmp_path}/p.txt:prompt")
+    (tmp_path / "q.csv:prompt.txt").write_text("a file of this name\n")
+    assert read_prompts(f"{tmp_path}/q.csv:prompt.txt").prompts == ("a file of this name",)
+    with pytest.raises(InvalidInput, match=r"none\.csv:prompt: cannot be read"):
+        read_prompts(f"{tmp_path}/none.csv:prompt")
+
+
+def test_conversations_of_sharegpt_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    said = [("system", "s"), ("human", "one"), ("gpt", "two"), ("human", "three")]
+    path.write_text(jsonl([{"id": 1, "conversations": [{"from": who, "value": text} for who, text in said]}]))
+    turns = (("system", "s"), ("user", "one"), ("assistant", "two"), ("user", "three"))
+    assert read_prompts(str(path)).prompts == (Conversation(turns),)
+    path.write_text(jsonl([{"conversations": [{"from": "bing", "value": "x"}]}]))
+    with pytest.raises(InvalidInput, match="message 1: needs a role of system, user, assistant and a text"):
+        read_prompts(str(path))
+
+
 def test_the_order_and_repetitions_of_a_file_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text("b\na\nb\n")
@@ -123,7 +176,21 @@ BAD: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "a number": ("p.jsonl", b'"one"\n2\n', ("line 2", "neither a text nor an object", "prompt")),
     "no column": ("p.jsonl", b'{"x": "one"}\n', ("line 1", *COLUMNS)),
     "column no text": ("p.jsonl", b'{"prompt": 3}\n', ("line 1", "neither")),
-    "json object": ("p.json", b'{"prompt": "one"}', ("must be a JSON list", "dict")),
+    "json object": ("p.json", b'{"prompt": "one"}', ("must be a JSON list", "got an object with 'prompt'")),
+    "json number": ("p.json", b"3", ("must be a JSON list", "got int")),
+    "a list of some lines as jsonl": (
+        "p.jsonl",
+        b'[\n"one",\n"two"\n]\n',
+        ("this is one JSON list: name it .json",),
+    ),
+    "a list in one line as jsonl": ("p.jsonl", b'[{"prompt": "one"}]', ("this is one JSON list: name it .json",)),
+    "utf-16": ("p.csv", "prompt\nx".encode("utf-16"), ("not UTF-8 text but UTF-16: save it as UTF-8",)),
+    "utf-16 without a mark": ("p.txt", "one".encode("utf-16-le"), ("zero bytes", "save it as UTF-8")),
+    "empty csv": ("p.csv", b"", ("none of the columns prompt",)),
+    "no row in csv": ("p.csv", b"prompt\n", ("has no prompts",)),
+    "no column in csv": ("p.csv", b"a;b\n1;2\n", ("none of the columns prompt", "its columns are a, b")),
+    "unquoted csv": ("p.csv", b"prompt,id\nOh, no,1\n", ("row 1: 3 fields, and the first row names 2",)),
+    "quote without an end": ("p.csv", b'prompt\n"one\n', ("not a table in text",)),
     "json item": ("p.json", b'["one", null]', ("item 1", "neither")),
     "long number": ("p.json", b"[" + b"9" * 5000 + b"]", ("not JSON",)),
     "deep": ("p.jsonl", b"[" * 100_000, ("line 1", "not JSON")),
@@ -133,9 +200,9 @@ BAD: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
         b'{"messages": [{"role": "user", "content": "\\udc00"}]}',
         ("line 1: message 1", "surrogate"),
     ),
-    "latin-1": ("p.txt", "Grüße".encode("latin-1"), ("not UTF-8",)),
+    "latin-1": ("p.txt", "Grüße".encode("latin-1"), ("not UTF-8", "save it as UTF-8")),
     "latin-1 jsonl": ("p.jsonl", '"Grüße"'.encode("latin-1"), ("not UTF-8",)),
-    "unknown suffix": ("p.csv", b"one", ("'.csv' is not known", ".txt", ".jsonl", ".json", ".parquet", "hub:")),
+    "unknown suffix": ("p.xlsx", b"one", ("'.xlsx' is not known", ".txt", ".jsonl", ".json", ".parquet", "hub:")),
     "no suffix": ("prompts", b"one", ("'' is not known", ".txt")),
 }
 

@@ -146,6 +146,8 @@ class Steering:
         #: which name is what.
         self._handles: list[tuple[nn.Module, RemovableHandle]] = []
         self._ways: list[tuple[nn.Module, str, nn.Module]] = []
+        #: What holds the blocks, and what it held when that was last found to be right.
+        self._list, self._held = nn.ModuleList(), list[nn.Module]()
         #: What is open of the blocks in which no pass may go without hooks.
         self.blocks: list[object] = []
         self._generations: internals.Generations | None = None
@@ -195,6 +197,8 @@ class Steering:
                 handle = hang(hooked.module, _uncompiled(self._transform(hooked.point)))
                 self._handles.append((hooked.module, handle))
                 internals.record_last(hooked.module)
+            self._list = hook_points.find_list(self.anatomy.decoder, self.anatomy.layers)
+            self._held = list(self._list)
             self._ways = _ways(self.anatomy.model, [module for module, _ in self._handles])
             self._generations = internals.Generations(self.anatomy.model, self._check_prompts)
 
@@ -205,19 +209,34 @@ class Steering:
 
     @property
     def intact(self) -> bool:
-        """Are all hooks still on modules of the model? Not where a block was replaced by another."""
+        """Are all hooks still on modules of the model, and its blocks those that have hooks, in their order? Not where
+        a block was replaced by another, added or moved."""
         if any(h.id not in m._forward_hooks and h.id not in m._forward_pre_hooks for m, h in self._handles):
             return False
-        if all(parent._modules.get(name) is child for parent, name, child in self._ways):  # each pass asks
-            return True
-        there = set(self.anatomy.model.modules())  # some have another around them now
-        return all(module in there for module, _ in self._handles)
+        ways, held = self._ways, self._held
+        if all(parent._modules.get(name) is child for parent, name, child in ways) and held == list(
+            self._list._modules.values()
+        ):
+            return True  # each pass asks
+        modules = [module for module, _ in self._handles]
+        if not set(modules) <= set(self.anatomy.model.modules()):
+            return False
+        try:
+            self._list = hook_points.find_list(self.anatomy.decoder, self.anatomy.layers)
+        except UnsupportedModel:
+            return False
+        # some may have another around them now
+        if not all(mine in set(now.modules()) for mine, now in zip(self.anatomy.blocks, self._list, strict=True)):
+            return False
+        self._ways, self._held = _ways(self.anatomy.model, modules), list(self._list)
+        return True
 
     def check_intact(self) -> None:
         if not self.intact:
             raise RuntimeError(
-                "some hooks are no longer on the model (a block was replaced, or hooks were removed), which would be "
-                "plain there: detach, and call steer.attach again"
+                "some blocks or hooks are no longer on the model as they were (a block was replaced, added or moved, "
+                "or hooks were removed), and passes would be plain there or steered as another layer is: detach, and "
+                "call steer.attach again"
             )
 
     def detach(self) -> None:

@@ -34,6 +34,11 @@ ROUNDINGS = 8
 
 def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
     """The `layers` decoder blocks. Raises UnsupportedModel when there is not exactly one such list."""
+    return list(find_list(decoder, layers))
+
+
+def find_list(decoder: nn.Module, layers: int) -> nn.ModuleList:
+    """What holds the blocks (`find_blocks`)."""
     found = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     outer = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
     if len(outer) != 1:
@@ -42,7 +47,7 @@ def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
             f"{type(decoder).__name__}: expected one list of {layers} decoder blocks (the config's layer count), "
             f"found {names}"
         )
-    blocks = list(outer[0][1])
+    blocks = outer[0][1]
     if len({id(block) for block in blocks}) != layers:
         raise UnsupportedModel(
             f"{type(decoder).__name__}: some blocks are shared between layers, which is not supported"

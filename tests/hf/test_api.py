@@ -239,7 +239,28 @@ def anew(model: Any) -> None:
     model.model.layers[2]._forward_hooks = type(model.model.layers[2]._forward_hooks)()
 
 
-@pytest.mark.parametrize("change", [replace_one, replace_all, prune, clear, anew])
+def append(model: Any) -> None:
+    model.model.layers.append(copy.deepcopy(model.model.layers[-1]))
+    model.config.num_hidden_layers += 1
+
+
+def insert(model: Any) -> None:
+    model.model.layers.insert(2, copy.deepcopy(model.model.layers[1]))
+    model.config.num_hidden_layers += 1
+
+
+def swap(model: Any) -> None:
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def swap_in_another_list(model: Any) -> None:
+    model.model.layers = nn.ModuleList(reversed(model.model.layers))
+
+
+@pytest.mark.parametrize(
+    "change", [replace_one, replace_all, prune, clear, anew, append, insert, swap, swap_in_another_list]
+)
 @pytest.mark.parametrize("what", ["steered", "read"])
 def test_no_pass_of_a_block_goes_without_hooks(d: steer.Direction, change: Any, what: str) -> None:
     """Also where the change comes inside the block, before the first pass or after it."""
@@ -278,6 +299,8 @@ def test_a_block_that_gets_another_around_it_is_steered_as_before(d: steer.Direc
     with steer.attach(model, {"d": d}) as steering, steering("d"):
         steered = logits(model)
         model.model.layers[1] = cast(nn.Module, torch.compile(model.model.layers[1], backend="eager"))
+        torch.testing.assert_close(logits(model), steered)
+        model.model.layers = nn.ModuleList(model.model.layers)
         torch.testing.assert_close(logits(model), steered)
 
 

@@ -310,6 +310,11 @@ class Steering:
                 return
             self._graphs.begins()
         if self.blocks:
+            if torch.compiler.is_exporting():
+                raise RuntimeError(
+                    f"`with {self.blocks[-1]}:` is open, and a program that torch.export makes of the model would not "
+                    "have its steering: export the plain model outside of the block, or what `steer bake` has written"
+                )
             self.check_intact()
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1

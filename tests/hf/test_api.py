@@ -304,6 +304,19 @@ def test_a_block_that_gets_another_around_it_is_steered_as_before(d: steer.Direc
         torch.testing.assert_close(logits(model), steered)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("what", ["steered", "read"])
+def test_a_block_is_not_exported_without_its_steering(d: steer.Direction, what: str, strict: bool) -> None:
+    model = models.tiny("llama")
+    with steer.attach(model, {"d": d}) as steering:
+        program = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}).module()
+        torch.testing.assert_close(program(input_ids=IDS, use_cache=False).logits, logits(model))
+        with steering("d") if what == "steered" else steering.read("d"):
+            logits(model)
+            with pytest.raises(Exception, match=r"would not have its steering|torch\.compiler\.disable"):
+                torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, strict=strict)
+
+
 @pytest.mark.parametrize("name", ["generate", "_expand_inputs_for_generation"])
 def test_what_is_around_the_models_own_methods_stays(d: steer.Direction, name: str) -> None:
     """What was put on a model before `attach`, and what was put on it since."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.figures import Row, judged_by
-from steer.lab.evaluation.report import ArmOnSet, Difference, Report, SteeredArm
+from steer.lab.evaluation.report import ArmOnSet, Difference, Report, SetResult, SteeredArm
 from steer.lab.outcome import OUTCOMES, Outcome
 from steer.lab.plots import Compared, Curve, Point, curves, forest, front, histogram, picture
 from steer.lab.prompts import PromptSet, messages_of
@@ -46,6 +46,7 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
                 "answers that do not show the behaviour do not end before that either, so an answer without an end is "
                 "not counted as degenerate; with a larger --max-tokens it may be."
             )
+        parts += only_cut(one, report.conditions.max_tokens)
     if report.agreements:
         agreed = [
             (a.first, a.second, str(a.count), f"{a.kappa:.2f} ({a.low:.2f} … {a.high:.2f})") for a in report.agreements
@@ -87,6 +88,19 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
         head = ("task", "metric", "arm", "samples", "score", "less plain")
         parts.append("### Tasks of lm_eval\n\n" + table(head, rows))
     return "\n\n".join(parts)
+
+
+def only_cut(one: SetResult, limit: int) -> list[str]:
+    """Said of arms whose degenerate answers may be none: they were cut, and so were answers of the plain model."""
+    told = []
+    for arm in one.arms:
+        cut = arm.faults.get("unended", 0)
+        if cut and arm.arm != PLAIN and any(plain.unended for plain in one.arms if plain.arm == PLAIN):
+            told.append(
+                f"{arm.arm}: {cut} of the {arm.degenerate.hits} degenerate answers only ran into --max-tokens {limit}, "
+                "as answers of the plain model do: give more."
+            )
+    return told
 
 
 def write(

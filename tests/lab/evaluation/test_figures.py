@@ -33,8 +33,8 @@ from steer.lab.evaluation.figures import (
     right,
     rows_of,
 )
-from steer.lab.evaluation.pages import sure
-from steer.lab.evaluation.report import ArmOnSet, Difference, Rate
+from steer.lab.evaluation.pages import only_cut, sure
+from steer.lab.evaluation.report import ArmOnSet, Difference, Rate, SetResult
 from steer.lab.evaluator import Candidate, Evaluator
 from steer.lab.outcome import OUTCOMES, Answer, Outcome, ends
 from steer.lab.probe import HFEvaluator
@@ -284,3 +284,21 @@ def test_a_terminal_is_told_which_differences_may_be_chance(monkeypatch: pytest.
         "d:ablate=1 less plain: shown -50.0% (p 2e-04); other differences may be chance (p ≥ 0.05)",
         "d:ablate=0 less plain: all differences may be chance (p ≥ 0.05)",
     ]
+
+
+def test_degenerate_answers_that_were_only_cut_are_told_where_plain_ones_are_cut_too() -> None:
+    def on_set(faults: dict[str, int], plain_cut: int) -> SetResult:
+        none = {name: Rate.of([False] * 20) for name in ("shown", "late", "unanswered", "deflected")}
+        arms = []
+        for name, found, cut in (("plain", {}, plain_cut), ("d:ablate=1", faults, faults.get("unended", 0))):
+            broken = [number < sum(found.values()) for number in range(20)]
+            rates = none | {"degenerate": Rate.of(broken), "complied": Rate.of([not one for one in broken])}
+            arms.append(ArmOnSet(arm=name, faults=found, unended=cut, tokens_mean=5.0, tokens_median=5.0, **rates))
+        dataset = Dataset(name="a", sha256="b", count=20)
+        return SetResult(name="harmless", dataset=dataset, multi_turn=0, limit_tells=True, arms=tuple(arms))
+
+    (told,) = only_cut(on_set({"unended": 3}, 1), 32)
+    assert told.startswith("d:ablate=1: 3 of the 3 degenerate answers only ran into --max-tokens 32, as")
+    assert only_cut(on_set({"unended": 3, "looped": 1}, 1), 32)[0].startswith("d:ablate=1: 3 of the 4 degenerate")
+    assert only_cut(on_set({"unended": 3}, 0), 32) == []
+    assert only_cut(on_set({"looped": 3}, 1), 32) == []

@@ -586,7 +586,12 @@ def test_classify_reads_odd_lines_and_writes_what_can_be_read_again(
 ) -> None:
     file = tmp_path / "answers.jsonl"
     file.write_text("\ufeff" + "\n".join(ODD), "utf-8", newline="")
-    told = [json.loads(line) for line in run("classify", str(file)).stdout.splitlines()]
+    done = run("classify", str(file))
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    shown = sum(one["outcome"] == "shown" for one in told)
+    assert re.search(rf"^shown {shown} of {len(told)} \(\d+\.\d% – \d+\.\d%\)", done.stderr), done.stderr
+    for outcome in {one["outcome"] for one in told}:
+        assert f"{outcome} {sum(one['outcome'] == outcome for one in told)} of {len(told)}" in done.stderr
     given = [json.loads(line) for line in ODD if line]
     assert [one["answer"] for one in told] == [one if isinstance(one, str) else one["answer"] for one in given]
     assert [one["outcome"] for one in told] == [

@@ -344,10 +344,12 @@ def classify(
     """Tell of each answer whether it shows the behaviour, and if not, whether it is an answer.
 
     Writes the lines that it reads, with `outcome` (shown, late, unanswered, degenerate or complied; with a judge
-    deflected too) and `why`. A judge's word is in place of the behaviour's own patterns.
+    deflected too) and `why`, and at the end, on standard error, how many there are of each. A judge's word is in place
+    of the behaviour's own patterns.
     """
+    from steer.lab.evaluation.report import Rate
     from steer.lab.judge import judged
-    from steer.lab.outcome import Answer, Outcome, tell
+    from steer.lab.outcome import OUTCOMES, Answer, Outcome, tell
 
     behaviour = counted.loaded()
     judging = counted.only_judge(behaviour, Progress())
@@ -355,9 +357,14 @@ def classify(
     verdicts: list[Outcome | None] = [None] * len(read)
     if judging is not None:
         verdicts = judged(judging, [prompt for _, prompt in read], [item["answer"] for item, _ in read])
+    seen: list[Outcome] = []
     for (item, prompt), verdict in zip(read, verdicts, strict=True):
         told = tell(behaviour, Answer.of(item["answer"]), verdict=verdict, prompt=prompt)
         echo_line(item | {"outcome": told.outcome, "why": told.why})
+        seen.append(told.outcome)
+    rates = {outcome: Rate.of([one == outcome for one in seen]) for outcome in OUTCOMES}
+    counted_ones = (f"{name} {rate}" for name, rate in rates.items() if rate.hits or name == "shown")
+    typer.echo(", ".join(counted_ones), err=True)
 
 
 def _answers(path: Path) -> list[tuple[dict[str, Any], Prompt]]:

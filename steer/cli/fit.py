@@ -203,6 +203,9 @@ def measure(
     engine = opt.EngineOptions(backend, model, ctx, opening)
     sets = read_prompts(harmful), read_prompts(harmless)
     check_contrast(*sets)
+    for one in sets:
+        if one.oddities:
+            typer.echo(one.oddities, err=True)
     rendering = rendered.rendering()
     quiet_libraries()
     from steer.lab.measure import MeasurementOptions

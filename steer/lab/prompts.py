@@ -122,6 +122,8 @@ class PromptSet:
     #: Where each stands in the file, also after some were drawn: a message says that in place of a text, which may be
     #: harmful and would get into terminals and logs. Without it, where it stands in `prompts`.
     places: Mapping[Prompt, int] = field(default_factory=dict, compare=False, repr=False)
+    #: Items or rows of the file that were left out, since their prompt is empty.
+    empty: int = field(default=0, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompts, tuple) or not all(isinstance(one, str | Conversation) for one in self.prompts):
@@ -140,6 +142,14 @@ class PromptSet:
     def fingerprint(self) -> str:
         """Equal for the same prompts in the same order."""
         return hashlib.sha256(repr(self.prompts).encode()).hexdigest()
+
+    @property
+    def oddities(self) -> str:
+        """In one line, what somebody who made the file may not know of it; empty where there is nothing."""
+        told = [f"without a prompt, and left out: {self.empty}"] if self.empty else []
+        if repeated := len(self.prompts) - len(set(self.prompts)):
+            told.append(f"repeated, and counted each time: {repeated}")
+        return f"{self.name}: {'; '.join(told)}" if told else ""
 
     def named(self, prompts: Iterable[Prompt]) -> str:
         """The file, and where in it some of its `prompts` stand, as "harmful.txt, lines 1, 4 and 3 more"."""
@@ -200,16 +210,17 @@ def _kind(name: str) -> tuple[str, int]:
     return KINDS.get(PurePosixPath(name).suffix.lower().partition(":")[0], ROW)
 
 
-def _set(source: str, name: str, sha256: str, parsed: Sequence[Prompt]) -> PromptSet:
-    """The set of what was `parsed` of a file, in which an empty text stands for no prompt."""
+def _set(source: str, name: str, sha256: str, parsed: Sequence[Prompt | None]) -> PromptSet:
+    """The set of what was `parsed` of a file, in which an empty text stands for no prompt, None for a blank line."""
     prompts = tuple(prompt for prompt in parsed if prompt)
     if not prompts:
         raise InvalidInput(f"{source}: has no prompts")
     _, first = _kind(name)
     places: dict[Prompt, int] = {}
     for number, prompt in enumerate(parsed, first):
-        places.setdefault(prompt, number)
-    return PromptSet(name, sha256, prompts, places)
+        if prompt:
+            places.setdefault(prompt, number)
+    return PromptSet(name, sha256, prompts, places, parsed.count(""))
 
 
 def _read(source: str) -> tuple[Path, bytes]:
@@ -283,8 +294,8 @@ class Split:
         return cls(harmful.without(tried[0]), harmless.without(tried[1]), *tried)
 
 
-def _parse(path: Path, data: bytes, only: str | None = None) -> list[Prompt]:
-    """The prompts of a file, those of the column `only` where one is given; an empty text is none."""
+def _parse(path: Path, data: bytes, only: str | None = None) -> Sequence[Prompt | None]:
+    """The prompts of a file, those of the column `only` where one is given; None stands for a blank line."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _from_parquet(path, data, only)
@@ -294,7 +305,7 @@ def _parse(path: Path, data: bytes, only: str | None = None) -> list[Prompt]:
     if suffix == ".txt":
         if only:
             raise InvalidInput(f"{path}: has a prompt in each line, and no column '{only}'")
-        return [line.strip() for line in text.split("\n")]
+        return [line.strip() or None for line in text.split("\n")]
     if suffix == ".jsonl":
         whole = None
         try:
@@ -305,7 +316,7 @@ def _parse(path: Path, data: bytes, only: str | None = None) -> list[Prompt]:
             if isinstance(whole, list):
                 raise InvalidInput(f"{path}: this is one JSON list: name it .json") from error
             raise
-        return [next(read) if line.strip() else "" for line in text.split("\n")]
+        return [next(read) if line.strip() else None for line in text.split("\n")]
     if suffix == ".json":
         with prefixed(str(path)):
             value = from_json(text)

@@ -124,6 +124,19 @@ def test_upper_case_of_a_column_does_not_matter_and_the_same_spelling_goes_befor
     assert read_prompts(str(path)).prompts == ("yes", "yes", Conversation((("user", "yes"),)))
 
 
+def test_empty_and_repeated_prompts_are_told_in_a_line_and_blank_lines_are_not(tmp_path: Path) -> None:
+    for name, text in {
+        "p.jsonl": jsonl(["a", "b", {"prompt": " "}, {"text": None}, "a"]) + "\n\n",
+        "p.json": json.dumps(["a", "b", "", " ", "a"]),
+        "p.csv": "prompt,id\na,1\nb,2\n,3\n ,4\na,5\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        told = read_prompts(str(tmp_path / name)).oddities
+        assert told == f"{name}: without a prompt, and left out: 2; repeated, and counted each time: 1"
+    (tmp_path / "p.txt").write_text("a\n\n\nb\n")
+    assert read_prompts(str(tmp_path / "p.txt")).oddities == ""
+
+
 def test_a_column_of_a_file_is_named_after_it(tmp_path: Path) -> None:
     rows = [{"prompt": "one", "Harmful": "bad one"}, {"prompt": "two", "Harmful": "bad two"}]
     for path in [*written(rows, tmp_path), *(tmp_path / f"p.{suffix}" for suffix in ("json", "csv", "tsv"))]:

@@ -55,7 +55,7 @@ PIECES = re.compile(
 )
 #: Characters at the end of a long text that are looked at.
 GARBLED = 4000
-URL = re.compile(r"\w+://\S+")
+URL = re.compile(r"(?<!\w)\w+://\S+")  # tried once for a word, however long
 MISREAD = re.compile(r"[ÃÐÑâã][\u0080-\u00bf€™œžŸš‚„†‡…‰‹Œ˜ƒÂÃ]")
 VOWELLESS = re.compile(r"\b[b-df-hj-np-tv-xz]{5}\b")
 #: What no grammar has: an article or preposition before a word that cannot follow it.

@@ -213,7 +213,7 @@ class HFEvaluator(Evaluator):
         def kl(row: int, q: Tensor) -> Floats:
             p = expected[row]
             assert p is not None
-            return (p.exp() * (p - q)).sum(-1).clamp_min(0).cpu().double().numpy()
+            return kl_divergence(p, q).cpu().numpy()
 
         return self._forced(prompts, plain, each_row(steer, len(prompts)), kl, self.progress)
 
@@ -287,6 +287,14 @@ class HFEvaluator(Evaluator):
 
         size = min(self.batch_size or fitting, fitting)
         return in_batches(sequences, run, batch_size=size, progress=self.progress, longest=self._longest)
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats, `[…]`, of log-probabilities `[…, vocabulary]` of any dtype. They are normalised again in
+    float64, or what rounding leaves of their sums would be as large as a small divergence. A token that p does not have
+    (−inf) adds nothing, whatever q says of it."""
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,10 @@ def test_an_answer_that_is_decided_stays_what_it_is() -> None:
                 told = tell(REFUSAL, Answer.of(answer[:cut])).outcome
                 assert (told == "shown", told == "late") == (whole == "shown", whole == "late"), answer[:cut]
     assert decided > 100
+
+
+def test_one_long_word_takes_no_square_of_its_length() -> None:
+    begun = time.monotonic()
+    assert not garbled("abcdefghijklmnop" * 10_000)
+    assert not garbled("see http://example.org/" + "abcdefghijklmnop" * 10_000)
+    assert time.monotonic() - begun < 5

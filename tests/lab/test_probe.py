@@ -22,7 +22,7 @@ from steer.lab import probe as probe_module
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate, first_tokens
-from steer.lab.probe import HFEvaluator, cache_bytes, last_logits
+from steer.lab.probe import HFEvaluator, cache_bytes, kl_divergence, last_logits
 from steer.lab.prompts import Rendering, encode_all
 from steer.spec import PHASES, Condition, Entry, Spec
 from steer.tokenization import Thinking
@@ -594,3 +594,19 @@ def test_a_model_without_a_cache_in_what_it_returns_says_so() -> None:
 
     with pytest.raises(UnsupportedModel, match="returns no past_key_values"):
         last_logits(Forgetting(), torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long))
+
+
+def test_a_divergence_is_exact_where_it_is_small_and_a_token_that_neither_has_adds_nothing() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 50_000, dtype=torch.float64) * 3
+    moved = logits + 1e-4 * torch.randn_like(logits)
+    p, q = logits.log_softmax(-1), moved.log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1)
+    assert exact.max() < 1e-7
+    assert torch.allclose(kl_divergence(p.float(), q.float()), exact, rtol=1e-2, atol=0)
+    assert torch.equal(kl_divergence(p, p), torch.zeros(3, dtype=torch.float64))
+    masked = torch.zeros(50_000, dtype=torch.bool)
+    masked[::3] = True
+    p, q = (t.masked_fill(masked, -torch.inf).float().log_softmax(-1) for t in (logits, moved))
+    assert kl_divergence(p, q).isfinite().all()
+    assert kl_divergence(logits.log_softmax(-1), q).isinf().all(), "q does not have what p has"

@@ -120,7 +120,7 @@ class Registry:
                 served = ", ".join(known for known in sorted(self._names) if among(known)) or "none"
                 said = f"direction {name[:100]!r} is not served; served: {served}"
                 if name.isdecimal():  # a comma begins another direction
-                    said += "; in a number write a decimal point, as refusal=0.7"
+                    said += "; in a number write a decimal point, as refusal=0.7, and layers as a range, as refusal@7-8"
                 raise UnknownDirection(said, param="steer")
             return self._versions[self._names[name]]
 

@@ -487,7 +487,8 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
     assert "its mode is one_sided" in told.stderr
     told = run("convert", str(tmp_path / "d.gguf"), str(tmp_path / "back.safetensors"), "--model", model)
     assert "mode add, modes ablate, add" in told.stdout
-    run("convert", file, str(tmp_path / "direction.pt"))
+    told = run("convert", file, str(tmp_path / "direction.pt"))
+    assert f"wrote {tmp_path}/direction.pt and {tmp_path}/direction_metadata.json from a direction" in told.stdout
     told = run("convert", str(tmp_path / "direction.pt"), str(tmp_path / "a.safetensors"), "--model", model)
     one, other = (Direction.load(tmp_path / name).directions[1, 0] for name in ("d.safetensors", "a.safetensors"))
     torch.testing.assert_close(one, other)

@@ -216,12 +216,14 @@ def test_deleting_what_is_not_served_is_an_error() -> None:
         Registry(Recorder()).delete("refusal")
 
 
-@pytest.mark.parametrize("text", ["refusal=0,7", "refusal:one_sided^-0,5=1", "refusal?refusal@0>0,3"])
+@pytest.mark.parametrize("text", ["refusal=0,7", "refusal:one_sided^-0,5=1", "refusal?refusal@0>0,3", "refusal@7,8"])
 def test_a_decimal_comma_is_told_to_be_one(text: str) -> None:
     """A comma begins another direction, which nobody has asked for."""
     registry = Registry(Recorder())
     registry.put("refusal", models.direction(models.tiny("llama")).to_bytes())
-    with pytest.raises(UnknownDirection, match=r"in a number write a decimal point, as refusal=0\.7"):
+    with pytest.raises(
+        UnknownDirection, match=r"write a decimal point, as refusal=0\.7, and layers as a range, as refusal@7-8"
+    ):
         registry.resolve(parse(text))
 
 

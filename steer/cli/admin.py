@@ -46,7 +46,11 @@ def new_key(
     block = f"[keys.{head}]\nhash = {json.dumps(secrets.stored(secret))}\n"
     block += f"directions = {json.dumps(direction or [])}\n" + ("readout = true\n" if readout else "")
     block += ("metrics = true\n" if metrics else "") + ("manage = true\n" if manage else "")
-    read(block.encode(), "the new key")
+    try:
+        read(block.encode(), "")
+    except PolicyError as error:  # of lines that nobody wrote
+        told = (re.sub(r"^:\d+: ", "", problem).removeprefix(f"keys.{name}: ") for problem in error.problems)
+        raise InvalidInput(told) from None
     if policy is None:
         typer.echo(f"# for the policy file\n{block}", err=True)
     else:
@@ -132,7 +136,8 @@ def verify_audit(
         for note in report.notes:
             typer.echo(f"note: {note}", err=True)
         verdict = "NOT whole" if report.problems else "whole"
-        typer.echo(f"{report.lines} lines, {verdict}; the last is {report.last}")
+        if report.last.seq or not report.problems:  # else not one of the lines is a log's
+            typer.echo(f"{report.lines} lines, {verdict}; the last is {report.last}")
     if report.problems:
         raise typer.Exit(1)
 

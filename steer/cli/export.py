@@ -45,6 +45,7 @@ def convert(
     from steer.lab import formats
     from steer.lab.derive import Recipe, derive
     from steer.lab.formats.foreign import Foreign
+    from steer.lab.formats.pickled import METADATA
     from steer.lab.measurement import Measurement, ModelFacts
 
     facts = None
@@ -79,7 +80,10 @@ def convert(
     for sentence in formats.write(output, direction):
         typer.echo(f"warning: {sentence}", err=True)
     meta = direction.meta
-    typer.echo(f"wrote {output} from a direction: {meta.method}, mode {meta.mode}, modes {', '.join(meta.modes)}")
+    beside = f" and {output.with_name(METADATA)}" if output.suffix == ".pt" else ""
+    typer.echo(
+        f"wrote {output}{beside} from a direction: {meta.method}, mode {meta.mode}, modes {', '.join(meta.modes)}"
+    )
 
 
 def _refuse(what: str, **options: object) -> None:

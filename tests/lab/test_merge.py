@@ -22,7 +22,7 @@ from steer.hf.internals import axis_in_file
 from steer.hf.load import attention_implementation
 from steer.lab.merge import model as merge
 from steer.lab.merge.model import CONFIG, RECEIPT, WEIGHTS, Made, bake, export_adapter, new_folder
-from steer.lab.merge.removal import RemovalPlan, removal
+from steer.lab.merge.removal import RemovalPlan, Verdict, removal
 from steer.lab.merge.weights import INDEX, Checkpoint, Writer
 from tests import models, oracle
 from tests.models import IDS, logits, relative
@@ -530,3 +530,10 @@ def test_an_adapter_that_does_something_else_is_found_by_its_effect_and_not_kept
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {WEIGHTS, CONFIG}
     with pytest.raises(InvalidInput, match="exists already"):
         export_adapter(checkpoint, removed, **given)
+
+
+def test_a_failed_check_names_only_what_was_measured() -> None:
+    most = (1e-3, 1e-5)
+    assert Verdict(0.5, None, None, most).found == "logits differ by 0.5"
+    assert Verdict(None, None, 0.25, most).found == "0.25 of the stream is left along it"
+    assert Verdict(0.5, 0.1, 0.25, most).found == "logits differ by 0.5, 0.25 of the stream is left along it"

@@ -473,6 +473,8 @@ def test_the_command_finds_the_files_that_a_log_was_rotated_to(tmp_path: Path) -
     path = filled(tmp_path / "a.jsonl", 40, max_bytes=2000)
     (tmp_path / "a.jsonl.old").write_text("of somebody else")
     command = [sys.executable, "-m", "steer", "audit", "verify"]
+    done = subprocess.run([*command, str(tmp_path / "a.jsonl.old")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, ""), "no head of what is no log"
     assert len(list(tmp_path.glob("a.jsonl.*[0-9]"))) > 2
     for files in ([path], [path, *tmp_path.glob("a.jsonl.*[0-9]")]):
         done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True)

@@ -174,6 +174,14 @@ class Verdict:
     left: float | None
     most: tuple[float, float]
 
+    @property
+    def found(self) -> str:
+        """What was measured, in words."""
+        logits = f"logits differ by {self.logits}" if self.logits is not None else ""
+        return ", ".join(
+            filter(None, [logits, f"{self.left} of the stream is left along it" * (self.left is not None)])
+        )
+
     def __str__(self) -> str:
         told, (logits, left) = [], self.most
         if self.logits is not None:
@@ -226,9 +234,8 @@ def _verdict(plan: RemovalPlan, edited: Streamed, dtype: torch.dtype, preserve_n
     verdict = Verdict(logits, served, largest, most)
     if not ((logits or 0.0) <= most[0] and (largest or 0.0) <= most[1]):
         raise UnsupportedModel(
-            "what was made is not the original with the direction removed from what its weights write: logits differ "
-            f"by {logits}, {largest} of the stream is left along it; some writer of this architecture is not known by "
-            "its name. Nothing was kept"
+            f"what was made is not the original with the direction removed from what its weights write: {verdict.found}"
+            "; some writer of this architecture is not known by its name. Nothing was kept"
         )
     return verdict
 

@@ -103,6 +103,8 @@ def restated(send: Send, sent: Collection[str]) -> Send:
 
 #: What vLLM's errors name of itself.
 _PARAMETER = re.compile(r" \(parameter=(\w+)(, value=.*)?\)$", re.DOTALL)
+#: What Python says of a power that is too large.
+_OVERFLOW = re.compile(r"\(34, '[^']*'\)")
 _PROMPT = ("prompt", "messages", "input")
 _LIMIT = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 #: How it calls a field of some routes: by the name of another route's, or by its own.
@@ -121,6 +123,8 @@ def plainly(message: str, param: str | None, sent: Collection[str]) -> tuple[str
     what it gives as `param`, else the first that it speaks of."""
     if told := errors.pydantic_text(message):
         return told
+    if _OVERFLOW.fullmatch(message):  # which only beam search does with it
+        return "length_penalty: too large a number", "length_penalty"
     if found := _PARAMETER.search(message):
         message, param = message[: found.start()], param or found[1]
     if param is None:

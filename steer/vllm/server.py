@@ -103,6 +103,13 @@ def install(app: FastAPI) -> None:
     app.include_router(operation.router(control))
     app.include_router(html.router())
     html.put_docs_on(app)
+    app.router.default = partial(_no_route, app.router.default)
+
+
+async def _no_route(default: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Where no route is: what FastAPI says itself is not in the form of OpenAI's errors."""
+    found = default if scope["type"] != "http" else errors.response(Code.NOT_FOUND, "Not Found")
+    await found(scope, receive, send)
 
 
 def guard(app: FastAPI) -> None:

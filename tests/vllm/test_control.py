@@ -156,6 +156,14 @@ def test_every_route_that_vllm_has_is_behind_the_door(server: Server) -> None:
         assert server.client.post(path).status_code == 401
 
 
+def test_where_no_route_is_the_error_has_the_form_of_all_others(server: Server) -> None:
+    answer = server.client.get("/nowhere", headers=bearer("all"))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    beams: dict[str, Any] = {"use_beam_search": True, "n": 2, "max_tokens": 4, "length_penalty": 1e308}
+    answer = ask(server, "all", **beams)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "length_penalty"), answer.text
+
+
 def test_a_form_is_not_read(server: Server) -> None:
     """vLLM would read it on the event loop, the empty ones too."""
     kind = {"Content-Type": "application/x-www-form-urlencoded"} | bearer("all")

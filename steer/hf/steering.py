@@ -158,6 +158,7 @@ class Steering:
         self._graphs = Passes()
         #: Rows and positions of the pass that runs, as its decoder was called.
         self._tokens: tuple[int, int] | None = None
+        self._pass = _Pass()
         #: How many passes went through the hooks.
         self.passes = 0
         self.watchers: list[Watcher] = []
@@ -188,13 +189,14 @@ class Steering:
             hung = [
                 decoder.register_forward_pre_hook(_Entrance(self, begin), with_kwargs=True),
                 decoder.register_forward_hook(  # a copy has the hook too, which is not for it
-                    lambda module, *_: end() if module is decoder else None, always_call=True
+                    lambda module, _, out: end(out is not None) if module is decoder else None, always_call=True
                 ),
             ]
             self._handles = [(decoder, handle) for handle in hung]
-            for hooked in self._targets:
+            in_order = sorted(self._targets, key=lambda hooked: hooked.point.layer)
+            for number, hooked in enumerate(in_order):
                 hang = hook_points.on_input if hooked.before else hook_points.on_output
-                handle = hang(hooked.module, _uncompiled(self._transform(hooked.point)))
+                handle = hang(hooked.module, _uncompiled(self._transform(hooked.point, 1 << number)))
                 self._handles.append((hooked.module, handle))
                 internals.record_last(hooked.module)
             self._list = hook_points.find_list(self.anatomy.decoder, self.anatomy.layers)
@@ -318,6 +320,7 @@ class Steering:
             self.check_intact()
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1
+        self._pass.reached = 0
         if tokens is not None and len(self._rows) > 1 and tokens[0] % len(self._rows):
             raise InvalidInput(
                 f"{len(self._rows)} specs for a pass of {tokens[0]} rows: give one spec for all rows, or a number of "
@@ -326,9 +329,24 @@ class Steering:
         for watcher in self.watchers:
             watcher.begin(tokens)
 
-    def _end(self) -> None:
-        if torch.is_grad_enabled() and not going_backward():
+    def _end(self, whole: bool) -> None:
+        """After each pass of the decoder, `whole` or broken off by an error."""
+        if torch.is_grad_enabled():
+            if going_backward():
+                return
             self._graphs.ended(self._rows)
+        reached = self._pass.reached
+        # the last layers may be left out (an assistant's early exit), and in training any (LayerDrop)
+        right = reached and not reached & (reached + 1)
+        if right or not self.blocks or not whole or self.anatomy.decoder.training:
+            return
+        layers = sorted(h.point.layer for h in self._targets)
+        missed = sorted({layer for number, layer in enumerate(layers) if not reached >> number & 1})
+        raise RuntimeError(
+            f"`with {self.blocks[-1]}:` is open, and a pass of {type(self.anatomy.decoder).__name__} went around "
+            f"{f'the hooks of layers {missed}' if reached else 'all hooks'}, which would be plain there: blocks must "
+            "be called as modules are, not by their `forward`"
+        )
 
     def _check_again(self) -> None:
         """Before a part of a pass is computed again."""
@@ -373,13 +391,15 @@ class Steering:
         self.fill(batch.rows, lengths, batch.starts, batch.tokens)
         self.reads.clear()
 
-    def _transform(self, point: HookPoint) -> hook_points.Transform:
+    def _transform(self, point: HookPoint, bit: int) -> hook_points.Transform:
+        """bit: of the hook point, in what a pass has reached."""
         bank_slice, layer = self.bank.slices[point], point.layer
         readable = point.readable
 
         def transform(x: Tensor) -> Tensor | None:
             if again := torch.is_grad_enabled() and going_backward():
                 self._check_again()
+            self._pass.reached |= bit
             steered, read = self.index.active, readable and layer in self.reads.layers
             watchers = self.watchers if readable and not again else ()  # they have seen this pass
             if not (steered or read or watchers):
@@ -467,6 +487,12 @@ class Steering:
             self.detach()
         if bad:
             raise UnsupportedModel(f"{anatomy.architecture} cannot be steered: {'; '.join(bad)}")
+
+
+class _Pass(threading.local):
+    """The pass that runs on a thread: the hook points that it has reached, a bit each, in the order of layers."""
+
+    reached = 0
 
 
 class _Entrance:

@@ -12,6 +12,7 @@ import logging
 import pydoc
 import threading
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -315,6 +316,53 @@ def test_a_block_is_not_exported_without_its_steering(d: steer.Direction, what: 
             logits(model)
             with pytest.raises(Exception, match=r"would not have its steering|torch\.compiler\.disable"):
                 torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, strict=strict)
+
+
+@pytest.mark.parametrize("sites", [("resid_post",), ("resid_post", "writers")])
+@pytest.mark.parametrize("around", [[1], [0, 1], [0, 1, 2]])
+@pytest.mark.parametrize("what", ["steered", "read"])
+def test_a_pass_that_goes_around_blocks_is_told(d: steer.Direction, what: str, around: list[int], sites: Any) -> None:
+    """As decode steps do that call `forward` of blocks, or what was captured of them."""
+    model = models.tiny("llama")
+
+    class Around(type(model.model.layers[0])):
+        def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if x.shape[1] == 1:
+                return x
+            return super().__call__(x, *args, **kwargs)
+
+    for layer in around:
+        model.model.layers[layer].__class__ = Around
+    steering = steer.attach(model, {"d": d}, sites=sites)
+
+    def block() -> Any:
+        return steering("d") if what == "steered" else steering.read("d")
+
+    def inside() -> None:
+        with block():
+            logits(model)
+            logits(model, IDS[:, :1])
+
+    with pytest.raises(RuntimeError, match="went around"):
+        inside()
+    logits(model, IDS[:, :1])
+    model.train()  # where layers may be dropped
+    inside()
+
+
+def test_a_pass_may_end_early_and_an_error_in_it_is_told_alone(d: steer.Direction) -> None:
+    model = models.tiny("llama")
+    steering = steer.attach(model, {"d": d})
+    with steering("d"):
+        model.config.num_hidden_layers = 2
+        logits(model)
+        model.config.num_hidden_layers = models.LAYERS
+        handle = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(model)
+        handle.remove()
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: logits(model), range(8)))
 
 
 @pytest.mark.parametrize("name", ["generate", "_expand_inputs_for_generation"])
@@ -782,7 +830,7 @@ def test_blocks_that_see_flattened_tokens(llama: Any, d: steer.Direction) -> Non
 def test_a_model_with_its_positions_first_is_refused() -> None:
     """Two prompts of two tokens would else have each position steered by a prompt's spec."""
     config = tf.XLNetConfig(vocab_size=128, d_model=64, n_layer=3, n_head=4, d_inner=96)
-    with pytest.raises(UnsupportedModel, match=r"which rows of a batch .* \[5, 8\] the stream is \[8, 5, 64\]"):
+    with pytest.raises(UnsupportedModel, match=r"which rows of a batch .* \[6, 8\] the stream is \[8, 6, 64\]"):
         steer.attach(tf.XLNetLMHeadModel(config).eval())
 
 

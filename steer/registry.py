@@ -216,8 +216,8 @@ class Registry:
         condition = " (one of them for its condition)" if any(entry.condition for entry in entries) else ""
         condition = f" (two are the least with the tokens '{phases[0]}')" if phases else condition
         return [
-            f"the request needs {needed} direction rows for each token{condition}, this server was started with rank "
-            f"{rank}: `--rank {needed}` for a server, `rank=` in Python"
+            f"the request needs {needed} direction rows for each token{condition}, and the rank here is {rank}: "
+            f"`--rank {needed}` for a server, `rank=` in Python"
         ]
 
     def metas(self, spec: Spec) -> list[DirectionMeta]:

@@ -95,8 +95,8 @@ class Shape:
         if entry.tokens in PHASES and self.thinking is None:
             known = ", ".join(f"{begin} and {end}" for begin, end in THINKING[:2])
             raise SpecError(
-                f"tokens: '{entry.tokens}': this model's tokenizer has no tokens that begin and end a thinking, such "
-                f"as {known}",
+                f"tokens: '{entry.tokens}': there is no tokenizer here that has tokens that begin and end a thinking, "
+                f"such as {known}",
                 param="steer.tokens",
             )
         if entry.layers is None:

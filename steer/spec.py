@@ -24,10 +24,11 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain, islice
+from numbers import Integral, Real
 
 from steer.errors import DirectionError, SpecError, brief
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
@@ -333,7 +334,7 @@ def _items(value: object, param: str, problems: list[str]) -> list[RequestedDire
         return []
     if isinstance(value, str):
         return _from_text(value, param, problems)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         item = _from_object(value, param, problems)
         return [item] if item else []
     if isinstance(value, list | tuple):
@@ -345,7 +346,7 @@ def _items(value: object, param: str, problems: list[str]) -> list[RequestedDire
             where = f"{param}[{index}]"
             if isinstance(part, str) and len(value) > 1 and part.strip().lower() in OFF_TEXTS:
                 problems.append(f"{where}: {brief(part)} cannot be combined with other items")
-            elif isinstance(part, str | dict):
+            elif isinstance(part, str | Mapping):
                 items += _items(part, where, problems)
             else:
                 problems.append(f"{where}: {brief(part)} is not a direction; {ACCEPTED}")
@@ -412,7 +413,7 @@ def repeated(pairs: Sequence[tuple[str, object]]) -> str | None:
     return None
 
 
-def _from_object(value: dict[object, object], param: str, problems: list[str]) -> RequestedDirection | None:
+def _from_object(value: Mapping[object, object], param: str, problems: list[str]) -> RequestedDirection | None:
     for key in islice((str(key) for key in value if key not in _FIELDS), MAX_ITEMS):
         problems.append(f"{param}.{key[:40]}: unknown field; accepted: {', '.join(_FIELDS)}")
     if "direction" not in value:
@@ -474,6 +475,7 @@ def _digest(value: object, param: str, problems: list[str]) -> str | None:
 
 def _within(value: object, most: float, field: str, problems: list[str], accepted: str = "") -> float | None:
     """A number of at most this size on either side of 0; `accepted`: what else to call it."""
+    value = float(value) if isinstance(value, Real) and not isinstance(value, int) else value  # of numpy too
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= most:
         return float(value) + 0.0  # which turns -0.0 into 0.0
     shown = value if isinstance(value, _Unread) else brief(value)  # NaN too
@@ -494,7 +496,7 @@ def _condition(value: object, param: str, problems: list[str]) -> Condition | No
     if found:
         value = {"direction": found[2].strip(), "layer": int(found[3]), _SIDES[found[4]]: _number(found[5])}
         value |= {"each": True} if found[1] else {}
-    if not isinstance(value, dict) or "direction" not in value or "layer" not in value:
+    if not isinstance(value, Mapping) or "direction" not in value or "layer" not in value:
         problems.append(
             f"{param}.if: {brief(said)} is not a condition; accepted: a direction, a layer and a number like "
             "'harm@12>0.3', 'harm@12<0.3' or 'each:harm@12>0.3', or an object {'direction', 'layer', 'above' or "
@@ -508,6 +510,7 @@ def _condition(value: object, param: str, problems: list[str]) -> Condition | No
         name = check_name(name if isinstance(name, str) else "")
     except DirectionError as error:
         problems.append(f"{param}.if.direction: {error}")
+    layer = int(layer) if isinstance(layer, Integral) and not isinstance(layer, bool) else layer
     if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer <= 9999:
         problems.append(f"{param}.if.layer: {brief(layer)} is not accepted: one layer like 12")
     sides = [side for side in _SIDES.values() if value.get(side) is not None]
@@ -556,8 +559,8 @@ def tokens_in_both(some: Sequence[str], others: Sequence[str]) -> list[str]:
 
 def layer_range(layers: object) -> str | None:
     """The canonical text of a range of layers; None for what is none."""
-    if isinstance(layers, int) and not isinstance(layers, bool):
-        layers = str(layers)
+    if isinstance(layers, Integral) and not isinstance(layers, bool):
+        layers = str(int(layers))
     found = _LAYERS.fullmatch(layers) if isinstance(layers, str) else None
     if found is None:
         return None

@@ -397,9 +397,9 @@ def test_more_rows_than_a_token_can_have_are_refused() -> None:
     registry.put("one", file(1, k=2))
     registry.put("two", file(2, k=2))
     admit(registry, "one")
-    with pytest.raises(SpecError, match=r"needs 4 direction rows .* rank 3"):
+    with pytest.raises(SpecError, match=r"needs 4 direction rows .* rank here is 3"):
         admit(registry, "one,two")
-    with pytest.raises(SpecError, match=r"needs 4 direction rows .* rank 3"):
+    with pytest.raises(SpecError, match=r"needs 4 direction rows .* rank here is 3"):
         admit(registry, "one:ablate,one:add")
 
 
@@ -944,9 +944,7 @@ def test_a_phase_is_of_models_that_have_it_and_of_all_that_a_request_asks_for(ph
         for name, data in (("a", A), ("b", B)):
             each.put(name, data, store=False)
     assert registry.resolve(parse(f"a@{phase},b@{phase}=0.5")).phased == phase
-    with pytest.raises(
-        SpecError, match=rf"tokens: '{phase}': this model's tokenizer has no tokens .*<think> and </think>"
-    ):
+    with pytest.raises(SpecError, match=rf"tokens: '{phase}': there is no tokenizer here .*<think> and </think>"):
         without.resolve(parse(f"a@{phase}"))
     with pytest.raises(SpecError, match=r"2 direction rows .*two are the least with the tokens"):
         narrow.resolve(parse(f"a@{phase}"))

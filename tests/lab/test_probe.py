@@ -356,7 +356,7 @@ def test_a_phase_of_a_row_is_that_of_its_own_answer(
             came.add(acts)
     assert True in came
     monkeypatch.setattr("steer.tokenization.thinking_of", lambda _: None)
-    with pytest.raises(SpecError, match="has no tokens that begin and end a thinking"), probe.all_resident([mine]):
+    with pytest.raises(SpecError, match="has tokens that begin and end a thinking"), probe.all_resident([mine]):
         pass
 
 

@@ -65,7 +65,8 @@ def attach(
         change them later.
     sites: where the hooks act: "resid_post" (every block's output), "writers" (the outputs of attention, MLP and
         embedding). A direction's file says which it needs.
-    rows: how many direction rows are resident at once; a direction of rank k takes k.
+    rows: how many direction rows are resident at once; a direction of rank k takes k, and one more where its file has a
+        plane, if `rank` is above 1.
     rank: how many rows can act on one token: the ranks of what one spec names, together.
 
     Before it returns it proves by probe passes that every hook acts and that a plain pass is what it was. It clears
@@ -381,25 +382,30 @@ class Recorder:
 
     def __init__(self, rows: NDArray[np.int64], read: Readout) -> None:
         self._rows, self._read = torch.from_numpy(rows), read
-        self._passes: list[tuple[int, dict[int, _Found]]] = []
+        self._passes: list[tuple[int, int, dict[int, _Found]]] = []  # rows, positions, by layer
 
     def begin(self, tokens: tuple[int, int] | None) -> None:
-        self._passes.append((tokens[0] if tokens else 0, {}))
+        self._passes.append((*(tokens or (0, 0)), {}))
 
     @torch.no_grad()
     def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
         if layer not in self._read.layers:
             return
-        rows, found = self._passes[-1]
+        rows, positions, found = self._passes[-1]
         x, y = (side.detach().flatten(0, -2) for side in (before, after))
         lines = vectors[self._rows.to(vectors.device)].expand(len(x), -1, -1)
         norms = torch.linalg.vector_norm(x.float(), dim=-1)
-        found[layer] = tuple(t.unflatten(0, (rows, -1)) for t in (components(x, lines), components(y, lines), norms))
+        new = [t.unflatten(0, (rows, -1)) for t in (components(x, lines), components(y, lines), norms)]
+        # a block may be called for some positions after the others
+        whole = [torch.cat(parts, 1) for parts in zip(found[layer], new, strict=True)] if layer in found else new
+        if whole[-1].shape[1] > positions:
+            raise UnsupportedModel(f"block {layer} is called more than once in a pass, and what is read is not known")
+        found[layer] = (whole[0], whole[1], whole[2])
 
     def collect(self) -> list[Reading]:
         """Of each pass that went through all layers, in order."""
         layers = self._read.layers
-        whole = [found for _, found in self._passes if len(found) == len(layers)]
+        whole = [found for *_, found in self._passes if len(found) == len(layers)]
         return [
             Reading.of(
                 self._read, *(torch.stack([found[n][side] for n in layers], 2).cpu().numpy() for side in range(3))

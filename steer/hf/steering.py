@@ -101,6 +101,8 @@ class Anatomy:
         try:
             with torch.compiler.set_stance("force_eager"):  # what is compiled would go on without hooks that are new
                 return self.model(input_ids=ids.repeat(rows, 1), use_cache=False)
+        except InvalidInput:  # of ours
+            raise
         except (TypeError, ValueError, AttributeError) as error:
             raise UnsupportedModel(
                 f"{self.architecture} does not run on the ids of tokens alone: {first_line(error)}"
@@ -188,9 +190,7 @@ class Steering:
             decoder = self.anatomy.decoder
             hung = [
                 decoder.register_forward_pre_hook(_Entrance(self, begin), with_kwargs=True),
-                decoder.register_forward_hook(  # a copy has the hook too, which is not for it
-                    lambda module, _, out: end(out is not None) if module is decoder else None, always_call=True
-                ),
+                decoder.register_forward_hook(_Exit(self, end), always_call=True),
             ]
             self._handles = [(decoder, handle) for handle in hung]
             in_order = sorted(self._targets, key=lambda hooked: hooked.point.layer)
@@ -470,7 +470,14 @@ class Steering:
 
         def run(steers: selfcheck.Steers) -> None:
             with self.batch(steers):
-                anatomy.probe(len(steers))
+                try:
+                    anatomy.probe(len(steers))
+                except InvalidInput as error:  # its decoder is called with other rows than the model
+                    raise UnsupportedModel(
+                        f"{anatomy.architecture}: which rows of a batch the stream belongs to is not known: its "
+                        f"decoder is called with {list(self._tokens or ())} tokens for {len(steers)} rows of "
+                        f"{PROBE_TOKENS}"
+                    ) from error
 
         dead = selfcheck.rest_is_dead(anatomy.blocks, lambda: anatomy.probe().logits, plain, again)
         blocks = dict(enumerate(anatomy.blocks))
@@ -495,19 +502,36 @@ class _Pass(threading.local):
     reached = 0
 
 
-class _Entrance:
-    """The hook before the passes of a decoder, by which a model knows who steers it. A copy of the model has it
-    too, and is not steered."""
+class _Hung:
+    """A hook on a decoder, by which a model knows who steers it. A copy of the model has it too, and is not steered; in
+    a file it would be nothing."""
 
-    def __init__(self, steering: Steering, begin: Callable[[tuple[object, ...], dict[str, object]], None]) -> None:
-        self.steering, self._decoder, self._begin = steering, steering.anatomy.decoder, begin
+    def __init__(self, steering: Steering, call: Callable[..., None]) -> None:
+        self.steering, self._decoder, self._call = steering, steering.anatomy.decoder, call
+
+    def __deepcopy__(self, _memo: object) -> _Hung:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            f"a model cannot be pickled with its steering ({self.steering.anatomy.architecture}): detach first"
+        )
+
+
+class _Entrance(_Hung):
+    """Before each pass."""
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if module is self._decoder:
-            self._begin(args, kwargs)
+            self._call(args, kwargs)
 
-    def __deepcopy__(self, _memo: object) -> _Entrance:
-        return self
+
+class _Exit(_Hung):
+    """After it, also where it failed and there is no output."""
+
+    def __call__(self, module: nn.Module, _args: object, output: object) -> None:
+        if module is self._decoder:
+            self._call(output is not None)
 
 
 def _check_free(decoder: nn.Module) -> None:

@@ -61,16 +61,31 @@ def stream_of(output: Output) -> Tensor:
 
 
 def stream_given(args: Args, kwargs: Kwargs) -> Tensor:
-    """The hidden state in what a block is called with: the first argument, or `hidden_states=`."""
+    """The hidden state in what a block is called with: the first argument, or `hidden_states=`. Raises UnsupportedModel
+    where it is neither."""
+    if not args and "hidden_states" not in kwargs:
+        raise UnsupportedModel(
+            f"a block is called with {', '.join(kwargs) or 'nothing'}: its stream is expected as the first argument, "
+            "or as `hidden_states`"
+        )
     return args[0] if args else kwargs["hidden_states"]
 
 
 def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
     """Hook `transform` on the tensor that `module` returns, and no copy of it. A transform that returns None leaves it
-    alone."""
+    alone. A pass raises UnsupportedModel where it returns something else."""
 
     def hook(called: nn.Module, _args: object, output: Output) -> Output | None:
-        new = transform(stream_of(output)) if called is module else None
+        if called is not module:
+            return None
+        stream = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(stream, Tensor):
+            within = f" of {type(stream).__name__}" if isinstance(output, tuple) else ""
+            raise UnsupportedModel(
+                f"{type(module).__name__} returns a {type(output).__name__}{within}: a tensor is expected, or a tuple "
+                "that begins with one"
+            )
+        new = transform(stream)
         return (new, *output[1:]) if isinstance(output, tuple) and new is not None else new
 
     return module.register_forward_hook(hook)

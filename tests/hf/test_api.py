@@ -7,8 +7,10 @@ import copy
 import gc
 import hashlib
 import inspect
+import io
 import json
 import logging
+import pickle
 import pydoc
 import threading
 from collections.abc import Generator, Iterator
@@ -16,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -957,6 +960,95 @@ def test_a_copy_of_an_attached_model_is_one(llama: Any, d: steer.Direction) -> N
     assert "generate" not in vars(again)
 
 
+def test_any_mapping_and_any_number_is_a_spec(llama: Any, d: steer.Direction) -> None:
+    said = {"direction": "d", "strength": 0.5, "layers": 1}
+    numbers = said | {"strength": np.float32(0.5), "layers": np.int64(1)}
+    with steer.attach(llama, {"d": d}) as steering:
+        with steering(said):
+            expected = logits(llama)
+        for spec in (MappingProxyType(numbers), [MappingProxyType(numbers)]):
+            with steering(spec):
+                assert torch.equal(logits(llama), expected)
+        for wrong in (np.float32("nan"), np.bool_(True)):
+            with pytest.raises(SpecError, match="strength"):
+                steering({"direction": "d", "strength": wrong})
+
+
+def test_what_does_not_fit_is_said_of_no_server(llama: Any, d: steer.Direction) -> None:
+    with steer.attach(llama, {"d": d, "e": d}, rank=1) as steering:
+        with pytest.raises(SpecError, match=r"needs 2 direction rows .* the rank here is 1: .* `rank=` in Python"):
+            steering("d,e")
+        with pytest.raises(SpecError, match="no tokenizer here"):
+            steering("d@thinking")
+
+
+@pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
+def test_an_attached_model_says_that_it_is_not_pickled(d: steer.Direction, write: Any) -> None:
+    model = models.tiny("llama")
+    steering = steer.attach(model, {"d": d})
+    with pytest.raises(TypeError, match="detach first"):
+        write(model)
+    steering.detach()
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        (lambda x: {"h": x}, "Shaped returns a dict: a tensor is expected"),
+        (lambda x: (None, x), "Shaped returns a tuple of NoneType: a tensor is expected"),
+        (lambda x: [x], "Shaped returns a list: a tensor is expected"),
+    ],
+)
+def test_a_block_that_returns_no_stream_is_named(shape: Any, says: str) -> None:
+    model = models.tiny("llama")
+
+    class Shaped(type(model.model.layers[0])):
+        """Whoever calls it knows where the stream is."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().__call__(*args, **kwargs)
+            return next(x for x in (out.values() if isinstance(out, dict) else out) if x is not None)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return shape(super().forward(*args, **kwargs))
+
+    for block in model.model.layers:
+        block.__class__ = Shaped
+    with pytest.raises(UnsupportedModel, match=says):
+        steer.attach(model)
+
+
+def test_a_block_that_is_called_by_another_keyword_is_named() -> None:
+    model = models.tiny("llama")
+    block = model.model.layers[0]
+
+    class Renamed(type(block)):
+        def __call__(self, x: Tensor, **kwargs: Any) -> Any:
+            return super().__call__(stream=x, **kwargs)
+
+        def forward(self, stream: Tensor, **kwargs: Any) -> Any:
+            return super().forward(stream, **kwargs)
+
+    block.__class__ = Renamed
+    with pytest.raises(UnsupportedModel, match=r"a block is called with stream, .* as `hidden_states`"):
+        steer.attach(model)
+
+
+def test_a_decoder_that_is_given_other_rows_is_refused() -> None:
+    model = models.tiny("llama")
+
+    class Flat(type(model.model)):
+        def __call__(self, input_ids: Tensor, **_: Any) -> Any:
+            out = super().__call__(input_ids=input_ids.reshape(1, -1), use_cache=False)
+            out.last_hidden_state = out.last_hidden_state.reshape(*input_ids.shape, -1)
+            return out
+
+    model.model.__class__ = Flat
+    with pytest.raises(UnsupportedModel, match=r"which rows of a batch .* \[1, \d+\] tokens for \d rows of 8"):
+        steer.attach(model)
+
+
 # -- directions and arguments ----------------------------------------------------------------------------------------
 
 
@@ -1107,6 +1199,37 @@ def test_what_is_read_is_what_hooks_see(name: str, steered: bool) -> None:
         np.testing.assert_allclose(reading.after[:, :, layer], after @ lines.T, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(reading.norms[:, :, layer], before.norm(dim=-1), rtol=1e-4)
     np.testing.assert_array_equal(one.before, reading.before[:, :, 2:, :1])
+
+
+def test_blocks_that_see_some_positions_after_the_others_are_read_whole(d: steer.Direction) -> None:
+    model, whole = models.tiny("llama"), models.tiny("llama")
+
+    class Pieces(type(model.model.layers[0])):
+        def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if x.shape[1] < 10:
+                return super().__call__(x, *args, **kwargs)
+            pieces = range(0, x.shape[1], 5)
+            cos, sin = kwargs.pop("position_embeddings")
+            kwargs.pop("attention_mask", None)
+            return torch.cat(
+                [
+                    super(Pieces, self).__call__(
+                        x[:, n : n + 5], *args, **kwargs, position_embeddings=(cos[:, n : n + 5], sin[:, n : n + 5])
+                    )
+                    for n in pieces
+                ],
+                1,
+            )
+
+    for block in model.model.layers:
+        block.__class__ = Pieces
+    with steer.attach(model, {"d": d}) as steering, steering.read("d") as pieces:
+        logits(model)
+    with steer.attach(whole, {"d": d}) as steering, steering.read("d") as reading:
+        logits(whole)
+    assert pieces.before.shape == reading.before.shape
+    assert pieces.norms.shape == reading.norms.shape
+    np.testing.assert_allclose(pieces.before[:, :5], reading.before[:, :5], rtol=1e-4, atol=1e-5)
 
 
 def test_the_angle_in_the_plane_is_what_rotation_turns(llama: Any) -> None:

@@ -24,7 +24,7 @@ from starlette.types import Message, Receive, Scope
 
 from steer.errors import RequestError, brief
 from steer.serve import errors
-from steer.serve.shaped import check_form
+from steer.serve.shaped import FIELDS, check_form
 from steer.spec import repeated
 
 T = TypeVar("T")
@@ -173,7 +173,8 @@ def check_size(body: dict[str, object]) -> None:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
     if (prompts := prompt_count(body)) > 1 and answer_count(body) > MAX_ANSWERS:
         raise RequestError(f"prompt: {prompts} prompts × n are over {MAX_ANSWERS} answers", param="prompt")
-    check_form(body)
+    if not body.keys().isdisjoint(FIELDS):
+        check_form(body)
 
 
 def prompt_count(body: dict[str, object]) -> int:

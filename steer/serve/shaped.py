@@ -31,7 +31,7 @@ def check_form(body: Mapping[str, object]) -> None:
     size = 0
     for name in FIELDS:
         form = body.get(name)
-        if name in INNER:
+        if form is not None and name in INNER:
             form = _of(form, INNER[name])
         if form is None:
             continue

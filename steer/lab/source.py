@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import InvalidInput, UnsupportedModel
-from steer.hf.internals import longest_beside, short
+from steer.hf.internals import longest_beside
 from steer.hf.load import Loaded
 from steer.hf.steering import PROBE_TOKENS, Anatomy
 from steer.lab.batches import each_batch, right_padded
@@ -194,13 +194,7 @@ def _check_stream(anatomy: Anatomy) -> None:
         seen[layer] = x.shape
 
     with hooks([on_output(block, lambda x, n=n: see(n, x)) for n, block in enumerate(anatomy.blocks)]):
-        try:
-            anatomy.probe(rows)
-        except (TypeError, ValueError) as error:
-            raise UnsupportedModel(
-                f"{type(anatomy.model).__name__}: it does not run over text alone ({short(error)}); accepted: a model "
-                "that needs token ids only"
-            ) from error
+        anatomy.probe(rows)
     tokens = rows * PROBE_TOKENS
     for layer in range(anatomy.layers):
         if layer not in seen:

@@ -24,7 +24,7 @@ from starlette.types import Message, Receive, Scope
 
 from steer.errors import RequestError, brief
 from steer.serve import errors
-from steer.serve.shaped import FIELDS, check_form
+from steer.serve.structured import FIELDS, check_form
 from steer.spec import repeated
 
 T = TypeVar("T")

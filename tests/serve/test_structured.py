@@ -8,7 +8,7 @@ import pytest
 
 from steer.errors import RequestError
 from steer.serve.body import check_size
-from steer.serve.shaped import MAX_CHOICES, MAX_FORM
+from steer.serve.structured import MAX_CHOICES, MAX_FORM
 
 LOOP = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
 ESCAPED = {"properties": {"x": {"$ref": "#/$defs/a~1b%20c"}}, "$defs": {"a/b c": {"$ref": "#/$defs/a~1b c"}}}

@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,6 +52,34 @@ class Arrival:
 
     source: str
     prompt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One decode step of `batch` requests that are all in, of `count` in a row. `specs` and `adapter` as above."""
+
+    batch: int
+    specs: tuple[str | None, ...] = (None,)
+    adapter: str | None = None
+    prompt: int = 32
+    count: int = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What the GPU runs in a `Step`: of each kernel by its name, how often and for how many microseconds."""
+
+    batch: int
+    specs: tuple[str | None, ...] = (None,)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """The longest time between two tokens of `batch` running requests while one more comes in: plain, or with the
+    direction in the file `source`, which is new."""
+
+    batch: int
+    source: str | None
 
 
 class Process:
@@ -101,12 +130,19 @@ class Engine(Process):
         command = [sys.executable, "-m", "benchmarks.engines", str(model), json.dumps(options)]
         super().__init__(command, os.environ | ENVIRONMENT | dict(environment or {}))
 
-    def run(self, job: Job | Arrival) -> float:
+    def run(self, job: Job | Arrival | Step | Gap) -> float:
         """Seconds that it took inside the child."""
-        return float(self.ask({type(job).__name__: asdict(job)})["seconds"])
+        return float(self._found(job))
 
-    def arm(self, job: Job | Arrival) -> Callable[[], float]:
+    def arm(self, job: Job | Arrival | Step | Gap) -> Callable[[], float]:
         return lambda: self.run(job)
+
+    def kernels(self, job: Kernels) -> dict[str, tuple[float, float]]:
+        """By name: launches and microseconds of a step."""
+        return {name: (count, time) for name, (count, time) in self._found(job).items()}
+
+    def _found(self, job: Any) -> Any:
+        return self.ask({type(job).__name__: asdict(job)})["found"]
 
 
 def main(model: str, options: dict[str, Any]) -> None:
@@ -115,15 +151,19 @@ def main(model: str, options: dict[str, Any]) -> None:
 
     from vllm import LLM
 
-    began = time.perf_counter()
     llm = LLM(model, **options)
     mode = int(llm.llm_engine.vllm_config.compilation_config.mode or 0)
-    print(json.dumps({"seconds": time.perf_counter() - began, "mode": mode}), file=answers, flush=True)
+    print(json.dumps({"mode": mode}), file=answers, flush=True)
     for line in sys.stdin:
         ((kind, fields),) = json.loads(line).items()
-        jobs: dict[str, Callable[..., float]] = {"Job": batch, "Arrival": arrival}
-        seconds = jobs[kind](llm, **fields)
-        print(json.dumps({"seconds": seconds}), file=answers, flush=True)
+        jobs: dict[str, Callable[..., Any]] = {
+            "Job": batch,
+            "Arrival": arrival,
+            "Step": step,
+            "Kernels": kernels,
+            "Gap": gap,
+        }
+        print(json.dumps({"found": jobs[kind](llm, **fields)}), file=answers, flush=True)
 
 
 def batch(
@@ -140,11 +180,96 @@ def arrival(llm: Any, source: str, prompt: int) -> float:
     if path.is_dir():
         _timed(llm, prompts, [_parameters(1, None)], _adapter(source))
     else:
-        from steer.vllm import frontend
-
-        frontend.of(llm).registry.put("arrived", path.read_bytes(), store=False)
-        _timed(llm, prompts, [_parameters(1, "arrived")], None)
+        _put(llm, source)
+        _timed(llm, prompts, [_parameters(1, ARRIVED)], None)
     return time.perf_counter() - began
+
+
+#: The name of a direction that comes in while an engine runs.
+ARRIVED = "arrived"
+
+
+def _put(llm: Any, source: str) -> None:
+    from steer.vllm import frontend
+
+    frontend.of(llm).registry.put(ARRIVED, Path(source).read_bytes(), store=False)
+
+
+class Running:
+    """Requests that decode together, step by step. They are aborted where the `with` ends."""
+
+    #: Tokens of each before anything is counted: the prompts are in, and the steps are steady.
+    WARM = 6
+
+    def __init__(self, llm: Any, batch: int, specs: Sequence[str | None], prompt: int, adapter: str | None) -> None:
+        self.llm, self.engine, self.tokens = llm, llm.llm_engine, dict[str, int]()
+        for i, ids in enumerate(_prompts(llm, [prompt] * batch)):
+            self.add(f"{i}", ids, specs[i % len(specs)], adapter)
+
+    def __enter__(self) -> Self:
+        self.until(self.WARM)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.abort_request(list(self.tokens))
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+    def add(self, name: str, ids: Any, spec: str | None, adapter: str | None = None) -> None:
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = _parameters(512, spec)
+        parameters.output_kind = RequestOutputKind.DELTA
+        lora = None if adapter is None else _adapter(adapter)
+        self.engine.add_request(name, ids, parameters, lora_request=lora)
+        self.tokens[name] = 0
+
+    def step(self) -> bool:
+        """Whether the first request has a token of it."""
+        before = self.tokens["0"]
+        for output in self.engine.step():
+            self.tokens[output.request_id] += len(output.outputs[0].token_ids)
+        return self.tokens["0"] > before
+
+    def until(self, tokens: int) -> float:
+        """Steps until each request has so many; the time then."""
+        while min(self.tokens.values()) < tokens:
+            self.step()
+        return time.perf_counter()
+
+
+def step(llm: Any, batch: int, specs: list[str | None], adapter: str | None, prompt: int, count: int) -> float:
+    with Running(llm, batch, specs, prompt, adapter) as running:
+        began = time.perf_counter()
+        return (running.until(running.WARM + count) - began) / count
+
+
+def kernels(llm: Any, batch: int, specs: list[str | None]) -> dict[str, tuple[float, float]]:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    count = 8
+    with Running(llm, batch, specs, 32, None) as running:
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            running.until(running.WARM + count)
+            torch.cuda.synchronize()
+    return {
+        each.key: (each.count / count, each.self_device_time_total / count)
+        for each in seen.key_averages()
+        if each.self_device_time_total
+    }
+
+
+def gap(llm: Any, batch: int, source: str | None) -> float:
+    with Running(llm, batch, [None], 32, None) as running:
+        times = [time.perf_counter()]
+        if source is not None:
+            _put(llm, source)
+        running.add("new", _prompts(llm, [32])[0], None if source is None else ARRIVED)
+        while running.tokens["new"] < 2:
+            if running.step():
+                times.append(time.perf_counter())
+    return max(b - a for a, b in pairwise(times))
 
 
 def _timed(llm: Any, prompts: list[Any], parameters: list[Any], adapter: Any) -> float:

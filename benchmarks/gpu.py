@@ -1,32 +1,40 @@
-"""On a GPU: what steering costs there, in one command.
+"""On a GPU: what steering costs on vLLM there, beside stock vLLM and beside a LoRA adapter, in one command.
 
-`python -m benchmarks.gpu`. Two parts: the operation in the hooks of a transformers model, under `torch.compile` and
-CUDA graphs; and, where vLLM is installed, stock vLLM against an engine with steering (`benchmarks.overhead`), dummy
-weights at the shapes of a 0.5 B model, a 7 B model, and eight layers of a 70 B model. The two engines share the GPU,
-so that both leave a 7 B model room for 256 requests on 80 GB.
+`python -m benchmarks.gpu`. Dummy weights at the shapes of a 0.5 B and of a 7 B model, compiled, with CUDA graphs as
+vLLM has them by default. Engines come in pairs that share the GPU, stock and another, each in a process of its own; all
+pairs are started `--orders` times. What a pair has shown is kept in the folder of results: the same command goes on
+with what is missing.
 """
 
 from __future__ import annotations
 
-import copy
+import json
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import results
-from benchmarks.results import Result, benchmark_parser, interleave, rounds
-from steer.runtime import hook_points
-from steer.runtime.bank import BankSlice, DirectionBank, HookPoint, gather, operate
-from steer.runtime.token_index import TokenIndex
-from steer.spec import Entry, Spec
+from benchmarks.engines import Arrival, Engine, Gap, Job, Kernels, Running, Step
+from benchmarks.overhead import DIRECTIONS, OPTIONS, WITHOUT, Home
+from benchmarks.results import (
+    Ratio,
+    Result,
+    Table,
+    benchmark_parser,
+    interleave,
+    machine,
+    median_seconds,
+    pooled,
+    rounds,
+)
 from tests import models
 
 
@@ -38,7 +46,7 @@ class Shape:
     heads: int
     kv_heads: int
 
-    def config(self, **more: Any) -> LlamaConfig:
+    def config(self) -> LlamaConfig:
         return LlamaConfig(
             architectures=["LlamaForCausalLM"],
             vocab_size=32000,
@@ -51,8 +59,18 @@ class Shape:
             bos_token_id=1,
             eos_token_id=2,
             dtype="bfloat16",
-            **more,
         )
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the KV cache."""
+        return 4 * self.layers * self.kv_heads * (self.width // self.heads)
+
+    @property
+    def weight_bytes(self) -> int:
+        """That a decode step reads: all but the embedding, of which it looks rows up."""
+        own = 2 * self.width * self.width * (1 + self.kv_heads / self.heads) + 3 * self.width * self.mlp
+        return int(2 * (self.layers * own + 32000 * self.width))
 
 
 SHAPES = {
@@ -61,113 +79,204 @@ SHAPES = {
     "70b-slice": Shape(8, 8192, 28672, 64, 8),
     "tiny": Shape(3, 128, 96, 4, 2),  # for trying this script out
 }
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PARTS = ["hooks", "vllm"]
-WORKLOADS = [
-    ("decode", 1),
-    ("decode", 8),
-    ("decode", 32),
-    ("decode", 128),
-    ("decode", 256),
-    ("prefill", 8),
-    ("mixed", 32),
-]
+GPU = torch.cuda.is_available()
+BATCHES = (1, 8, 64, 256)
+#: Prompts, prompt tokens and answer tokens of what is no decode step; every second prompt of the mixed one is longer.
+WHOLE = {"prefill": Job(8, 512, 1), "mixed": Job(32, 128, 16, mixed=True)}
+#: A batch whose kernels are looked at, and into which others come.
+LOOKED_AT = 8
+ARRIVALS = 6
+IN_SERVICE = "a new one into service: from its file to the first token of a prompt of 32"
+
+Arms = dict[str, Callable[[], float]]
+Kept = dict[str, Any]
 
 
-# a model with hooks must never be run by a graph of the one without
-torch._dynamo.config.skip_nnmodule_hook_guards = False
+class Trial:
+    """One shape: its engines, and what they showed, in parts that are kept in `out`."""
+
+    def __init__(self, name: str, out: Path, batches: Sequence[int], rounds: int) -> None:
+        self.name, self.shape, self.out, self.batches, self.rounds = name, SHAPES[name], out, batches, rounds
+        # room for the largest batch, and as much beside it for requests that come and go
+        tokens = max(batches) * 160 + 8192
+        memory = {"gpu_memory_utilization": 0.45, "kv_cache_memory_bytes": tokens * self.shape.token_bytes}
+        self.options = OPTIONS | dict(load_format="dummy") | (memory if GPU else {})
+
+    @contextmanager
+    def home(self) -> Iterator[Home]:
+        with tempfile.TemporaryDirectory() as folder:
+            home = Home(Path(folder), self.options)
+            config = self.shape.config()
+            config.save_pretrained(home.model)
+            with torch.device("meta"):
+                model = LlamaForCausalLM(config)
+            home.steer(model)
+            for seed in range(2 * ARRIVALS):
+                arriving = models.direction(model, seed=100 + seed)
+                arriving.save(home.root / "arrivals" / f"{seed:02}.safetensors")
+                self.adapter(home.root / f"adapter{seed:02}", seed)
+            yield home
+
+    def adapter(self, folder: Path, seed: int) -> None:
+        """A LoRA adapter of rank 1 on what blocks write, as one that removes a direction would be; of random numbers,
+        since a dummy model has no weights to project."""
+        made, tensors = torch.Generator().manual_seed(seed), {}
+        wide = {"self_attn.o_proj": self.shape.width, "mlp.down_proj": self.shape.mlp}
+        for layer in range(self.shape.layers):
+            for writer, width in wide.items():
+                name = f"base_model.model.model.layers.{layer}.{writer}"
+                tensors[f"{name}.lora_A.weight"] = torch.randn(1, width, generator=made).bfloat16()
+                tensors[f"{name}.lora_B.weight"] = torch.randn(self.shape.width, 1, generator=made).bfloat16()
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        facts = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [w.split(".")[1] for w in wide]}
+        (folder / "adapter_config.json").write_text(json.dumps(facts))
+
+    def part(self, label: str, measure: Callable[[], Kept]) -> Kept:
+        """What `measure` finds, or found before by the same code's command on the same machine."""
+        path = self.out / f"gpu-{self.name}.{label}.samples.json"
+        asked = {"batches": list(self.batches), "rounds": self.rounds, "machine": machine()}
+        if path.exists() and (kept := json.loads(path.read_text()))["asked"] == asked:
+            return kept
+        kept = {"asked": asked, **measure()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(kept))
+        return kept
+
+    @contextmanager
+    def pair(self, home: Home, other: dict[str, Any], environment: Mapping[str, str]) -> Iterator[tuple[Engine, ...]]:
+        wanted = [Engine(home.model, home.options, WITHOUT), Engine(home.model, other, environment)]
+        with ExitStack() as stack, ThreadPoolExecutor() as pool:
+            # with a cache of a fixed size nothing is measured at the start, so that both may start at once
+            if GPU:
+                yield tuple(pool.map(stack.enter_context, wanted))
+            else:
+                yield tuple(map(stack.enter_context, wanted))
+
+    def steering(self) -> Kept:
+        with self.home() as home, self.pair(home, home.steering(), {}) as (stock, steer):
+            own = [f"d0={0.5 + 0.001 * i:.3f}" for i in range(256)]
+            many = tuple(f"d{i}" for i in range(DIRECTIONS))
+            found = {}
+            for batch in self.batches:
+                asked: dict[str, tuple[str | None, ...]] = {"on, idle": (None,), "all steered": ("d0",)}
+                if batch > 1:
+                    asked["each its own strength"] = tuple(own[:batch])
+                if batch >= DIRECTIONS:
+                    asked[f"{DIRECTIONS} directions"] = many
+                arms = {name: stock.arm(Step(batch)) for name in ("stock", "stock again")}
+                arms |= {name: steer.arm(Step(batch, specs)) for name, specs in asked.items()}
+                found[f"a decode step of {batch}"] = self.timed(arms, f"{self.name}: step of {batch}")
+            for kind, job in WHOLE.items():
+                arms = {name: stock.arm(job) for name in ("stock", "stock again")}
+                for name, specs in {"on, idle": (None,), "all steered": ("d0",)}.items():
+                    arms[name] = steer.arm(Job(job.batch, job.prompt, job.answer, specs, mixed=job.mixed))
+                title = f"{kind}: {job.batch} prompts of {'128 and 512' if job.mixed else job.prompt} + {job.answer}"
+                found[title] = self.timed(arms, f"{self.name}: {kind}")
+            files = iter(home.arrivals)
+            arms = {
+                "a plain request comes in": steer.arm(Gap(LOOKED_AT, None)),
+                "one with a new direction": lambda: steer.run(Gap(LOOKED_AT, next(files))),
+            }
+            title = f"the longest gap between two tokens of {LOOKED_AT} running requests"
+            found[title] = self.timed(arms, f"{self.name}: gap", ARRIVALS - 1)
+            arms = {
+                "nothing new (stock)": stock.arm(Job(1, 32, 1)),
+                "a direction": lambda: steer.run(Arrival(next(files), 32)),
+            }
+            found[f"{IN_SERVICE} (steering)"] = self.timed(arms, f"{self.name}: arrivals", ARRIVALS - 1)
+            looks = {}
+            if GPU:
+                looks["stock"] = stock.kernels(Kernels(LOOKED_AT))
+                looks["on, idle"] = steer.kernels(Kernels(LOOKED_AT))
+                looks["all steered"] = steer.kernels(Kernels(LOOKED_AT, ("d0",)))
+        return {"tables": found, "kernels": looks}
+
+    def lora(self) -> Kept:
+        adapted = dict(enable_lora=True, max_lora_rank=8, max_loras=1, max_cpu_loras=2)
+        with self.home() as home, self.pair(home, home.options | adapted, WITHOUT) as (stock, lora):
+            one, *others = home.adapters
+            found = {}
+            for batch in [b for b in self.batches if b in (8, 64)]:
+                arms = {name: stock.arm(Step(batch)) for name in ("stock", "stock again")}
+                arms |= {"LoRA, unused": lora.arm(Step(batch)), "LoRA of rank 1": lora.arm(Step(batch, adapter=one))}
+                found[f"a decode step of {batch}, with LoRA"] = self.timed(arms, f"{self.name}: LoRA, step of {batch}")
+            new = iter(others)
+            arms = {
+                "nothing new (stock)": stock.arm(Job(1, 32, 1)),
+                "a LoRA adapter": lambda: lora.run(Arrival(next(new), 32)),
+            }
+            found[f"{IN_SERVICE} (LoRA)"] = self.timed(arms, f"{self.name}: arrivals", ARRIVALS - 1)
+        return {"tables": found}
+
+    def timed(self, arms: Arms, title: str, rounds: int | None = None) -> dict[str, Any]:
+        return {name: asdict(ratio) for name, ratio in interleave(arms, rounds or self.rounds, title).items()}
 
 
-def hooks(shape: Shape, batches: list[int], rounds: int) -> list[results.Table]:
-    """One decode step of a batch, as vLLM runs it: compiled, and replayed as a CUDA graph where there is one."""
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        net = LlamaForCausalLM(shape.config()).to(torch.bfloat16).eval()
-    hooked, blocks = copy.deepcopy(net), net.model.layers
-    bank = DirectionBank(
-        [HookPoint("resid_post", i) for i in range(len(blocks))], rows=8, rank=1, d_model=shape.width, device=DEVICE
-    )
-    bank.load("d", models.direction(net))
-    for bank_slice in bank.slices.values():
-        static(bank_slice.vectors, bank_slice.coefficients)
-    steer = bank.steer(Spec((Entry("d", "d", "ablate", 1.0),)))
-    tables = []
-    for batch in batches:
-        ids = torch.ones(batch, 1, dtype=torch.int64, device=DEVICE)
-        index = TokenIndex(1, batch, DEVICE)
-        static(index.packed)
-        plain, steered = recorded(net, ids), recorded(hooked, ids, [acting(p, index) for p in bank.slices.values()])
-        check(plain, steered, index, steer)
+def tables(parts: Sequence[Kept]) -> list[Table]:
+    """Of what every order of starting found, pooled."""
+    found: dict[str, list[Mapping[str, Ratio]]] = {}
+    for part in parts:
+        for title, arms in part["tables"].items():
+            ratios = {
+                name: Ratio(**kept | {"interval": tuple(kept["interval"]), "ratios": tuple(kept["ratios"])})
+                for name, kept in arms.items()
+            }
+            found.setdefault(title, []).append(ratios)
+    return [Table(title, {arm: pooled([one[arm] for one in runs]) for arm in runs[0]}) for title, runs in found.items()]
 
-        def filled(run: Callable[[], object], row: Any, index: TokenIndex = index) -> Callable[[], None]:
-            def timed() -> None:
-                index.fill_with([row] * index.max_tokens, [1] * index.max_tokens)
-                run()
-                if DEVICE == "cuda":
-                    torch.cuda.synchronize()
 
-            return timed
+def of_norms(kernels: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+    """Launches and microseconds of the norms that add the stream up."""
+    own = [each for name, each in kernels.items() if "rsqrt" in name]
+    return sum(count for count, _ in own), sum(time for _, time in own)
 
-        arms = {"plain": filled(plain, None), "plain again": filled(plain, None)}
-        arms |= {"on, idle": filled(steered, None), "all steered": filled(steered, steer)}
-        tables.append(
-            results.Table(f"transformers, one step of {batch} tokens", interleave(arms, rounds, f"step of {batch}"))
+
+def kernel_lines(shape: Shape, kernels: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """What the GPU runs in a step, beside stock's."""
+    lines = [
+        f"**Kernels of a decode step of {LOOKED_AT}**, by the profiler\n",
+        "| arm | launches | added in a layer | all, µs | norms, µs | the norm behind a block, × stock's |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    before = sum(count for count, _ in kernels["stock"].values())
+    # half of the norms are inside of blocks, and are as they were
+    inside = of_norms(kernels["stock"])[1] / 2
+    for arm, found in kernels.items():
+        launches, time = (sum(each[i] for each in found.values()) for i in (0, 1))
+        norms = of_norms(found)[1]
+        behind = (norms - inside) / inside if inside else float("nan")
+        lines.append(
+            f"| {arm} | {launches:.0f} | {(launches - before) / shape.layers:+.2f} | {time:.0f} | {norms:.0f} | "
+            f"{behind:.2f} |"
         )
-    return tables
+    return [*lines, ""]
 
 
-def static(*tensors: torch.Tensor) -> None:
-    """Their addresses never change: a CUDA graph reads them where they are, as vLLM's does, with no copy of it."""
-    for tensor in tensors:
-        torch._dynamo.mark_static_address(tensor)
+def bandwidth() -> float:
+    """Bytes read and written a second, of a copy from the GPU's memory to itself."""
+    x = torch.empty(2**32, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() / median_seconds(lambda: y.copy_(x), 9)
 
 
-def acting(bank_slice: BankSlice, index: TokenIndex) -> hook_points.Transform:
-    """The operation at one hook point, always: in a compiled graph there is no asking whether any token is steered."""
-    return lambda x: operate(x.flatten(0, -2), gather(bank_slice, *index.first(index.max_tokens)))[0].view_as(x)
-
-
-def recorded(
-    net: Any, ids: torch.Tensor, transforms: Sequence[hook_points.Transform] = ()
-) -> Callable[[], torch.Tensor]:
-    """Logits of a forward pass, compiled with `transforms` on the blocks' outputs; a CUDA graph of it on a GPU. What it
-    reads of the index are the same buffers always."""
-    for block, transform in zip(net.model.layers, transforms, strict=False):
-        block._forward_hooks.clear()
-        hook_points.on_output(block, transform)
-    compiled = torch.compile(net.forward, dynamic=False, mode="reduce-overhead" if DEVICE == "cuda" else "default")
-
-    @torch.inference_mode()
-    def run() -> torch.Tensor:
-        return compiled(input_ids=ids, use_cache=False).logits
-
-    for _ in range(3):  # compile, warm up, record
-        run()
-    return run
-
-
-def check(
-    plain: Callable[[], torch.Tensor], steered: Callable[[], torch.Tensor], index: TokenIndex, steer: Any
-) -> None:
-    """What is timed is what it says: idle gives the plain logits, and steering gives others."""
-    index.fill_with([], [])
-    torch.testing.assert_close(steered().clone(), plain().clone(), rtol=2e-2, atol=2e-2)
-    index.fill_with([steer] * index.max_tokens, [1] * index.max_tokens)
-    assert not torch.allclose(steered().clone(), plain().clone(), rtol=2e-2, atol=2e-2), "nothing is steered"
-
-
-def in_vllm(name: str, shape: Shape, rounds: int, orders: int, workloads: list[tuple[str, int]]) -> list[results.Table]:
-    from benchmarks.overhead import OPTIONS, Home, measure
-
-    options = OPTIONS | dict(load_format="dummy") | (dict(gpu_memory_utilization=0.45) if DEVICE == "cuda" else {})
-    with tempfile.TemporaryDirectory() as folder:
-        home = Home(Path(folder), options)
-        config = shape.config()
-        config.save_pretrained(home.model)
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config)
-        home.steer(model)
-        return measure(home, "pair", rounds, orders, workloads)
+def limit_lines(shape: Shape, found: Sequence[Table], batches: Sequence[int]) -> list[str]:
+    """The fewest bytes that a decode step moves, over the bandwidth."""
+    rate = in_child(bandwidth)
+    lines = [
+        f"**Beside the limit**: a copy in the GPU's memory moves {rate / 1e12:.2f} TB/s.\n",
+        "| decode step of | weights and cache, GB | at that rate, ms | stock, ms |",
+        "|---:|---:|---:|---:|",
+    ]
+    stock = {table.title: table.arms["stock"].seconds for table in found if "stock" in table.arms}
+    for batch in batches:
+        # the cache holds the prompt and, in the middle of what is timed, half of its answer
+        moved = shape.weight_bytes + batch * shape.token_bytes * (32 + Running.WARM + Step(1).count // 2)
+        lines.append(
+            f"| {batch} | {moved / 1e9:.2f} | {1e3 * moved / rate:.3f} | "
+            f"{1e3 * stock[f'a decode step of {batch}']:.3f} |"
+        )
+    return [*lines, ""]
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -178,20 +287,21 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 if __name__ == "__main__":
     parser = benchmark_parser(__doc__)
-    parser.add_argument("--shapes", nargs="+", default=["0.5b", "7b", "70b-slice"], choices=SHAPES)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128, 256])
-    parser.add_argument("--rounds", type=rounds, default=15)
-    parser.add_argument("--orders", type=int, default=2)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--shapes", nargs="+", default=["0.5b", "7b"], choices=SHAPES)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--rounds", type=rounds, default=12, help="in each order of starting")
+    parser.add_argument("--orders", type=int, default=2, help="how often the engines are started")
+    parser.add_argument("--without-lora", action="store_true")
     given = parser.parse_args()
-    workloads = [(kind, batch) for kind, batch in WORKLOADS if batch in given.batches]
-    for name in given.shapes:
-        tables = in_child(hooks, SHAPES[name], given.batches, given.rounds) if "hooks" in given.parts else []
-        versions = {}
-        if "vllm" in given.parts and find_spec("vllm"):
-            import vllm
+    import vllm
 
-            versions = {"vLLM": vllm.__version__}
-            tables += in_vllm(name, SHAPES[name], given.rounds, given.orders, workloads)
-        result = Result(f"gpu-{name}", f"On {DEVICE}: a Llama of the shape {name}", versions, tables)
-        result.publish(given.out)
+    for name in given.shapes:
+        trial = Trial(name, given.out, given.batches, given.rounds)
+        steering = [trial.part(f"{turn}", trial.steering) for turn in range(given.orders)]
+        lora = [] if given.without_lora else [trial.part("lora", trial.lora)]
+        found = tables([*steering, *lora])
+        more = []
+        if GPU:
+            more = kernel_lines(trial.shape, steering[0]["kernels"]) + limit_lines(trial.shape, found, given.batches)
+        title = f"On a GPU: a Llama of {trial.shape.layers} layers × {trial.shape.width}"
+        Result(f"gpu-{name}", title, {"vLLM": vllm.__version__}, found, "\n".join(more)).publish(given.out)

@@ -161,19 +161,6 @@ def stock_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
     return engines, arms
 
 
-def pair_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
-    """Stock vLLM and an engine that steers, each with nearly half of a GPU. Stock's second arm is the same engine: what
-    engines differ by shows between the orders of starting."""
-    engines = {"stock": RequestedDirection(home.options, WITHOUT), "steer": RequestedDirection(home.steering())}
-
-    def arms(started: Mapping[str, Engine], kind: str, batch: int) -> Arms:
-        stock, plain = started["stock"], Job(batch, *WORKLOADS[kind], mixed=kind == "mixed")
-        found = {"stock": stock.arm(plain), "stock again": stock.arm(plain)}
-        return found | steered(started["steer"], kind, batch)
-
-    return engines, arms
-
-
 def variants_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
     """Ranks, sites and the read-out, each against the usual: one direction of rank 1 at `resid_post`."""
     engines = {
@@ -212,7 +199,7 @@ def modes_suite(home: Home) -> tuple[dict[str, RequestedDirection], MakeArms]:
     return {"rank 2": RequestedDirection(home.steering(folder="plane", rank=2))}, arms
 
 
-SUITES = {"stock": stock_suite, "pair": pair_suite, "variants": variants_suite, "modes": modes_suite}
+SUITES = {"stock": stock_suite, "variants": variants_suite, "modes": modes_suite}
 
 
 @contextmanager
@@ -284,7 +271,6 @@ def workload(text: str) -> tuple[str, int]:
 COMPILED = {
     "stock": "Every engine is compiled, but for the one with LoRA where vLLM does not compile with it, as on a CPU "
     "(0.32): there its arms pay for that too, which the one that no request uses shows.",
-    "pair": "Both engines are compiled.",
     "variants": "Every engine is compiled.",
     "modes": "The engine is compiled.",
 }

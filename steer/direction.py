@@ -246,7 +246,7 @@ class Direction:
         return 2 if mode in TURNING else self.rank
 
     def resident(self, rank: int) -> int:
-        """Rows that it takes of a bank whose requests can use `rank` rows: its axis is of no use to one of 1."""
+        """Rows that it takes of a bank whose requests can use `rank` rows; one of 1 has no use for its axis."""
         return self.rank + (self.axis is not None and rank > 1)
 
     def contrasted(self, *, each: bool = False) -> bool:

@@ -14,8 +14,9 @@ from steer.errors import DirectionError, brief
 Mode = Literal["ablate", "add", "affine", "clamp", "one_sided", "rotate", "rotate_one_sided"]
 Site = Literal["resid_post", "writers"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-#: The modes that turn the stream in a plane, last among `MODES`: the file's direction and its axis, so two rows.
+#: The modes that turn the stream in a plane: the file's direction and its axis, so two rows.
 TURNING: tuple[Mode, ...] = ("rotate", "rotate_one_sided")
+assert MODES[-len(TURNING) :] == TURNING, "`token_index.turns` tells them by their place"
 #: The modes with a threshold, which a request may shift.
 SHIFTING: tuple[Mode, ...] = ("clamp", "one_sided", "rotate_one_sided")
 #: The modes that do another thing along −v than along v.

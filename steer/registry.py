@@ -83,8 +83,7 @@ class Move:
 
 class Registry:
     """Thread-safe. `folder` holds the files; without one, directions come by `put` alone and live in memory.
-    A `quiet` one logs nothing of what is put, and raises what it does not accept, for whoever puts from the same
-    program."""
+    A `quiet` one, for use inside of a program, logs nothing of what is put, and raises what it does not accept."""
 
     def __init__(
         self, placement: Placement, folder: Path | None = None, *, patience: float = 10.0, quiet: bool = False
@@ -414,7 +413,7 @@ class Registry:
 
     def _sync_file(self, name: str, path: Path) -> tuple[int, int, int]:
         """Serve the file, or have `failures` say why not; the stamp with which it need not be looked at again. Raises
-        what another look may not meet."""
+        errors that may be gone at the next look."""
         try:
             status = path.stat()
         except OSError as error:  # a link to nowhere or to itself; or it has just gone, and then the next look drops it

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from steer.direction import Direction, check_fits
 from steer.errors import DirectionError, SpecError, noted
-from steer.names import MAX_STRENGTH, SHIFTING, SITE_RULES, SITES, TURNING, Mode, Site, readable, site_problem
+from steer.names import MAX_STRENGTH, SHIFTING, SITE_RULES, SITES, Mode, Site, readable, site_problem
 from steer.spec import PHASES, TOKENS, Entry, layer_range
 from steer.tokenization import THINKING, Thinking
 
@@ -53,9 +54,9 @@ class Shape:
                 key=lambda pair: pair[1],
             )
             problems.append(
-                f"tensor '{name}' goes up to {largest:.3g}: at full strength the layers "
-                f"make a component {growth:.3g} times larger, with the largest strength counted in, which no "
-                f"{str(self.dtype).removeprefix('torch.')} holds; weights from -2 to 2 are always accepted"
+                f"tensor '{name}' goes up to {largest:.3g}: at strength {MAX_STRENGTH:g} all layers together make a "
+                f"component {growth:.3g} times larger, more than {str(self.dtype).removeprefix('torch.')} can hold; "
+                "weights from -2 to 2 are always accepted"
             )
         if problems:
             raise DirectionError(problems)
@@ -114,6 +115,19 @@ class Shape:
             )
 
 
+_PLANE = "plane (of one row, at the site 'resid_post', as `steer derive` writes it)"
+#: What a file lacks that has not the mode.
+LACKING: Mapping[Mode, str] = {
+    "ablate": "weights at other layers than the one where it adds",
+    "add": "class means that differ",
+    "affine": "mean of harmless text at every layer",
+    "clamp": "class means that differ",
+    "one_sided": "threshold between class means that differ",
+    "rotate": _PLANE,
+    "rotate_one_sided": f"{_PLANE} with a threshold",
+}
+
+
 def check_mode(direction: Direction, mode: Mode, name: str) -> None:
     """Raise SpecError where `mode` is not defined at this direction's sites, or its file lacks what the mode needs."""
     if not all(mode in SITE_RULES[site].modes for site in direction.meta.sites):
@@ -124,11 +138,8 @@ def check_mode(direction: Direction, mode: Mode, name: str) -> None:
     ):
         modes = tuple(other for other in modes if other != mode)
     if mode not in modes:
-        lacks = "class means that differ"
-        if mode in TURNING:
-            lacks = "plane (of one row, at the site 'resid_post', as `steer derive` writes it)"
         raise SpecError(
-            f"direction '{name}' holds no {lacks} for the mode '{mode}'; its modes: {', '.join(modes)}",
+            f"direction '{name}' holds no {LACKING[mode]} for the mode '{mode}'; its modes: {', '.join(modes)}",
             param="steer.mode",
         )
 
@@ -144,7 +155,7 @@ def _check_shift(direction: Direction, entry: Entry) -> None:
 
 
 def _growth(direction: Direction) -> float:
-    """How many times larger all layers together make a component at strength 1 (each by |1 − w|, of which |w| − 1 is
-    the least for either sign), and the largest strength in one of them."""
+    """How many times larger all layers together make a component at least: by max(1, |w| − 1) each, whatever the sign,
+    at strength 1, and by the largest strength in one of them."""
     weights = direction.weight_sizes.double()[direction.directions.flatten(1).any(1)]
     return float(MAX_STRENGTH * (weights - 1).clamp_min(1).prod())

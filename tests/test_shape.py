@@ -169,7 +169,7 @@ def test_weights_that_must_overflow_the_models_dtype_are_refused(dtype: torch.dt
     if fits:
         replace(shape(), dtype=dtype).check(direction)
     else:
-        with pytest.raises(DirectionError, match=rf"'weights' goes up to .* which no {str(dtype)[6:]} holds"):
+        with pytest.raises(DirectionError, match=rf"'weights' goes up to .* more than {str(dtype)[6:]} can hold"):
             replace(shape(), dtype=dtype).check(direction)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -60,11 +60,11 @@ WISHES = st.lists(WANTED, max_size=MAX_ITEMS, unique_by=lambda item: (item.direc
 
 
 def as_object(item: RequestedDirection, *, nulls: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = {"direction": item.direction, "mode": item.mode, "strength": item.strength}
-    fields |= {"shift": item.shift, "layers": item.layers, "tokens": item.tokens, "if": None}
+    found: dict[str, Any] = {"direction": item.direction, "mode": item.mode, "strength": item.strength}
+    found |= {"shift": item.shift, "layers": item.layers, "tokens": item.tokens, "if": None}
     if item.condition:
-        fields["if"] = {k: v for k, v in asdict(item.condition).items() if v not in (None, "")}
-    return {k: v for k, v in fields.items() if nulls or v is not None}
+        found["if"] = {k: v for k, v in asdict(item.condition).items() if v not in (None, "")}
+    return {k: v for k, v in found.items() if nulls or v is not None}
 
 
 def problems_of(value: Any, param: str = "steer") -> tuple[str, ...]:
@@ -481,14 +481,14 @@ def test_a_receipt_is_compact_ascii_json_of_exactly_what_is_applied(entries: tup
     assert receipt.isprintable()
     assert " " not in receipt
     read = json.loads(receipt)
-    fields = ["direction", "digest", "mode", "strength"]
+    always = ["direction", "digest", "mode", "strength"]
     more = [
         [name for name in ("layers", "tokens") if getattr(e, name) is not None]
         + ["if"] * bool(e.condition)
         + ["shift"] * bool(e.shift)
         for e in entries
     ]
-    assert [list(entry) for entry in read] == [fields + each for each in more]
+    assert [list(entry) for entry in read] == [always + each for each in more]
     assert Spec.of(receipt).entries == entries
     assert (receipt == "[]") == (not Spec(entries))
 
@@ -524,13 +524,19 @@ def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entr
     key = Spec(entries).key(30)
     for i, e in enumerate(entries):
         assert Spec(entries[:i] + entries[i + 1 :]).key(30) != key
-        for other in (
-            replace(e, strength=math.nextafter(e.strength, 99.0)),
-            replace(e, tokens="last-4"),
-            replace(e, layers="5"),
-            replace(e, shift=1.9 if e.shift != 1.9 else None),
-            replace(e, condition=Condition("c", 12, above=0.0, digest="none of them")),
-        ):
+        others: dict[str, object] = {
+            "digest": "none of them",
+            "mode": "ablate" if e.mode != "ablate" else "add",
+            "strength": math.nextafter(e.strength, 99.0),
+            "tokens": "last-4",
+            "layers": "5",
+            "shift": 1.9 if e.shift != 1.9 else None,
+            "condition": Condition("c", 12, above=0.0, digest="none of them"),
+        }
+        # a name says nothing of what is computed; every other field does, also one that is new
+        assert others.keys() | {"direction"} == {field.name for field in fields(Entry)}
+        for name, value in others.items():
+            other = replace(e, **{name: value})
             assert Spec((*entries[:i], other, *entries[i + 1 :])).key(30) != key
     computed = [(e.digest, e.mode, e.strength, e.layers, e.tokens, e.condition, e.shift) for e in entries]
     assert (Spec(entries[::-1]).key(30) == key) == (computed[::-1] == computed)

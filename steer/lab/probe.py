@@ -450,8 +450,9 @@ def left_of(
     """What is left to run of `prompts`, padded in front, where what they begin with is run: ids `[rows, positions]`,
     mask `[rows, all positions]`, the positions of each row in its prompt, and the cache (None: of nothing).
 
-    What was run stands after the padding too, since attention that counts positions (a bias, a window) would count any
-    that stands between: a shorter row has less of it, and its last tokens are run again in place of padding.
+    The prefix that was run is moved behind the padding, so that each row's tokens stand next to each other: attention
+    that counts positions (a bias, a window) would count padding in between. A shorter row has less of the prefix, and
+    runs its last tokens again in place of padding.
     """
     start, cache = begun(steering, prompts, specs, thinking)
     ids, mask = left_padded(prompts, pad, steering.anatomy.device)

@@ -34,7 +34,7 @@ PROMPTS, TOKENS = 48, 24
 #: Prompts of each class by which candidates are screened, the tokens of plain answers along which their divergence is
 #: taken there, and how many of the candidates then answer.
 SCREEN_ASKED, SCREEN_OTHER, SCREEN_TOKENS, SURVIVORS = 16, 8, 8, 16
-#: What a probability of the behaviour may be above the least and still count as equal to it.
+#: Probabilities of the behaviour that are this much above the least, or less, count as equal to it.
 HARDLY = 0.05
 #: Layers are tried whose class means are at least this part as far apart as the widest, in degrees. No angle in itself
 #: will do: the largest of one model (Gemma 3 270M) has 8.5°, of another 66°.
@@ -229,8 +229,8 @@ def select(
 def through(entrants: Sequence[Entrant], count: int) -> list[Entrant]:
     """The `count` that are worth trying further, best first; the first ones where nothing was screened.
 
-    Those that show the behaviour hardly more often than the least come first, and of these the ones that no other is
-    better than in odds and KL, evenly from the least KL to the least odds: the answers say how much is needed.
+    First the Pareto front in log-odds and KL of those within HARDLY of the least probability, evenly spaced by KL, as
+    only the answers say how much is needed; then the others by their log-odds.
     """
     each = [(e, e.screened) for e in entrants if e.screened is not None]
     if len(each) <= count:
@@ -257,8 +257,8 @@ def work(sets: Sets, tokens: int, screened: int, through: int | None) -> float:
 
 
 def best(entrants: Sequence[Entrant]) -> Entrant:
-    """Return the candidate with the least KL, but for what is below QUIET, among those that were tried to the end and
-    leave the fewest prompts, or hardly more: one prompt, or one in ONE_IN. Of equal ones it is the one that leaves the
+    """Return the candidate with the least KL among those that were tried to the end and leave the fewest prompts, or
+    hardly more: one prompt, or one in ONE_IN. KLs below QUIET are equal. Of equal ones it is the one that leaves the
     fewest, then the one with the least KL."""
     tried = [(e, sum(e.figures.left), e.figures.kl) for e in entrants if e.figures and e.figures.stopped is None]
     fewest = min(left for _, left, _ in tried)

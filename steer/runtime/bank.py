@@ -270,8 +270,8 @@ class DirectionBank:
         return replace(first, then=tuple(zip(cuts, rest, strict=True)))
 
     def _deciding(self, steer: RequestSteer, spec: Spec, decides: bool, phase: Phase | None) -> RequestSteer:
-        """One part of a request's steering, with what its condition, or the phase in which it acts, says of it. Does it
-        decide, by its last token or by each of them?"""
+        """One part of a request's steering, with its condition or the phase in which it acts. `decides`: has this part
+        the token that decides? (Under a condition with `each`, every token does.)"""
         if phase is not None:
             return replace(steer, decision=Decision(UNCONDITIONAL), phase=phase)
         if (condition := spec.condition) is None:

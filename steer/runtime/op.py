@@ -19,7 +19,7 @@ A request may shift the gate by σ·Δ, with Δ the distance between the two cla
 
     g' = g + σ·Δ    τ' = g' where τ = g, else min(τ, g')    f' = f − σ·Δ, and neither passes the middle of f and g
 
-so what passes a lower gate is never raised.
+so lowering the gate never makes the operation raise a component.
 
 Two modes ask for a change of an angle in place of a component: that of x in the plane of v and the file's axis u. With
 p = ⟨x, u⟩, q = ⟨x, v⟩ and α = atan2(q, p) the same formula, of α, gives the turn Δα, and δ is what that does to both:
@@ -33,7 +33,7 @@ p = ⟨x, u⟩, q = ⟨x, v⟩ and α = atan2(q, p) the same formula, of α, giv
 which keeps √(p² + q²), and so ‖x‖. At s = w = 1 and τ = 0 nothing is left along v. For v of the slerp family at t the
 axis is cos(tω/2)·â + sin(tω/2)·e, and what x's part in the plane does is slerp towards it.
 
-What is added is x' = x + Σ aᵢ·vᵢ with a = M·δ. An entry with w ≠ 0 *sets* its component: M is made so that ⟨x', vᵢ⟩
+The result is x' = x + Σ aᵢ·vᵢ with a = M·δ. An entry with w ≠ 0 *sets* its component: M is made so that ⟨x', vᵢ⟩
 is ⟨x, vᵢ⟩ + δᵢ for each of these, with the least displacement, whatever the angles between the directions (`joint`).
 What other entries add is applied unchanged, but for its part along components that are set. M is the identity for one
 entry and for orthogonal ones. The order of entries means nothing.

@@ -30,8 +30,8 @@ STAGES = 3
 PLAIN = 0
 #: Of the tokens of a step, on the device: their ids, and their positions in their requests, integers `[tokens]` each.
 Tokens: TypeAlias = "tuple[Tensor, Tensor]"
-#: Places of decisions, more than an engine runs requests at once; and those of tokens which need none, and which decide
-#: for themselves.
+#: Places in the table of decisions, more than an engine runs requests at once. The first is of tokens without a
+#: condition, the second of tokens that decide each for itself.
 DECISIONS, UNCONDITIONAL, EACH = 2**14, 0, 1
 
 
@@ -110,13 +110,15 @@ def conditions(packed: Tensor, rank: int, opened: Tensor) -> Conditional:
 
 
 class Acting(NamedTuple):
-    """Of a step's entries: how many of the rank act on any, whether these act on each, whether all are alike, whether
-    any combines directions, whether any acts at some layers alone, whether any shifts a gate, whether any turns, and
-    whether any may be closed."""
+    """What a step's entries do."""
 
+    #: How many of the rank act on any token.
     depth: int
+    #: Do these act on every token?
     everywhere: bool
+    #: Are all entries alike?
     same: bool
+    #: Does any entry combine directions, act at some layers alone, shift a gate, turn, or have a condition?
     combined: bool
     bounded: bool
     shifting: bool
@@ -276,9 +278,8 @@ class Losses:
     _deciders: Sequence[tuple[Decision, int]] = ()
 
     def first(self, lengths: Sequence[int] | NDArray[np.int32]) -> dict[int, int]:
-        """Of the requests that have `lengths[i]` tokens of the pass, in batch order, those with lost tokens, and which
-        of its own is each one's first. From here on the decisions of those that decided in it know. Waits for the pass
-        where it has not ended."""
+        """By the number of a request, in batch order, with lost tokens: which of its `lengths[i]` tokens in the pass is
+        the first of them. Also tells the decisions that were made in the pass what they are. Waits for its end."""
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None

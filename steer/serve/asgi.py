@@ -67,10 +67,9 @@ class Outgoing:
 async def answered(
     app: ASGIApp, scope: Scope, receive: Receive, answer: Outgoing, stop: asyncio.Future[Exception]
 ) -> None:
-    """Have `app` answer in a task of its own, until `stop` has an error. Then its client is told of that, and to the
-    app that client has left: so it ends what it has asked an engine for, which cancelling it may not reach, where it
-    waits for tasks that it has made. A stream that has begun is cancelled, and so is what has not ended LEAVING seconds
-    later."""
+    """Have `app` answer in a task of its own, until `stop` has an error. Then the client is told of that, and the app
+    gets `http.disconnect`, so that it ends its requests to an engine: cancelling it alone may not reach the tasks that
+    it has made. A stream that has begun is cancelled, and so is what has not ended LEAVING seconds later."""
 
     async def receiving() -> Message:
         coming = asyncio.ensure_future(receive())

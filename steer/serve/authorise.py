@@ -272,8 +272,7 @@ def _over(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -> It
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
     if not isinstance(limits.max_strength, str) and total > limits.max_strength + ROUNDING:
         yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
-    placed = limits.tokens is not None or limits.layers is not None
-    for entry in entries if placed or any(entry.condition or entry.shift for entry in entries) else ():
+    for entry in entries:
         yield from ((rule, f"{direction}: for {who} {said}") for rule, said in limits.misplaced(entry))
     if tools and not limits.with_tools:
         yield "with_tools", f"{direction}: for {who} no request that has tools may be steered"

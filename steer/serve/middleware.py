@@ -72,8 +72,8 @@ def wrap_routes(app: Starlette, layers: Mapping[tuple[str, str], Callable[[ASGIA
 class RenderingWatch:
     """Says once in the log where chats are rendered otherwise than the prompts that a direction was measured on were.
 
-    `default` are the template's variables where a request gives none. A direction of answers without thinking is
-    another one than that of answers with it, so who steers the one with the other should know."""
+    `default` are the template's variables where a request gives none. A direction that was measured without thinking
+    may not suit answers with it."""
 
     def __init__(self, registry: Registry, default: Mapping[str, object] | None = None) -> None:
         self.registry, self.default = registry, dict(default or {})

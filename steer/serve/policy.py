@@ -112,8 +112,8 @@ class Limits(_Table):
     )
     conditions: Flag | None = Field(
         None,
-        description="may a spec have a condition, or one on this direction: whoever sees where it holds learns of the "
-        "component. A key that says nothing may if it has `readout`",
+        description="may a spec have a condition, or one on this direction. Where it holds tells of the component, so "
+        "a key that says nothing may have one if it has `readout`",
     )
     with_tools: Flag = Field(True, description="may a request be steered that has tools, or answers of tools")
 

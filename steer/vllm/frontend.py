@@ -76,8 +76,8 @@ def salt_of(request: EngineRequest, spec: Spec) -> str:
 
 
 def parted(request: EngineRequest) -> tuple[str, int, str]:
-    """A request's own salt, the first token at which its steering acts, and what that adds to the salt. What the tokens
-    before leave in the prefix cache is what plain requests leave. (…, 0, "") for one that no front end of ours has
+    """A request's own salt, the first token at which its steering acts, and what that adds to the salt. The blocks of
+    the tokens before it are those of plain requests. (…, 0, "") for one that no front end of ours has
     salted, whatever its salt looks like."""
     cache_salt = request.cache_salt or ""
     found = None if receipt_of(request.sampling_params) is None else _SALTED.fullmatch(cache_salt)

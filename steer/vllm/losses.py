@@ -57,8 +57,8 @@ class Step:
 
 
 class SteeredRuns:
-    """`meet` and `end` run on the worker's main thread, `tell` where vLLM reads a step's outputs: requests are told of
-    before they are asked for, and the other way round, so that of two that meet one sees the other."""
+    """`meet` and `end` run on the worker's main thread, `tell` where vLLM reads a step's outputs. Each writes down what
+    it knows before it reads what the other knows, so that of two that run at once at least one sees the other."""
 
     def __init__(self) -> None:
         self._running: dict[str, SteeredRun] = {}

@@ -21,7 +21,7 @@ from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.report import Agreement, ArmOnSet, Difference, Judged, PerplexityOf, Rate, TextResult
 from steer.lab.evaluator import Evaluator, Floats, Steer
 from steer.lab.lines import json_lines, unquoted
-from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, Told, tell, unended
+from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, tell, unended
 from steer.lab.prompts import Prompt, prompt_of
 
 
@@ -53,9 +53,15 @@ def rows_of(
     found = []
     for i, (prompt, answer, beside) in enumerate(zip(prompts, answers, plain, strict=True)):
         said = {judge: given[i] for judge, given in (verdicts or {}).items()}
-        told = tell(behaviour, answer, prompt=prompt, beside=beside, limit=max_tokens, limit_tells=limit_tells)
-        if told.outcome == "complied" and "deflected" in said.values():
-            told = Told("deflected", "a judge")
+        told = tell(
+            behaviour,
+            answer,
+            deflected="deflected" in said.values(),
+            prompt=prompt,
+            beside=beside,
+            limit=max_tokens,
+            limit_tells=limit_tells,
+        )
         known = None if right is None else right[i] and told.outcome == "complied"
         found.append(Row(answer, told.outcome, told.why, told.fault, unended(answer, max_tokens), known, said))
     return found

@@ -29,7 +29,7 @@ from steer.lab.methods.base import Method
 from steer.lab.progress import answering
 from steer.lab.prompts import LEAST_SHOWN, TRIED, PromptSet, Split
 from steer.lab.race import Figures, Race, Sets
-from steer.lab.resume import Cache
+from steer.lab.resume import Alone, Cache
 from steer.lab.source import Source
 from steer.lab.statistics import mcnemar, mean_of, wilson
 from steer.lab.tables import shown
@@ -40,8 +40,8 @@ log = logging.getLogger("steer")
 TOKENS = 24
 #: The part of a command's progress; and prompts of a set that are measured at least, if it has them.
 SORTING, LEAST_KEPT = "sorting prompts", 16
-#: Names of the parts of a folder with the work of fits.
-PART = re.compile("[0-9a-f]{16}")
+#: Names of what is in a folder with the work of fits.
+PART = re.compile(rf"[0-9a-f]{{16}}|{re.escape(Alone.file)}")
 #: Of `fit`: source layers that are screened, the best of them at which methods are, and the best of these of which
 #: actions are; and how many candidates answer.
 LAYERS, KEPT_LAYERS, KEPT, FINALISTS = 6, 2, 3, 5
@@ -142,7 +142,7 @@ class Work:
     """What a fit has measured so far, in a folder of its own; the same fit goes on with it. Fits of other models, sets
     or options have other parts of the folder; those of another `Choice` share what they have in common.
 
-    Raises InvalidInput for prompts that cannot be measured, and for a folder that is something else.
+    Raises InvalidInput for prompts that cannot be measured, and for a folder that is something else, or in use.
     """
 
     def __init__(
@@ -174,6 +174,7 @@ class Work:
             raise InvalidInput(f"{folder}: is not the folder of an interrupted fit, but has its name: move it away")
         self.folder = folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._alone = Alone(folder)  # or of two fits with one output the last would win
         self.cache = Cache(self.folder, {})
 
     def measured(self, evaluator: Evaluator, batch_size: int | None = None) -> Measurement:

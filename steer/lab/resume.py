@@ -81,7 +81,7 @@ class Alone(AbstractContextManager["Alone"]):
         except BlockingIOError:
             self._let_go()
             raise InvalidInput(
-                f"{folder}: another run writes to it at this moment: give another folder, or wait for its end"
+                f"{folder}: another run writes to it at this moment: write elsewhere, or wait for its end"
             ) from None
         except (ImportError, OSError):
             pass

@@ -202,11 +202,14 @@ def test_an_interrupted_fit_goes_on_and_chooses_the_same(
     parts: list[Path] = []
     with pytest.raises(KeyboardInterrupt):
         run(Interrupting())
-    parts += (tmp_path / "d.part").iterdir()
+    parts += (tmp_path / "d.part").glob("[!.]*")
     (part,) = parts
     assert list((part / "measured").iterdir())
-    work(loaded, replace(split, harmful=split.harmful.drawn(30)), tmp_path / "d.part")
-    assert len(list((tmp_path / "d.part").iterdir())) == 2, "what was measured of other prompts is not mixed in"
+    other = work(loaded, replace(split, harmful=split.harmful.drawn(30)), tmp_path / "d.part")
+    assert len(list((tmp_path / "d.part").glob("[!.]*"))) == 2, "what was measured of other prompts is not mixed in"
+    with pytest.raises(InvalidInput, match=r"d\.part: another run writes to it"):
+        work(loaded, split, tmp_path / "d.part")  # to write the same file at last
+    del other
     progress = Progress()
     found = run(progress)
     assert found.direction.meta.model_dump(exclude={"created"}) == fitted.direction.meta.model_dump(exclude={"created"})

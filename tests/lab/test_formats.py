@@ -367,6 +367,11 @@ def test_plain_tensors_are_made_orthonormal(tmp_path: Path, shape: tuple[int, ..
     Direction.from_bytes(found.to_bytes())
     rows = value.expand(LAYERS, 1, D) if value.ndim == 1 else value.reshape(LAYERS, -1, D)
     torch.testing.assert_close(found.directions[0, 0], rows[0, 0] / rows[0, 0].norm())
+    if value.ndim == 2:
+        torch.save(value, tmp_path / "v.pt")
+        pickled = formats.read(tmp_path / "v.pt", FOREIGN)
+        assert isinstance(pickled, Direction)
+        assert torch.equal(pickled.directions, found.directions)
     one = formats.read(tmp_path / "v.safetensors", Foreign(FACTS, layer=1, tensor="v"))
     assert isinstance(one, Direction)
     assert one.meta.source_layer == 1
@@ -412,7 +417,7 @@ def test_a_vector_can_be_added_as_it_is_whatever_file_it_comes_in(model: Any, tm
 
 def test_plain_tensors_of_another_shape_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"v": torch.ones(LAYERS + 1, D)}, tmp_path / "v.safetensors")
-    with pytest.raises(InvalidInput, match=r"shape \[4, 64\]; accepted: \[64\], \[3, 64\]"):
+    with pytest.raises(InvalidInput, match=r"shape \[4, 64\]; accepted: \[64\], \[3, 64\].*leave out the first"):
         formats.read(tmp_path / "v.safetensors", FOREIGN)
 
 

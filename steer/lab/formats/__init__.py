@@ -52,6 +52,9 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
         value = load_pickled(path)
         if isinstance(value, dict):
             return pickled.read_means(path, value, foreign)
+        if isinstance(value, Tensor) and value.ndim == 2:
+            foreign.refuse(path, "position", "tensor")
+            return read_plain(path, {"direction": value}, foreign)
         if isinstance(value, Tensor):
             return pickled.read_arditi(path, value, foreign)
         raise InvalidInput(f"{path}: holds a {type(value).__name__}; accepted: {READS}")
@@ -81,9 +84,11 @@ def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> D
     elif value.ndim in (2, 3) and value.shape[0] == facts.layers:
         rows = {layer: each.reshape(-1, facts.d_model) for layer, each in enumerate(value)}
     else:
+        more = value.ndim and value.shape[0] == facts.layers + 1
         raise InvalidInput(
             f"{path}: tensor '{name}' has shape {list(value.shape)}; accepted: [{facts.d_model}], "
             f"[{facts.layers}, {facts.d_model}] and [{facts.layers}, k, {facts.d_model}]"
+            + ("; of rows for `hidden_states` leave out the first, which is the embedding's" if more else "")
         )
     return _direction(path, rows, facts, foreign)
 

@@ -41,8 +41,8 @@ def read_arditi(path: Path, value: Tensor, foreign: Foreign) -> Direction:
     """One vector for all layers, which can be ablated, and added as it is."""
     if value.ndim not in (1, 3):
         raise InvalidInput(
-            f"{path}: has shape {list(value.shape)}; a direction has [d_model], mean differences have [positions, "
-            "layers, d_model]"
+            f"{path}: has shape {list(value.shape)}; a direction has [d_model] or [layers, d_model], mean differences "
+            "have [positions, layers, d_model]"
         )
     foreign.model(path, value.shape[-1])
     layer, position, vector = _chosen(path, value, foreign) if value.ndim == 3 else _single(path, value, foreign)

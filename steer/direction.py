@@ -40,7 +40,16 @@ from typing import Annotated, Any, Literal, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -61,6 +70,11 @@ MAX_VALUE = 1e15
 ROUNDING = 1e-6
 #: Tensors that a file may be without.
 OPTIONAL = ("embedding", "target", "mlp_weights", "axis", "angles")
+
+
+def no_bool(value: object) -> object:
+    """What it is before pydantic takes true for 1."""
+    return brief(value) if isinstance(value, bool) else value
 
 
 class Dataset(BaseModel):
@@ -119,7 +133,9 @@ class DirectionMeta(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_serialization_defaults_required=True)
 
-    schema_version: Literal[1, 2] = Field(default=1, description="2 for a file that has a plane to turn the stream in")
+    schema_version: Annotated[Literal[1, 2], BeforeValidator(no_bool)] = Field(
+        default=1, description="2 for a file that has a plane to turn the stream in"
+    )
     method: str = Field(max_length=64)
     parameters: dict[str, float | int | str | None] = Field(default_factory=dict)
     source_layer: int | None = Field(
@@ -373,7 +389,7 @@ class Direction:
         try:
             return replace(self, meta=DirectionMeta.model_validate(self.meta.model_dump() | changes))
         except ValidationError as error:
-            raise DirectionError(f"metadata: {problem}" for problem in problems_of(error, "steer")) from error
+            raise DirectionError(f"metadata: {p}" for p in problems_of(error, "steer", DirectionMeta)) from error
 
     def profile(self) -> list[LayerProfile]:
         rows: list[LayerProfile] = []
@@ -502,7 +518,9 @@ def holds_model(names: Iterable[str]) -> bool:
 
 def _check_path(path: object) -> None:
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):
-        raise DirectionError(f"{brief(path)} is not accepted: the path of a direction file, as a text or a Path")
+        raise DirectionError(
+            f"{brief(path, python=True)} is not accepted: the path of a direction file, as a text or a Path"
+        )
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
@@ -613,8 +631,9 @@ def _read_tensors(data: bytes, problems: list[str]) -> dict[str, Tensor] | None:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         # looked at only now: the first byte of a good file is that of its header's length, which may be 0x80 too
-        if data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
-            problems.append("this is a pickle or a zip archive (a .pt file?), only safetensors is ever loaded")
+        if data[:4] in (b"PK\x03\x04", b"GGUF") or data[:1] == b"\x80":
+            kind = "GGUF" if data[:4] == b"GGUF" else "a pickle or a zip archive (a .pt file?)"
+            problems.append(f"this is {kind}, only safetensors is ever loaded; `steer convert` makes one of such files")
         else:
             problems.append(f"not a safetensors file: {error}")
         return None
@@ -644,7 +663,7 @@ def _parsed(text: str, problems: list[str]) -> DirectionMeta | None:
         json.loads(text, object_pairs_hook=_once)
         return meta
     except ValidationError as error:
-        problems += [f"metadata: {problem}" for problem in problems_of(error, "steer")]
+        problems += [f"metadata: {problem}" for problem in problems_of(error, "steer", DirectionMeta)]
     except (ValueError, RecursionError) as error:
         problems.append(f"metadata: not JSON: {error}")
     return None

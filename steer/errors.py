@@ -24,10 +24,10 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
     from pydantic_core import ErrorDetails
 
 #: Of one input, those that are told; and the characters of one. An input may be as large as it likes.
@@ -54,14 +54,22 @@ def first_line(error: BaseException) -> str:
 
 
 class _Brief(reprlib.Repr):
+    def repr_bool(self, x: bool, level: int) -> str:
+        return str(x).lower()
+
+    def repr_NoneType(self, x: None, level: int) -> str:
+        return "null"
+
     def repr_int(self, x: int, level: int) -> str:
         """Python writes no integer of thousands of digits."""
         return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
 
 
-def brief(value: object) -> str:
-    """A value that was sent, short enough for a message, however long it is."""
-    shown = repr(value[:60]) if isinstance(value, str) else _Brief().repr(value)
+def brief(value: object, *, python: bool = False) -> str:
+    """A value that was sent, short enough for a message, however long it is. It speaks of true and null, as whoever
+    sends JSON does; of a `python` program of True and None."""
+    own = isinstance(value, str) or (python and isinstance(value, bool | None))
+    shown = repr(value[:60] if isinstance(value, str) else value) if own else _Brief().repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
@@ -74,12 +82,8 @@ _ACCEPTED = {
     "enum": "{expected}",
     "finite_": "a number",
     "float_": "a number",
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "a number from {ge} up",
     "int_": "a whole number",
     "iterable_": "a list",
-    "less_than": "a number below {lt}",
-    "less_than_equal": "a number up to {le}",
     "list_": "a list",
     "literal_": "{expected}",
     "mapping_": "an object",
@@ -96,6 +100,8 @@ _ACCEPTED = {
     "tuple_": "a list",
     "union_tag_": "one of {expected_tags}",
 }
+#: The names of the limits of a number.
+_ENDS = frozenset(("gt", "ge", "lt", "le"))
 #: By which pydantic calls one of several types that it tried.
 _TYPES = frozenset(("str", "int", "float", "bool", "list", "dict", "nullable", "union"))
 
@@ -103,13 +109,34 @@ _TYPES = frozenset(("str", "int", "float", "bool", "list", "dict", "nullable", "
 def accepted(kind: str, limits: Mapping[str, object]) -> str:
     """What is accepted where pydantic finds a problem of this kind; empty where we have no words for it."""
     exact = kind if kind in _ACCEPTED else next((k for k in _ACCEPTED if k.endswith("_") and kind.startswith(k)), None)
+    shown = {name: f"{limit:g}" if isinstance(limit, float) else str(limit)[:200] for name, limit in limits.items()}
+    if _ENDS & shown.keys():
+        return f"a number{_range(**shown)}"
     if exact is None:
         return ""
     try:
-        shown = {name: f"{limit:g}" if isinstance(limit, float) else str(limit)[:200] for name, limit in limits.items()}
         return _ACCEPTED[exact].format(**shown)
     except KeyError:
         return ""
+
+
+def _range(gt: str = "", ge: str = "", lt: str = "", le: str = "", **_: str) -> str:
+    low = f" above {gt}" if gt else f" from {ge}" if ge else ""
+    high = f" below {lt}" if lt else f" {'to' if low else 'up to'} {le}" if le else " up" if ge else ""
+    return low + high
+
+
+def whole_ranges(items: Iterable[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:
+    """The items of a ValidationError of `model`. Of a number that is out of the range of a field, pydantic tells the
+    end that it is beyond: here both are told."""
+    told: list[ErrorDetails] = list(items)
+    for item in told:
+        field = model.model_fields.get(str(next(iter(item["loc"]), "")))
+        if field is not None and _ENDS & (ctx := item.get("ctx", {})).keys():
+            of_union = [info for kind in get_args(field.annotation) for info in getattr(kind, "__metadata__", ())]
+            rules = [rule for info in (field, *of_union) for rule in getattr(info, "metadata", ())]
+            item["ctx"] = ctx | {name: getattr(rule, name) for rule in rules for name in _ENDS if hasattr(rule, name)}
+    return told
 
 
 def problem_text(item: ErrorDetails) -> str:
@@ -123,6 +150,8 @@ def problem_text(item: ErrorDetails) -> str:
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])[:MAX_PROBLEM]
     what = accepted(item["type"], item.get("ctx", {}))
+    if what.endswith("number") and isinstance(item.get("input"), str) and "," in item["input"]:
+        what += " (with a decimal point, like 0.5)"
     if what == "a list" and isinstance(item.get("input"), str):
         what = f"a list, like [{brief(item['input'])}]"
     return f"{brief(item.get('input'))} is not accepted{what and f': {what}'}"
@@ -157,9 +186,9 @@ def problems_by_field(items: Iterable[ErrorDetails], whole: str) -> dict[str, st
     return problems
 
 
-def problems_of(error: ValidationError, whole: str) -> Iterator[str]:
-    """Each problem of `error` as "field: what is wrong"; see `problems_by_field`."""
-    for field, wrong in problems_by_field(error.errors(include_url=False), whole).items():
+def problems_of(error: ValidationError, whole: str, model: type[BaseModel]) -> Iterator[str]:
+    """Each problem of `error`, which checking a `model` raised, as "field: what is wrong"; see `problems_by_field`."""
+    for field, wrong in problems_by_field(whole_ranges(error.errors(include_url=False), model), whole).items():
         yield f"{field}: {wrong}"
 
 

@@ -119,10 +119,12 @@ def check_name(name: str) -> str:
 
     Raises DirectionError otherwise.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in _RESERVED:
+    named = isinstance(name, str) and _NAME.fullmatch(name) and name.lower() not in _RESERVED
+    if not named or name.endswith(SUFFIX):
+        without = f"; without the suffix of its file: '{name.removesuffix(SUFFIX)}'" if named else ""
         raise DirectionError(
-            f"direction name {brief(name)} is not acceptable: 1 to 64 letters, digits, '.', '_' or '-', beginning "
-            f"with a letter or digit, and none of {', '.join(sorted(_RESERVED))}",
+            f"direction name {brief(name, python=True)} is not acceptable: 1 to 64 letters, digits, '.', '_' or '-', "
+            f"beginning with a letter or digit, and none of {', '.join(sorted(_RESERVED))}{without}",
             param="name",
         )
     return name

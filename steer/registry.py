@@ -25,7 +25,7 @@ from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownD
 from steer.names import OTHER_SUFFIXES, SUFFIX, check_name
 from steer.shape import Shape
 from steer.shared import Shared
-from steer.spec import MAX_PLACES, PHASES, Entry, Readout, RequestedDirection, Spec
+from steer.spec import MAX_PLACES, PHASES, Entry, Readout, RequestedDirection, Spec, meant
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
@@ -117,9 +117,7 @@ class Registry:
         with self._state:
             if name not in self._names or not among(name):
                 served = ", ".join(known for known in sorted(self._names) if among(known)) or "none"
-                said = f"direction {name[:100]!r} is not served; served: {served}"
-                if name.isdecimal():  # a comma begins another direction
-                    said += "; in a number write a decimal point, as refusal=0.7, and layers as a range, as refusal@7-8"
+                said = f"direction {name[:100]!r} is not served; served: {served}{meant(name)}"
                 raise UnknownDirection(said, param="steer")
             return self._versions[self._names[name]]
 

@@ -13,8 +13,8 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from steer.errors import InvalidInput
-from steer.names import MAX_RANK, MAX_ROWS, SITES, Site
-from steer.spec import parse
+from steer.names import MAX_RANK, MAX_ROWS, SITES, SUFFIX, Site
+from steer.spec import meant, parse
 
 #: Seconds that an idle connection is kept: longer than clients keep theirs (httpx, and with it `openai`: 5), so that
 #: none is closed at the moment when a request is sent on it.
@@ -28,11 +28,18 @@ def served_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def check_directions(folder: Path) -> None:
-    """Raise InvalidInput where the folder of directions is none."""
+def check_directions(folder: Path, default: str) -> None:
+    """Raise InvalidInput where the folder of directions is none, or does not have those of the `default` spec."""
     if not folder.is_dir():
         wrong = "is a file" if folder.exists() else "does not exist; make it or name another"
         raise InvalidInput(f"the directions folder '{folder}' {wrong}")
+    there = sorted(file.stem for file in folder.glob(f"*{SUFFIX}"))
+    if missing := [name for item in parse(default) for name in item.names if name not in there]:
+        raise InvalidInput(
+            f"--default-steer: direction '{name}' is not in the folder '{folder}'; there: {', '.join(there) or 'none'}"
+            + meant(name)
+            for name in missing
+        )
 
 
 class ControlSettings(BaseSettings):

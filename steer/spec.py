@@ -62,12 +62,14 @@ TOKENS = {
 PHASES = ("thinking", "after-thinking")
 #: The first and the last layer, 0-based, or one alone. More digits than a model has layers are none.
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
+_MEANT_LAYERS = re.compile(r"(l|layers?)?\W?\d", re.ASCII | re.IGNORECASE)
 _COUNTED = re.compile(r"(first|last)-([1-9][0-9]{0,8})")
 #: The fields of a condition, and its text: a direction, a layer, a side and a number.
 _CONDITION_FIELDS = ("direction", "layer", "above", "below", "each", "digest")
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 _CONDITION = re.compile(r"\s*(?:(each)\s*:)?([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
 _SIDES = {">": "above", "<": "below"}
+_NO_SIDE = re.compile(r"[<>]=|=[<>]|[≤≥]")
 #: The largest number in a condition: beyond it no component is told from another.
 MAX_COMPONENT = 1e30
 #: After every position.
@@ -311,6 +313,12 @@ def nearly(name: str) -> bool:
     return any(bare(each).startswith(("steer", "xsteer")) for each in {name, name.rpartition(".")[2]})
 
 
+def meant(name: str) -> str:
+    """What to say of a direction that is not there: a comma begins another one."""
+    said = "; in a number write a decimal point, as refusal=0.7, and layers as a range, as refusal@7-8"
+    return said if name.isdecimal() else ""
+
+
 def mentions(words: str) -> bool:
     """Does one of these words begin as the name of a field or header that is meant to steer?"""
     return _MENTION.search(words) is not None
@@ -378,6 +386,9 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         problems.append(f"{param}: {len(parts)} directions, at most {MAX_ITEMS} are accepted")
         return []
     for part in parts:
+        if side := _NO_SIDE.search(part):
+            problems.append(f"{param}.if: '{side[0]}' is not accepted: '>' or '<', like 'harm@12>0.3'")
+            continue
         head, equals, number = part.strip().partition("=")
         head, question, condition = head.partition("?")
         head, *where = (each.strip() for each in head.split("@"))
@@ -447,7 +458,7 @@ def _from_object(value: Mapping[object, object], param: str, problems: list[str]
     if layers is not None and span is None:
         problems.append(
             f"{param}.layers: {brief(layers)} is not accepted: the first and the last layer like '10-20' (the first "
-            "not after the last), or one layer like 10"
+            "not after the last), or one layer like 10, and the first of all is 0"
         )
     version = None if digest is None else _digest(digest, param, problems)
     decided = None if condition is None else _condition(condition, param, problems)
@@ -569,9 +580,9 @@ def layer_range(layers: object) -> str | None:
 
 
 def _where(param: str, parts: list[str], problems: list[str]) -> dict[object, object]:
-    """The layers and tokens of what stands after each @ of a text: layers begin with a digit."""
-    layers = [part for part in parts if part[:1].isdigit()]
-    tokens = [part for part in parts if not part[:1].isdigit()]
+    """The layers and tokens of what stands after each @ of a text: layers begin with a digit, or are meant to."""
+    layers = [part for part in parts if _MEANT_LAYERS.match(part)]
+    tokens = [part for part in parts if not _MEANT_LAYERS.match(part)]
     problems += [
         f"{param}: {brief('@'.join(found))}: {kind} are said twice"
         for kind, found in (("layers", layers), ("tokens", tokens))

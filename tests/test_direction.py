@@ -189,6 +189,7 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "more behind": (lambda: DATA + b"\0", ("not a safetensors file",)),
     "pickle": (lambda: pickle.dumps({"directions": [1.0]}), ("pickle", "only safetensors")),
     "old pickle": (lambda: pickle.dumps({"directions": [1.0] * 500}, protocol=2), ("pickle", "only safetensors")),
+    "gguf": (lambda: b"GGUF" + bytes(60), ("this is GGUF", "`steer convert`")),
     "torch zip": (zip_of_torch, ("pickle or a zip", "only safetensors")),
     "missing": (lambda: changed(weights=None), ("missing tensors: 'weights'",)),
     "extra": (lambda: changed(other=torch.ones(2)), ("unknown tensors: 'other'",)),
@@ -245,6 +246,10 @@ BAD_FILES: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "unknown site": (lambda: file_of(GOOD.tensors(), meta_of(sites=["mlp"])), ("metadata: sites",)),
     "no sites": (lambda: file_of(GOOD.tensors(), meta_of(sites=[])), ("metadata: sites",)),
     "later schema": (lambda: file_of(GOOD.tensors(), meta_of(schema_version=2)), ("metadata: schema_version",)),
+    "schema true": (
+        lambda: file_of(GOOD.tensors(), meta_of(schema_version=True)),
+        ("metadata: schema_version: 'true' is not accepted: 1 or 2",),
+    ),
     "strength nan": (lambda: file_of(GOOD.tensors(), meta_of(strength=float("nan"))), ("metadata: strength",)),
     "a parameter nan": (
         lambda: file_of(GOOD.tensors(), meta_of(parameters={"t": float("nan")})),
@@ -541,6 +546,7 @@ def acceptable(name: str) -> bool:
         and name[0] in LETTERS
         and all(c in LETTERS + "._-" for c in name)
         and name.lower() not in {"off", "none", "null", "false", "true"}
+        and not name.endswith(".safetensors")
     )
 
 
@@ -548,7 +554,9 @@ def acceptable(name: str) -> bool:
     st.text(max_size=70)
     | st.text(alphabet=LETTERS + "._-", min_size=1, max_size=66)
     | st.text(alphabet="./\\aß١+:=, \n\0", max_size=6)
-    | st.sampled_from(["off", "OFF", "None", "nUll", "true", "False", "offf", "a" * 64, "a" * 65, "a\n", "١", "é"])
+    | st.sampled_from(
+        ["off", "OFF", "None", "nUll", "true", "False", "offf", "a" * 64, "a" * 65, "a.safetensors", "a\n", "١", "é"]
+    )
 )
 @settings(deadline=None, max_examples=300)
 def test_a_name_is_a_short_plain_word(name: str) -> None:

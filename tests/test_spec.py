@@ -160,7 +160,7 @@ def test_the_forms_of_the_documentation() -> None:
         ("harm@12<nan", "steer.if.below: nan is not accepted"),
         ("harm@12>1e31", "steer.if.above: 1e+31 is not accepted"),
         (3, "steer.if: 3 is not a condition"),
-        ({"direction": "harm", "layer": True, "above": 1}, "steer.if.layer: True is not accepted"),
+        ({"direction": "harm", "layer": True, "above": 1}, "steer.if.layer: true is not accepted"),
         ({"direction": "harm", "layer": 1}, "steer.if: it says neither side; accepted: 'above' or 'below'"),
         ({"direction": "harm", "layer": 1, "above": 0, "below": 1}, "steer.if: it says above and below"),
         ({"direction": "harm", "layer": 1, "above": "1"}, "steer.if.above: '1' is not accepted"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.markup import escape
 from typer.core import TyperCommand
 
@@ -19,9 +20,9 @@ from steer._version import __version__
 from steer.cli import admin, check, evaluate, export, fit, search
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.cli.options import VLLM_OPTIONS, check_model, expanded, find_vllm_model, unknown_options
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, problem_text
 from steer.lab.tables import shown, terminal_width, wrapped
-from steer.settings import ServeSettings, served_name
+from steer.settings import ServeSettings, check_directions, served_name
 from steer.spec import Condition
 
 
@@ -34,6 +35,19 @@ class _Command(TyperCommand):
             self.help = self.help and escape(self.help)
             for each in self.params:
                 each.help = each.help and escape(each.help)  # type: ignore[attr-defined]  # typer's have one
+
+    def parse_args(self, *arguments: Any) -> list[str]:
+        """A value that is not accepted is told as in all other messages."""
+        try:
+            return super().parse_args(*arguments)
+        except typer.BadParameter as error:
+            if isinstance(error.__cause__, ValidationError):
+                item = error.__cause__.errors(include_url=False)[0]
+                if "ctx" in item:  # out of a range, of which both ends are told
+                    ends = {"ge": getattr(error.param, "min", None), "le": getattr(error.param, "max", None)}
+                    item["ctx"] |= {name: end for name, end in ends.items() if end is not None}
+                error.message = problem_text(item)
+            raise
 
 
 app = typer.Typer(
@@ -81,6 +95,7 @@ def serve(
         options.insert(0, model)
         model = None
     check_model(model or str(MODEL), settings.revision)
+    check_directions(settings.directions, settings.default_steer)
     named = settings.served_model_name or ("demo" if model is None else served_name(model))
     backend = "transformers" if model is None and settings.backend == "auto" else settings.backend
     settings = settings.model_copy(update={"served_model_name": named, "backend": backend})

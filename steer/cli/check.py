@@ -109,7 +109,7 @@ def _text(found: CheckResult, what: str, layers: int) -> str:
         f"KL(plain ‖ steered) on harmless: {found.kl:.5f} nats",
         *(f"note: {note}" for note in found.notes),
     ]
-    head = ("answers to", "shown plain", "steered", "broken plain", "steered")
+    head = ("answers to", "shown plain", "shown steered", "broken plain", "broken steered")
     rows = [
         [f"{one.dataset.count} {one.name}", *(str(a.shown.hits) for a in one.arms)]
         + [str(a.degenerate.hits) for a in one.arms]

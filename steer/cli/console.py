@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import typer
 from pydantic import ValidationError
 
-from steer.errors import InvalidInput, NothingFound, SteerError, problems_by_field
+from steer.errors import InvalidInput, NothingFound, SteerError, problems_by_field, whole_ranges
+from steer.settings import ServeSettings
 
 #: The place of a problem that is of no one option.
 WHOLE = "the options"
@@ -39,7 +40,9 @@ def reported(*, resumes: bool = False) -> Iterator[None]:
         typer.echo(f"error: {file}{error.strerror or error}{again}", err=True)
         raise typer.Exit(2) from None
     except ValidationError as error:
-        for field, problem in problems_by_field(error.errors(include_url=False), WHOLE).items():
+        for field, problem in problems_by_field(
+            whole_ranges(error.errors(include_url=False), ServeSettings), WHOLE
+        ).items():
             option = field.partition(".")[0].replace("_", "-")  # of a list too
             typer.echo(f"error: {problem if field == WHOLE else f'--{option}: {problem}'}", err=True)
         raise typer.Exit(2) from None

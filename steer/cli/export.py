@@ -10,7 +10,7 @@ import typer
 
 from steer.cli import options as opt
 from steer.cli.console import quiet_libraries
-from steer.errors import DirectionError, InvalidInput, prefixed
+from steer.errors import DirectionError, InvalidInput, noted, prefixed
 from steer.lab.progress import Progress
 from steer.settings import ModelOrigin
 
@@ -56,7 +56,7 @@ def convert(
             name=model, revision=origin.revision, architecture=architecture, layers=layers, d_model=d_model
         )
     given = {key: value for key, value in (("layer", layer), ("mode", mode)) if value is not None}
-    choices = opt.Choices.model_validate({"layer": "widest"} | given)
+    choices = opt.DerivedChoices.model_validate(given)
     number = choices.layer if isinstance(choices.layer, int) else None
     found = formats.read(source, Foreign(facts, number, position, tensor))
     if isinstance(found, Measurement):
@@ -112,6 +112,17 @@ def bake(
 
     Shard by shard and block by block, so that models of any size can be baked and verified; tied embeddings are untied.
     """
+    problems: list[str] = []
+    with noted(problems):
+        opt.check_folder(output)
+    with noted(problems):
+        opt.check_model(model, origin.revision)
+    if mode not in (None, "ablate"):
+        problems.append(f"--mode: '{mode}' is not accepted: 'ablate', since weights can only lose the direction")
+    if lora and preserve_norms:
+        problems.append("--preserve-norms: is not an edit of low rank, so it cannot be an adapter (--lora)")
+    if problems:
+        raise InvalidInput(problems)
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
     from steer.lab.merge.model import bake as write_model
@@ -119,18 +130,13 @@ def bake(
     from steer.lab.merge.removal import removal
     from steer.lab.merge.weights import Checkpoint, resolve
 
-    opt.check_folder(output)
-    opt.check_model(model, origin.revision)
     data = read_file(direction)
     loaded = Direction.from_bytes(data, source=str(direction))
-    wanted = mode or loaded.meta.mode
-    if wanted != "ablate":
+    if mode is None and loaded.meta.mode != "ablate":
         raise InvalidInput(
-            f"{direction}: the mode '{wanted}' cannot be baked: only plain removal is possible in weights; "
+            f"{direction}: the mode '{loaded.meta.mode}' cannot be baked: only plain removal is possible in weights; "
             "--mode ablate bakes that"
         )
-    if lora and preserve_norms:
-        raise InvalidInput("--preserve-norms is not an edit of low rank, so it cannot be an adapter")
     with opt.problems_of_options():
         removed = removal(loaded, strength)
     if loaded.meta.sites != removed.direction.meta.sites:

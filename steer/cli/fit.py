@@ -259,11 +259,9 @@ def derive(
     ] = None,
 ) -> None:
     """Make a direction from a MEASUREMENT, without the model."""
-    choices = opt.Choices.model_validate({"mode": mode, "sites": sites, "layer": layer})
+    choices = opt.DerivedChoices.model_validate({"mode": mode, "sites": sites, "layer": layer})
     if seed is not None and not bootstrap:
         raise InvalidInput("--seed: needs --bootstrap, because nothing else here is random")
-    if choices.layer == "auto":
-        raise InvalidInput("--layer: 'auto' is for `steer fit`, which has the model: widest, all, or a number")
     opt.check_direction_file(output, read=(measurement,))
     from steer.lab.derive import Recipe
     from steer.lab.derive import derive as run
@@ -345,7 +343,7 @@ def _kernel(option: str, text: str, depth: int) -> list[float]:
     try:
         bell = Bell.model_validate(dict(part.partition("=")[::2] for part in opt.split(text)))
     except ValidationError as error:
-        raise InvalidInput(f"{option}: {problem}" for problem in problems_of(error, "the bell")) from error
+        raise InvalidInput(f"{option}: {problem}" for problem in problems_of(error, "the bell", Bell)) from error
     if bell.peak >= depth:
         raise InvalidInput(f"{option}: peak is {bell.peak:g}: the layers are 0 to {depth - 1}")
     return (bell.most * layer_weights(depth, bell.peak, bell.width, bell.least)).tolist()

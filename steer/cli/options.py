@@ -270,6 +270,12 @@ class Choices(BaseModel):
         return None if self.batch_size == "auto" else self.batch_size
 
 
+class DerivedChoices(Choices):
+    """The same where no model is there to try a layer on."""
+
+    layer: Literal["widest", "all"] | int = "widest"
+
+
 def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> Method:
     given: dict[str, object] = {}
     for item in parameters or []:

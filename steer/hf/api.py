@@ -425,10 +425,12 @@ def _check_arguments(directions: object, sites: object, rows: object, rank: obje
             'such as {"refusal": "directions/refusal.safetensors"}'
         )
     if isinstance(sites, str) or not isinstance(sites, Sequence) or not sites or any(s not in SITES for s in sites):
-        problems.append(f"sites: {brief(sites)} is not accepted: a tuple of some of {', '.join(map(repr, SITES))}")
+        problems.append(
+            f"sites: {brief(sites, python=True)} is not accepted: a tuple of some of {', '.join(map(repr, SITES))}"
+        )
     for name, number, most in (("rows", rows, MAX_ROWS), ("rank", rank, MAX_RANK)):
         if type(number) is not int or not 1 <= number <= most:
-            problems.append(f"{name}: {brief(number)} is not accepted: a whole number from 1 to {most}")
+            problems.append(f"{name}: {brief(number, python=True)} is not accepted: a whole number from 1 to {most}")
     if problems:
         raise InvalidInput(problems)
 

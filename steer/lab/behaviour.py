@@ -176,7 +176,7 @@ def _valid(kind: type[Told], tree: dict[str, object], path: Path) -> Told:
         fields = f"; accepted: {', '.join(kind.model_fields)}"
         raise InvalidInput(
             f"{path}: {problem}{fields if problem.endswith(': unknown field') else ''}"
-            for problem in problems_of(error, "behaviour")
+            for problem in problems_of(error, "behaviour", kind)
         ) from error
 
 

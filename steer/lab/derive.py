@@ -58,7 +58,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         wrong = self._of_other_types()
-        problems = [f"{name}: {brief(getattr(self, name))} is not accepted: {what}" for name, what in wrong.items()]
+        problems = [
+            f"{name}: {brief(getattr(self, name), python=True)} is not accepted: {what}" for name, what in wrong.items()
+        ]
 
         def given(*names: str) -> bool:
             return all(getattr(self, name) is not None and name not in wrong for name in names)

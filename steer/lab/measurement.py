@@ -18,16 +18,16 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from steer._version import TOOL, made_at
-from steer.direction import Dataset, folder_problem, holds_model, replacing, sorted_metadata
+from steer.direction import Dataset, folder_problem, holds_model, no_bool, replacing, sorted_metadata
 from steer.errors import DegenerateError, InvalidInput, problems_of
 from steer.geometry import MIN_ANGLE, winsorise
 from steer.lab.prompts import Rendering
@@ -62,7 +62,7 @@ class MeasurementMeta(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Annotated[Literal[1], BeforeValidator(no_bool)] = 1
     model: ModelFacts
     measured: int = Field(ge=1, description="layers measured, from the first")
     positions: tuple[int, ...] = Field(min_length=1, description="token positions, −1 is the template's last")
@@ -176,7 +176,7 @@ class Measurement:
         try:
             meta = MeasurementMeta.model_validate_json(metadata[MEASUREMENT_KEY])
         except ValidationError as error:
-            problems += [f"metadata: {problem}" for problem in problems_of(error, MEASUREMENT_KEY)]
+            problems += [f"metadata: {problem}" for problem in problems_of(error, MEASUREMENT_KEY, MeasurementMeta)]
         known = {f"{c}_{kind}" for c in CLASSES for kind in KINDS}
         problems += [f"tensor '{c}_mean' is missing" for c in CLASSES if f"{c}_mean" not in tensors]
         problems += [f"tensor '{name}' is not known here" for name in sorted(tensors.keys() - known)]

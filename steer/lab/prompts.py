@@ -127,7 +127,9 @@ class PromptSet:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompts, tuple) or not all(isinstance(one, str | Conversation) for one in self.prompts):
-            raise InvalidInput(f"prompts: {brief(self.prompts)} is not accepted: a tuple of texts and Conversations")
+            raise InvalidInput(
+                f"prompts: {brief(self.prompts, python=True)} is not accepted: a tuple of texts and Conversations"
+            )
 
     def __len__(self) -> int:
         return len(self.prompts)

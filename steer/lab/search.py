@@ -148,7 +148,8 @@ class Search:
         except OSError as error:
             raise InvalidInput(f"{folder}: there is no search in this folder ({SETTINGS}: {error.strerror})") from error
         except ValidationError as error:
-            raise InvalidInput(f"{folder / SETTINGS}: {problem}" for problem in problems_of(error, "file")) from error
+            problems = problems_of(error, "file", Settings)
+            raise InvalidInput(f"{folder / SETTINGS}: {problem}" for problem in problems) from error
         path = folder / MEASUREMENT
         measurement = Measurement.load(path)
         if _sha256(path) != settings.measurement_sha256:

@@ -40,7 +40,7 @@ from steer.serve.directions import router as directions_router
 from steer.serve.generation import Served
 from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
 from steer.serve.route import HeadRequests
-from steer.settings import KEEP_ALIVE, ServeSettings, check_directions, served_name
+from steer.settings import KEEP_ALIVE, ServeSettings, served_name
 from steer.spec import parse
 from steer.tokenization import Chat
 
@@ -215,13 +215,12 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     control = Control(settings)
     control.listen(settings.host, settings.origins)
     check_address(settings.host, settings.port)
-    check_directions(settings.directions)
-    loaded = load(model, **settings.loading)
-    warn_of_template(loaded)
     if taken := template_parameters().intersection(settings.template_variables):
         raise InvalidInput(
             f"--chat-template-kwargs: '{name}' is not a variable of a model's template" for name in sorted(taken)
         )
+    loaded = load(model, **settings.loading)
+    warn_of_template(loaded)
     steering = Steering(loaded.model, sites=settings.site_list, rows=settings.rows, rank=settings.rank or RANK)
     anatomy = steering.anatomy
     log.info(

@@ -220,8 +220,16 @@ def pydantic_text(message: str) -> tuple[str, str] | None:
     return "; ".join(f"{where}: {wrong}" for where, wrong in found.items())[:MAX_PROBLEM], next(iter(found))
 
 
-async def on_http_exception(_request: Request, error: Exception) -> JSONResponse:
+def no_route(path: str) -> JSONResponse:
+    """Of a client whose base URL is perhaps another than it must be."""
+    said = f"there is no route {path[:100]!r} here; the base URL of a client ends in /v1, as in /v1/chat/completions"
+    return response(Code.NOT_FOUND, said)
+
+
+async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return no_route(request.scope["path"])
     status = error.status_code
     code = next((code.wire for code in (Code.NOT_FOUND, Code.METHOD_NOT_ALLOWED) if code.status == status), None)
     return JSONResponse(body(status, str(error.detail), param=None, code=code), status)

@@ -32,7 +32,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 from typing_extensions import TypedDict
 
 from steer import spec
-from steer.errors import InvalidInput, brief, noted, problem_text
+from steer.errors import InvalidInput, brief, noted, problem_text, whole_ranges
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.serve.keys import is_stored
 
@@ -383,11 +383,11 @@ def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int]) -> tuple[int, s
     while path and path not in lines and path[:-1]:
         path = path[:-1]
     where = ".".join(str(part) for part in item["loc"] if part not in ("str", "tuple[str, ...]"))
-    said = problem_text(item)
+    table: type[BaseModel] = Policy if len(item["loc"]) == 1 else KeyRules
+    if len(item["loc"]) > 1 and item["loc"][0] == "directions":
+        table = DirectionRules
+    said = problem_text(*whole_ranges([{**item, "loc": item["loc"][2:]}], table))
     if item["type"] == "extra_forbidden":
-        table: type[BaseModel] = Policy if len(item["loc"]) == 1 else KeyRules
-        if len(item["loc"]) > 1 and item["loc"][0] == "directions":
-            table = DirectionRules
         said = f"unknown; accepted: {', '.join(table.model_fields)}"
     elif item["type"] in ("dict_type", "model_type"):
         said = f"{brief(item['input'])} is not accepted: a table"

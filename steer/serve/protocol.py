@@ -254,7 +254,7 @@ def _wrong(name: str, value: object, meant: set[str], own: Mapping[str, tuple[ob
         return f"unknown field{f'; did you mean {near[0]}?' if near else ''}"
     if _among(value, neutral):
         return ""
-    takes = ["null", *map(repr, neutral), *(["{'steer': 'refusal'}"] if name == carriers.XARGS else [])]
+    takes = ["null", *map(brief, neutral), *(["{'steer': 'refusal'}"] if name == carriers.XARGS else [])]
     return f"not served by the transformers backend; accepted: {', '.join(takes)}"
 
 
@@ -286,7 +286,8 @@ class Message(BaseModel):
     def _of_text(cls, value: object) -> object:
         for number, part in enumerate(value if isinstance(value, list) else ()):
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, dict) else part
+                kind = part.get("type", part) if isinstance(part, dict) else part
+                kind = part if kind == "text" else kind
                 raise Unserved([(f"{number}", f"{brief(kind)} is not served; accepted: {{'type': 'text', 'text': …}}")])
         return value
 

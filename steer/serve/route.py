@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.errors import SteerError
+from steer.errors import SteerError, whole_ranges
 from steer.serve import errors
 from steer.serve.body import BODY, SMALL, Gone, parse_body, read_body, understood
 from steer.serve.control import Control
@@ -57,7 +57,7 @@ def _checked(model: type[BaseModel], body: object) -> BaseModel:
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise RequestValidationError(error.errors(include_url=False)) from None
+        raise RequestValidationError(whole_ranges(error.errors(include_url=False), model)) from None
 
 
 class JsonRoute(APIRoute):

@@ -108,7 +108,7 @@ def install(app: FastAPI) -> None:
 
 async def _no_route(default: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Where no route is: what FastAPI says itself is not in the form of OpenAI's errors."""
-    found = default if scope["type"] != "http" else errors.response(Code.NOT_FOUND, "Not Found")
+    found = default if scope["type"] != "http" else errors.no_route(scope["path"])
     await found(scope, receive, send)
 
 

@@ -57,7 +57,7 @@ class EngineSettings(BaseModel):
     def check_folder(self) -> None:
         """Raise InvalidInput where the folder of directions is none."""
         if self.directions is not None:
-            check_directions(self.directions)
+            check_directions(self.directions, self.default)
 
     def graph(self) -> dict[str, object]:
         """The part that decides what is compiled, so that other settings do not miss the compile cache."""
@@ -74,7 +74,8 @@ def read(additional_config: object) -> EngineSettings | None:
     try:
         return EngineSettings.model_validate(additional_config[KEY])
     except ValidationError as error:
-        raise UnsupportedModel(f"additional_config['{KEY}']: {'; '.join(problems_of(error, KEY))}") from None
+        problems = problems_of(error, KEY, EngineSettings)
+        raise UnsupportedModel(f"additional_config['{KEY}']: {'; '.join(problems)}") from None
 
 
 def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tuple[EngineSettings, list[str]]:

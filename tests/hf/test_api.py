@@ -1275,7 +1275,7 @@ def test_what_cannot_be_read_is_said(llama: Any, d: steer.Direction) -> None:
             (("d",), [3], r"read\.layers: 3: this model has the layers 0 to 2"),
             (("d",), "last", r"read\.layers: 'last' is not accepted"),
             (("d",), 5, r"read\.layers: 5 is not accepted"),
-            (("d",), None, r"read\.layers: None is not accepted"),
+            (("d",), None, r"read\.layers: null is not accepted"),
             (("d",), [1.0], r"read\.layers: \[1.0\] is not accepted"),
         ):
             with pytest.raises(SpecError, match=says), steering.read(*names, layers=cast(Any, layers)):

@@ -155,14 +155,18 @@ def test_carriers_that_say_the_same_agree_and_others_conflict(tiny_server: Serve
         ({"direction": "refusal", "strenght": 1}, "steer.strenght: unknown field; accepted: direction, mode, strength"),
         ({"direction": "refusal", "strength": "much"}, "a number from -10 to 10"),
         ({"direction": "refusal", "strength": 11}, "11 is not accepted"),
-        ({"direction": "refusal", "strength": True}, "True is not accepted"),
+        ({"direction": "refusal", "strength": True}, "true is not accepted"),
         ("refusal=nan", "nan is not accepted"),
         ({"direction": "refusal", "mode": "delete"}, "accepted: ablate, add, affine, clamp, one_sided"),
         ("refusal:one_sided^much", "steer.shift: 'much' is not accepted: a number from -2 to 2"),
+        ("refusal@layer7", "steer.layers: 'layer7' is not accepted: the first and the last layer like '10-20'"),
+        ("refusal@-1", "steer.layers: '-1' is not accepted: the first and the last layer like '10-20'"),
+        ("refusal?refusal@1>=0.3", "steer.if: '>=' is not accepted: '>' or '<'"),
+        ("refusal.safetensors", "without the suffix of its file: 'refusal'"),
         ("refusal:ablate^0.5", "the mode 'ablate' has no threshold to shift"),
         ({"strength": 1}, "steer.direction: missing"),
         (7, "7 is not understood"),
-        (True, "True is not understood"),
+        (True, "true is not understood"),
         ("../../etc/passwd", "is not acceptable"),
         (["refusal", 3], "steer[1]"),
         ("refusal,refusal", "named twice"),
@@ -213,7 +217,8 @@ def test_what_else_is_wrong(tiny_server: Server) -> None:
     assert error(tiny_server.complete(model="gpt-4"), 404)["code"] == "model_not_found"
     assert error(tiny_server.complete(model="gpt-4+refusal"), 404)["code"] == "model_not_found"
     assert error(tiny_server.client.get("/v1/models/gpt-4"), 404)["code"] == "model_not_found"
-    assert error(tiny_server.client.get("/nowhere"), 404)["code"] == "not_found"
+    told = error(tiny_server.client.post("/chat/completions", json={}), 404)
+    assert (told["code"], "the base URL of a client ends in /v1" in told["message"]) == ("not_found", True)
     assert error(tiny_server.client.get("/v1/completions"), 405)["code"] == "method_not_allowed"
     long = error(tiny_server.complete("x" * 600), 400)
     assert long["code"] == "context_length_exceeded"
@@ -332,9 +337,11 @@ def test_a_file_that_must_overflow_is_refused_with_the_rule(tiny_server: Server)
             "stream_options.continuous_usage_stats",
             "accepted",
         ),
-        ("chat", {"n": 65}, "n", "n: 65 is not accepted: a number up to 64"),
+        ("chat", {"n": 65}, "n", "n: 65 is not accepted: a number from 1 to 64"),
         ("chat", {"n": "many"}, "n", "n: 'many' is not accepted: a whole number"),
-        ("chat", {"temperature": -1}, "temperature", "temperature: -1 is not accepted: a number from 0 up"),
+        ("chat", {"temperature": -1}, "temperature", "temperature: -1 is not accepted: a number from 0 to 2"),
+        ("chat", {"temperature": "0,5"}, "temperature", "temperature: '0,5' is not accepted: a number (with a decimal"),
+        ("chat", {"top_p": 0}, "top_p", "top_p: 0 is not accepted: a number above 0 to 1"),
         ("chat", {"stream": "x"}, "stream", "stream: 'x' is not accepted: true or false"),
         ("chat", {"messages": "x"}, "messages", "messages: 'x' is not accepted: a list, like [{'role': 'user'"),
         ("chat", {"messages": ["x"]}, "messages.0", "messages.0: 'x' is not accepted: an object"),
@@ -346,6 +353,12 @@ def test_a_file_that_must_overflow_is_refused_with_the_rule(tiny_server: Server)
             "messages.0.content.1",
             "'image_url' is not served; accepted: {'type': 'text'",
         ),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": [{"type": "text", "txt": "a"}]}]},
+            "messages.0.content.0",
+            "{'txt': 'a', 'type': 'text'} is not served; accepted: {'type': 'text', 'text': …}",
+        ),
         ("chat", {"stop": ["a"] * 65}, "stop", "at most 64 texts, of 8192 characters"),
         ("chat", {"stop": "a" * 8193}, "stop", "at most 64 texts, of 8192 characters"),
         ("chat", {"stop": [1]}, "stop", "a text, or a list of texts"),
@@ -353,7 +366,7 @@ def test_a_file_that_must_overflow_is_refused_with_the_rule(tiny_server: Server)
         ("completions", {"prompt": [1, "a"]}, "prompt", "a text, token ids, or a list of either"),
         ("completions", {"prompt": [[1], []]}, "prompt", "none of them empty"),
         ("completions", {"prompt": ["a", ["a"]]}, "prompt", "a text, token ids, or a list of either"),
-        ("completions", {"prompt": None}, "prompt", "prompt: None is not accepted"),
+        ("completions", {"prompt": None}, "prompt", "prompt: null is not accepted"),
         ("completions", {"steer": ["x"] * 600_000}, None, "values"),
         ("completions", {"steer": ["x"] * 6000}, "steer", "6000 directions, at most 16 are accepted"),
         ("completions", {"steer": "x," * 6000}, "steer", "at most 8192"),
@@ -619,7 +632,8 @@ def test_a_server_default_and_how_to_switch_it_off(tiny_server: Server, tiny_fol
         assert text(server.complete(steer=None)) == text(tiny_server.complete())
 
 
-def test_a_default_that_is_not_there_refuses_to_start(tiny_folder: Any, tmp_path: Any) -> None:
+def test_a_default_that_cannot_be_served_refuses_to_start(tiny_folder: Any, tmp_path: Any) -> None:
+    (tmp_path / "refusal.safetensors").write_bytes(b"no direction")
     with pytest.raises(RuntimeError, match="direction 'refusal' is not served; served: none"):
         Server(str(tiny_folder), "--directions", str(tmp_path), "--default-steer", "refusal").__enter__()
 
@@ -669,7 +683,7 @@ def test_the_template_has_variables_of_the_server_and_says_where_they_are_not_th
         assert server.stop() == 0
         said = server.log.count("acts on chats of another form")
         assert said == 1
-        assert "'enable_thinking' False, and a chat has 'enable_thinking' True" in server.log
+        assert "'enable_thinking' false, and a chat has 'enable_thinking' true" in server.log
 
 
 def test_a_phase_is_steered_where_the_model_has_it_and_refused_where_it_has_none(

@@ -269,6 +269,11 @@ def test_a_request_with_tools_is_not_steered_where_the_rules_say_so(rules: str, 
             f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\ndefault = "d"\nrequired = "d:add=0.5"',
             "default: 'd' is required, and cannot be had in another way",
         ),
+        (
+            f'[keys.a]\nhash = "{HASH}"\nmax_shift = 3',
+            "p.toml:3: keys.a.max_shift: 3 is not accepted: a number from 0 to 2",
+        ),
+        (f'[keys.a]\nhash = "{HASH}"\nrequests_at_once = 0', "a number from 1 to 1000000"),
         (f'[keys.a]\nhash = "{HASH}"\nmax_strength = "much"', "a number from 0 to 10, or 'calibrated'"),
         (
             f'[keys.a]\nhash = "{HASH}"\ndirections = ["*"]\ntokens = ["answer"]\nlayers = 3\ndefault = "d"',

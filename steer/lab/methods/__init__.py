@@ -70,5 +70,5 @@ def make_method(name: str, parameters: Mapping[str, object] | None = None) -> Me
         accepted = ", ".join(kind.model_fields) or "none"
         raise InvalidInput(
             f"method '{name}': parameter {problem}; its parameters: {accepted}"
-            for problem in problems_of(error, "of no name")
+            for problem in problems_of(error, "of no name", kind)
         ) from error

@@ -72,8 +72,8 @@ class Slerp(Method):
         if not float(row @ unit(contrast.difference)) > MIN_ANGLE:
             middle, reach = linear_t(a, h), math.pi / float(angle(a, h))
             raise DegenerateError(
-                f"at t = {self.t:g} slerp points from harmful to harmless; here it does not for t from "
-                f"{middle - reach:.3g} to {middle + reach:.3g}, nor anywhere for t from 0 to 2"
+                f"at t = {self.t:g} slerp points from harmful to harmless; accepted here: t from "
+                f"{middle - reach:.3g} to {middle + reach:.3g}, and anywhere t from 0 to 2"
             )
         return row.unsqueeze(0)
 

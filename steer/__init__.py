@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["Direction", "DirectionMeta", "SteerError", "__version__", "attach"]
 
 _HOME = {"Direction": "steer.direction", "DirectionMeta": "steer.direction", "attach": "steer.hf.api"}
+_COMMANDS = ("bake", "convert", "derive", "eval", "evaluate", "fit", "measure", "search")
 
 
 def __getattr__(name: str) -> object:
     """What needs torch, when it is asked for: importing that takes seconds, and `steer --help` needs none of it."""
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    of_lab = "; it is a command of `steer`, made of what is in steer.lab" if name in _COMMANDS else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{of_lab}")
 
 
 def __dir__() -> list[str]:

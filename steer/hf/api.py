@@ -202,6 +202,9 @@ class Attached:
             torch.compiler.reset()  # Dynamo does not look for new hooks: what is compiled would go on without them
             self._steering.attach()
 
+    def __reduce__(self) -> str:
+        raise TypeError("a steering is of its model, and can be neither copied nor pickled: attach to the other one")
+
     def __enter__(self) -> Attached:
         self._attach()
         return self

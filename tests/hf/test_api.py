@@ -927,6 +927,11 @@ def test_what_cannot_be_attached_to_is_named(llama: Any, make: Any, says: str) -
         steer.attach(make(llama))
 
 
+def test_a_model_without_its_weights_is_named(llama: Any) -> None:
+    with pytest.raises(UnsupportedModel, match="on the device meta, without its weights"):
+        steer.attach(copy.deepcopy(llama).to("meta"))
+
+
 def test_a_model_spread_over_devices_is_named(llama: Any) -> None:
     model = copy.deepcopy(llama)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
@@ -982,12 +987,22 @@ def test_what_does_not_fit_is_said_of_no_server(llama: Any, d: steer.Direction) 
             steering("d@thinking")
 
 
+@pytest.mark.parametrize("name", ["fit", "evaluate", "fitt"])
+def test_a_command_that_is_asked_of_the_module_is_told_to_be_one(name: str) -> None:
+    with pytest.raises(AttributeError) as told:
+        getattr(steer, name)
+    assert ("a command of `steer`" in str(told.value)) == (name != "fitt")
+
+
 @pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
 def test_an_attached_model_says_that_it_is_not_pickled(d: steer.Direction, write: Any) -> None:
     model = models.tiny("llama")
     steering = steer.attach(model, {"d": d})
     with pytest.raises(TypeError, match="detach first"):
         write(model)
+    for another in (write, copy.deepcopy):
+        with pytest.raises(TypeError, match="neither copied nor pickled"):
+            another(cast(Any, steering))
     steering.detach()
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 

@@ -732,6 +732,7 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"convert {other} {model}/model.safetensors": "is a model's, which this would change",
         f"measure m {sets} -o {other}": "other.safetensors is a direction, and would be lost",
         f"fit m {sets} {output} --harmfull a": "--harmfull a: not an option of this command; did you mean --harmful?",
+        f"fit {sets} {output} --harmfull a": "--harmfull a: not an option of this command; did you mean --harmful?",
         f"check {other} --stength 0.5": "--stength 0.5: not an option of this command; did you mean --strength?",
         "serve --prot 8001": "--prot 8001: not an option of the transformers backend; did you mean --port?",
         "serve --prot=8001": "--prot=8001: not an option of the transformers backend; did you mean --port?",

@@ -458,8 +458,9 @@ class EngineOptions:
             self.opening.check_unused()
             os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the standard output is for results
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        elif self.options:
-            raise unknown_options(self.context, self.options, "this command")
+        elif self.options or self.model.startswith("-"):  # one that is not ours looks like MODEL where that is missing
+            given = [self.model] if self.model.startswith("-") else []
+            raise unknown_options(self.context, [*given, *self.options], "this command")
         check_model(self.model, self.opening.revision)
 
     @property

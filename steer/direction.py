@@ -40,16 +40,7 @@ from typing import Annotated, Any, Literal, Self
 
 import safetensors.torch
 import torch
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -77,10 +68,8 @@ def no_bool(value: object) -> object:
     return brief(value) if isinstance(value, bool) else value
 
 
-class Dataset(BaseModel):
+class Dataset(BaseModel, extra="forbid", frozen=True):
     """Where the prompts of one class came from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     sha256: str
@@ -90,11 +79,9 @@ class Dataset(BaseModel):
 Dose = tuple[Annotated[float, Field(ge=-MAX_STRENGTH, le=0)], Annotated[float, Field(ge=0, le=MAX_STRENGTH)]]
 
 
-class FoundCondition(BaseModel):
+class FoundCondition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A condition on this direction that tells two sets of prompts apart, and how well on prompts that did not choose
     it. It says what a request may ask for: nothing acts by it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     layer: int = Field(ge=0, description="the component is compared at the output of this layer")
     above: float | None = Field(default=None, description="met where the component is above this")
@@ -128,10 +115,8 @@ class FoundCondition(BaseModel):
         return self
 
 
-class DirectionMeta(BaseModel):
+class DirectionMeta(BaseModel, extra="forbid", frozen=True, json_schema_serialization_defaults_required=True):
     """What a direction is, how it was made and for which model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_serialization_defaults_required=True)
 
     schema_version: Annotated[Literal[1, 2], BeforeValidator(no_bool)] = Field(
         default=1, description="2 for a file that has a plane to turn the stream in"

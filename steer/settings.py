@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings
 
 from steer.errors import InvalidInput
 from steer.names import MAX_RANK, MAX_ROWS, SITES, SUFFIX, Site
@@ -42,10 +42,8 @@ def check_directions(folder: Path, default: str) -> None:
         )
 
 
-class ControlSettings(BaseSettings):
+class ControlSettings(BaseSettings, env_prefix="STEER_", extra="forbid"):
     """Who may steer and what is kept of it: the same on every backend."""
-
-    model_config = SettingsConfigDict(env_prefix="STEER_", extra="forbid")
 
     policy: Path | None = Field(None, description="policy file (TOML) with keys and rules; the server follows it")
     audit: Path | None = Field(None, description="audit log to write; default: none")
@@ -65,10 +63,8 @@ class ControlSettings(BaseSettings):
     )
 
 
-class ModelOrigin(BaseSettings):
+class ModelOrigin(BaseSettings, env_prefix="STEER_", extra="forbid", protected_namespaces=()):
     """Which model it is, and what it may do: for every command that reads one."""
-
-    model_config = SettingsConfigDict(env_prefix="STEER_", extra="forbid", protected_namespaces=())
 
     revision: str | None = Field(None, description="revision of a hub model")
     trust_remote_code: bool = Field(

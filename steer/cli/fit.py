@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_resumed, quiet_libraries, reported
@@ -326,10 +326,8 @@ def _weights(layers: str | None, weights: str | None, mlp: str | None, depth: in
     return found
 
 
-class Bell(BaseModel):
+class Bell(BaseModel, extra="forbid"):
     """The parameters of `derive.layer_weights`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     peak: Annotated[float, Field(ge=0, description="the layer that does most")]
     width: Annotated[float, Field(ge=0.01, le=1e6, description="layers from the peak to 0.61 of it")]

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from steer.errors import InvalidInput, problems_of
 from steer.tokenization import THINKING
@@ -39,10 +39,8 @@ SPELLINGS = (
 MARKS = re.compile("[\u0300-\u036f\u064b-\u0655\u0670\u0640\u093c\u09bc\u200b-\u200f\u00ad]|\\*\\*|__")
 
 
-class Wordings(BaseModel):
+class Wordings(BaseModel, frozen=True, extra="forbid"):
     """What an answer says that shows a behaviour: all of a behaviour's, or those of one language."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     patterns: Annotated[
         tuple[str, ...], Field(description="one of these regular expressions is found, also without accents")

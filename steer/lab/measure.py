@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from steer.errors import InvalidInput
@@ -222,10 +222,8 @@ class ClassSums:
             )
 
 
-class State(BaseModel):
+class State(BaseModel, extra="forbid", frozen=True):
     """Prompts done of each class (longest first) and the batch size that memory has allowed so far."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     of: str
     done: dict[str, int]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,10 +38,8 @@ CLASSES = ("harmful", "harmless")
 KINDS = {"mean": torch.float64, "mean_all": torch.float64, "moments": torch.float64, "vectors": torch.bfloat16}
 
 
-class ModelFacts(BaseModel):
+class ModelFacts(BaseModel, extra="forbid", frozen=True):
     """Which model was measured."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     revision: str | None = None
@@ -57,10 +55,8 @@ class ModelFacts(BaseModel):
         return {"model": self.name, **self.model_dump(exclude={"name", "dtype"})}
 
 
-class MeasurementMeta(BaseModel):
+class MeasurementMeta(BaseModel, extra="forbid", frozen=True):
     """How it was measured; with the model's weights, everything that the numbers depend on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Annotated[Literal[1], BeforeValidator(no_bool)] = 1
     model: ModelFacts

@@ -21,7 +21,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator
 
 from steer.direction import Dataset, write_file
 from steer.errors import InvalidInput, brief, noted, problems_of
@@ -48,10 +48,8 @@ STUDY = "steer"
 TRYING = "trying"
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, frozen=True, extra="forbid"):
     """All that decides the trials, with the model's weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     revision: str | None = None
@@ -275,10 +273,8 @@ def _sha256(path: Path) -> str:
 Parameter = str | float | int
 
 
-class Space(BaseModel):
+class Space(BaseModel, frozen=True, extra="forbid"):
     """The bounds of a search."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("slerp", "projected", "linear", "whitened")
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("ablate", "one_sided")

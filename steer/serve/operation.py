@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, NotRequired
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.types import Scope
 from typing_extensions import TypedDict
 
@@ -89,10 +89,8 @@ class SteeringState(TypedDict):
     audit: NotRequired[Annotated[AuditState | None, Field(description="for the managing role; null without a log")]]
 
 
-class Switch(BaseModel):
+class Switch(BaseModel, extra="forbid"):
     """The body of `POST /v1/steering`."""
-
-    model_config = ConfigDict(extra="forbid")
 
     enabled: bool = Field(strict=True, description="false: no steered request is admitted from the answer on")
     reason: str = Field("", max_length=200, description="why; refused requests are told, and the audit log keeps it")

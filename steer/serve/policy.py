@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     ValidationError,
@@ -89,8 +88,8 @@ AtOnce = Annotated[int, Field(strict=True, ge=1, le=10**6)]
 PerMinute = Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Table(BaseModel, extra="forbid", frozen=True):
+    """Of a policy file."""
 
 
 class Limits(_Table):

@@ -15,7 +15,7 @@ from itertools import islice
 from types import NoneType
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
+from pydantic import BaseModel, FailFast, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from steer import readout, spec
@@ -112,9 +112,7 @@ _EMPTY: tuple[object, ...] = ("", [], {})
 OF_ROUTE = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class StreamOptions(BaseModel, extra="allow"):
     include_usage: bool = Field(False, description="end the stream with a chunk that counts tokens")
 
     @model_validator(mode="before")
@@ -123,14 +121,10 @@ class StreamOptions(BaseModel):
         return _given(cls, data, {"include_obfuscation": (True, False), "continuous_usage_stats": (False,)})
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(
+    BaseModel, extra="allow", allow_inf_nan=False, json_schema_extra=lambda schema: schema["properties"].update(CARRIED)
+):
     """What both generation routes share."""
-
-    model_config = ConfigDict(
-        extra="allow",
-        allow_inf_nan=False,
-        json_schema_extra=lambda schema: schema["properties"].update(CARRIED),
-    )
 
     model: str = Field(description="the served model's name, or an alias `MODEL+DIRECTION`, which steers")
     stream: bool = Field(False, description="answer as server-sent events, a chunk for each piece of text")
@@ -275,9 +269,7 @@ class ContentPart(BaseModel):
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class Message(BaseModel, extra="allow"):
     role: str
     content: str | list[ContentPart] | None = None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from steer.direction import Dataset
 from steer.errors import InvalidInput
@@ -237,10 +237,8 @@ accepted: .jsonl whose lines have a prompt (or messages) with contains and lacks
 and lacks without a prompt holds for the lines after it"""
 
 
-class Expected(BaseModel):
+class Expected(BaseModel, frozen=True, extra="ignore"):
     """What an answer contains and lacks to be right; letter case does not matter."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     contains: tuple[str, ...] = Field(default=(), description="all of these stand in a right answer")
     lacks: tuple[str, ...] = Field(default=(), description="none of these does")

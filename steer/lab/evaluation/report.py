@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, Field, JsonValue
 
 from steer._version import TOOL, made_at
 from steer.direction import Dataset
@@ -20,8 +20,8 @@ from steer.names import Mode
 HARM = 0.02
 
 
-class ReportPart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class ReportPart(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """Of one report."""
 
 
 class Rate(ReportPart):

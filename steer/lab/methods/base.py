@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from steer.lab.measurement import Contrast
@@ -15,10 +15,8 @@ from steer.lab.measurement import Contrast
 Need = Literal["means", "spread", "vectors"]
 
 
-class Method(BaseModel, ABC):
+class Method(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
     """A method with its parameters, which are its fields. They go into the direction's metadata."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     #: The class's name in lower case.
     name: ClassVar[str]

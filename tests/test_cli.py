@@ -869,7 +869,7 @@ def test_errors_name_the_option_as_it_is_typed(sets: tuple[str, str], tiny_folde
         (("convert", direction, str(tmp_path / "nowhere" / "x.gguf")), "OUTPUT: the folder"),
         (("check", direction, "--strength", "1000"), "--strength: 1000 is not within"),
         (("derive", measured, "-o", output, "--winsorize", "0.9"), "--winsorize needs the prompts' vectors"),
-        (("derive", measured, "-o", output, "--sparsify", "2"), "--sparsify must be above 0"),
+        (("derive", measured, "-o", output, "--sparsify", "2"), "--sparsify: 2.0 is not accepted: a number above 0"),
         (("derive", measured, "-o", output, "--mode", "one_sided", "--target", "3"), "--target must not be above"),
         (("bake", str(tiny_folder), "--direction", direction, "--strength", "99", "-o", output), "--strength: 99"),
     ):

@@ -6,9 +6,11 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from steer.direction import MAX_VALUE, Direction, DirectionMeta
@@ -21,10 +23,18 @@ from steer.lab.methods.means import Slerp
 from steer.names import MAX_STRENGTH, MODES, SITES, TURNING, Mode, Site, acts_on_terms
 
 log = logging.getLogger("steer")
-#: What a layer may be that is no number.
-LAYERS = ("auto", "widest", "all")
 #: The least part of the difference of means within the rows' span that a row must have to have a side.
 LEAST_SHARE = 0.2
+
+
+_WITHIN = f"a number within ±{MAX_STRENGTH:g}"
+_Whole = Annotated[int, Field(strict=True)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Bounded = Annotated[_Number, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
+_Share = Annotated[Annotated[_Number, Field(gt=0, le=1)] | None, Field(description="a number above 0 and at most 1")]
+_Weights = Annotated[
+    Sequence[_Number] | None, Field(description="a list of finite numbers, one for each layer of the model")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,86 +51,52 @@ class Recipe:
     write, at the site `writers`; `weights` is then of what attention writes.
     """
 
-    method: Method = field(default_factory=Slerp)
-    layer: int | Literal["auto", "widest", "all"] = "auto"
-    position: int | None = None
-    winsorize: float | None = None
-    sparsify: float | None = None
-    bootstrap: int = 0
-    seed: int = 0
-    mode: Mode = "ablate"
-    strength: float = 1.0
-    sites: tuple[Site, ...] = ("resid_post",)
-    threshold: float | None = None
-    target: float | None = None
-    weights: tuple[float, ...] | None = None
-    mlp_weights: tuple[float, ...] | None = None
+    method: Annotated[
+        Method, Field(description=f"a method, which make_method makes of one of the names {', '.join(METHODS)}")
+    ] = field(default_factory=Slerp)
+    layer: Annotated[
+        _Whole | Literal["auto", "widest", "all"],
+        Field(description="a whole number, or one of 'auto', 'widest', 'all'"),
+    ] = "auto"
+    position: Annotated[_Whole | None, Field(description="a whole number")] = None
+    winsorize: _Share = None
+    sparsify: _Share = None
+    bootstrap: Annotated[_Whole, Field(ge=0, description="a whole number: 0, or at least 2 resamples")] = 0
+    seed: Annotated[_Whole, Field(ge=0, lt=2**63, description="a whole number from 0 to 2^63 − 1")] = 0
+    mode: Annotated[Mode, Field(description=f"one of {', '.join(map(repr, MODES))}")] = "ablate"
+    strength: Annotated[_Bounded, Field(description=_WITHIN)] = 1.0
+    sites: Annotated[
+        Sequence[Site], Field(min_length=1, description=f"a list of some of {', '.join(map(repr, SITES))}")
+    ] = ("resid_post",)
+    threshold: Annotated[_Bounded | None, Field(description=_WITHIN)] = None
+    target: Annotated[_Bounded | None, Field(description=_WITHIN)] = None
+    weights: _Weights = None
+    mlp_weights: _Weights = None
 
     def __post_init__(self) -> None:
-        wrong = self._of_other_types()
-        problems = [
-            f"{name}: {brief(getattr(self, name), python=True)} is not accepted: {what}" for name, what in wrong.items()
-        ]
-
-        def given(*names: str) -> bool:
-            return all(getattr(self, name) is not None and name not in wrong for name in names)
-
-        for name in ("winsorize", "sparsify"):
-            if given(name) and not 0 < getattr(self, name) <= 1:
-                problems.append(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
-        for name in ("threshold", "target", "strength"):
-            if given(name) and not abs(getattr(self, name)) <= MAX_STRENGTH:
-                problems.append(f"{name} must be a number within ±{MAX_STRENGTH:g}, got {getattr(self, name):g}")
-        threshold = self.threshold if given("threshold") else 0.5
-        if given("target") and self.target is not None and threshold is not None and self.target > threshold:
+        problems = []
+        for name, rule in _rules().items():
+            try:
+                rule.validate_python(getattr(self, name))
+            except ValidationError:
+                said = rule.json_schema()["description"]
+                problems.append(f"{name}: {brief(getattr(self, name), python=True)} is not accepted: {said}")
+        sound = {*_rules()} - {problem.partition(":")[0] for problem in problems}
+        threshold = 0.5 if self.threshold is None else self.threshold
+        if self.target is not None and sound >= {"target", "threshold"} and self.target > threshold:
             problems.append(f"target must not be above the threshold, got {self.target:g}")
-        if given("mlp_weights", "sites") and not acts_on_terms(self.sites):
+        if self.mlp_weights is not None and sound >= {"mlp_weights", "sites"} and not acts_on_terms(self.sites):
             problems.append(f"mlp_weights needs the site 'writers', got {', '.join(self.sites)}")
-        if given("seed") and not 0 <= self.seed < 2**63:
-            problems.append(f"seed must be from 0 to 2^63 − 1, got {self.seed}")
-        if given("bootstrap") and (self.bootstrap < 0 or self.bootstrap == 1):
-            problems.append(f"bootstrap must be 0, or at least 2 resamples, got {self.bootstrap}")
+        if "bootstrap" in sound and self.bootstrap == 1:
+            problems.append("bootstrap must be 0, or at least 2 resamples, got 1")
         if problems:
             raise InvalidInput(problems)
 
-    def _of_other_types(self) -> dict[str, str]:
-        """The fields whose values are of another type than theirs, each with what is accepted."""
-        wrong = {}
-        if not isinstance(self.method, Method):
-            wrong["method"] = f"a method, which make_method makes of one of the names {', '.join(METHODS)}"
-        if type(self.layer) is not int and not _among(self.layer, LAYERS):
-            wrong["layer"] = f"a whole number, or one of {', '.join(map(repr, LAYERS))}"
-        for name in ("position", "bootstrap", "seed"):
-            value = getattr(self, name)
-            if type(value) is not int and not (value is None and name == "position"):
-                wrong[name] = "a whole number"
-        for name in ("winsorize", "sparsify", "strength", "threshold", "target"):
-            value = getattr(self, name)
-            if not _is_number(value) and not (value is None and name != "strength"):
-                wrong[name] = "a number"
-        for name in ("weights", "mlp_weights"):
-            value = getattr(self, name)
-            if value is not None and not (
-                isinstance(value, list | tuple) and all(_is_number(each) and math.isfinite(each) for each in value)
-            ):
-                wrong[name] = "a list of finite numbers, one for each layer of the model"
-        if not _among(self.mode, MODES):
-            wrong["mode"] = f"one of {', '.join(map(repr, MODES))}"
-        if (
-            not isinstance(self.sites, list | tuple)
-            or not self.sites
-            or not all(_among(site, SITES) for site in self.sites)
-        ):
-            wrong["sites"] = f"a list of some of {', '.join(map(repr, SITES))}"
-        return wrong
 
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _among(value: object, words: Sequence[str]) -> bool:
-    return isinstance(value, str) and value in words
+@cache
+def _rules() -> dict[str, TypeAdapter[object]]:
+    """What each field of a recipe may be, which its description says."""
+    return {name: TypeAdapter(hint) for name, hint in get_type_hints(Recipe, include_extras=True).items()}
 
 
 def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] | None = None) -> Direction:

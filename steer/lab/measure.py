@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from steer.errors import InvalidInput
@@ -26,8 +26,8 @@ from steer.lab.source import Activations, CapturePlan, Source
 log = logging.getLogger("steer")
 #: The part of a command's progress.
 MEASURING = "measuring"
-#: The metadata key of a measurement that was interrupted.
-KEY = "steer_partial"
+#: The metadata of a measurement that was interrupted: of which one it is, and how far it had come.
+KEY, DONE = "steer_partial", "steer_done"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,46 +85,35 @@ def measure(
     for label, prompts in sets.items():
         own_tokens = sum(e.own.stop - e.own.start for e in encoded[label])
         sums[label] = ClassSums(prompts.name, plan, facts.d_model, len(prompts), own_tokens, options)
-    checkpoint, done, given = None, dict.fromkeys(sets, 0), batch_size
+    checkpoint = Partial(partial, sums, every, batch_size)
     if partial is not None:
         kept = (options.vectors, options.moments)
         described = meta.model_dump(mode="json", exclude={"created"})
-        identity = [described, kept, batch_size, source.pass_tokens, source.fingerprint()]
-        checkpoint = Partial(partial, identity, sums, every)
-        resumed = checkpoint.resume()
-        done, batch_size = resumed.done, resumed.batch_size or batch_size
-    tokens = source.pass_tokens if given is None else None
+        checkpoint.resume([described, kept, batch_size, source.pass_tokens, source.fingerprint()])
+    tokens = source.pass_tokens if batch_size is None else None
     progress.plan(MEASURING, sum(map(len, sets.values())))
     try:
         with progress.part(MEASURING):
-            progress.skip(sum(done.values()))
+            progress.skip(sum(checkpoint.done.values()))
             for label, each in encoded.items():
 
                 def run(indices: list[int], each: list[Encoded] = each, into: ClassSums = sums[label]) -> None:
                     activations = source.run([each[i] for i in indices], plan)
-                    if checkpoint is not None:
-                        checkpoint.torn = True
+                    checkpoint.torn = True
                     into.add(indices, activations)
-
-                def after(at: int, size: int, label: str = label) -> None:
-                    nonlocal batch_size
-                    batch_size = size
-                    if checkpoint is not None:
-                        checkpoint.note(label, at, size)
 
                 each_batch(
                     [len(e.ids) for e in each],
                     run,
-                    batch_size=batch_size,
+                    batch_size=checkpoint.batch_size,
                     tokens=tokens,
                     progress=progress,
                     longest=source.longest,
-                    start=done[label],
-                    after=after,
+                    start=checkpoint.done[label],
+                    after=functools.partial(checkpoint.note, label),
                 )
     except BaseException:
-        if checkpoint is not None:
-            checkpoint.save()
+        checkpoint.save()
         raise
     return Measurement(meta, sums["harmful"].statistics(), sums["harmless"].statistics())
 
@@ -222,55 +211,46 @@ class ClassSums:
             )
 
 
-class State(BaseModel, extra="forbid", frozen=True):
-    """Prompts done of each class (longest first) and the batch size that memory has allowed so far."""
-
-    of: str
-    done: dict[str, int]
-    batch_size: int | None
-
-
 class Partial:
-    """Saves the `sums` to `path` at most every `every` seconds. `identity` is everything that decides the numbers:
-    sums of another model, set or condition are not added to. `torn`: a batch is being added that is not noted yet, so
-    that the sums are of no number of prompts; then nothing is saved, and what was saved before stays."""
+    """How far the `sums` of both classes have come, saved to `path` (None: nowhere) at most every `every` seconds.
+    `done`: the prompts of each class (longest first) that are in its sums; `batch_size`: what memory has allowed so
+    far; `torn`: a batch is being added that is not noted yet, so that the sums are of no number of prompts. Then
+    nothing is saved, and what was saved before stays."""
 
-    def __init__(self, path: Path, identity: object, sums: Mapping[str, ClassSums], every: float) -> None:
+    def __init__(self, path: Path | None, sums: Mapping[str, ClassSums], every: float, batch_size: int | None) -> None:
         self.path, self.sums, self.every = path, sums, every
-        self.of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.state = State(of=self.of, done=dict.fromkeys(sums, 0), batch_size=None)
+        self.of, self.done, self.batch_size = "", dict.fromkeys(sums, 0), batch_size
         self.torn = False
         self._saved = time.monotonic()
 
-    def resume(self) -> State:
-        """Restore the sums from the file where it is one of the same measurement; how far that had come."""
-        if not self.path.exists():
-            return self.state
+    def resume(self, identity: object) -> None:
+        """Restore the sums from the file where it is one of the same measurement. `identity` is everything that decides
+        the numbers: sums of another model, set or condition are not added to."""
+        self.of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        if self.path is None or not self.path.exists():
+            return
         try:
             metadata, tensors = load_tensors(self.path)
-            state = State.model_validate_json(metadata.get(KEY, ""))
-        except (InvalidInput, ValidationError) as error:
+        except InvalidInput as error:
             log.warning("%s is not the file of an interrupted measurement, starting again: %s", self.path, error)
-            return self.state
-        if state.of != self.of:
+            return
+        if metadata.get(KEY) != self.of:
             log.warning("%s belongs to another model, set or condition: starting again", self.path)
-            return self.state
+            return
         for name, sums in self.sums.items():
             sums.restore({key.removeprefix(f"{name}_"): t for key, t in tensors.items() if key.startswith(f"{name}_")})
-        log.warning("going on from %s: %s", self.path, ", ".join(f"{n} {c}" for n, c in state.done.items()))
-        self.state = state
-        return state
+        self.done, self.batch_size = json.loads(metadata[DONE])
+        log.warning("going on from %s: %s", self.path, ", ".join(f"{n} {c}" for n, c in self.done.items()))
 
     def note(self, name: str, done: int, batch_size: int) -> None:
         """`done` prompts of the class `name` are in its sums."""
-        self.state = State(of=self.of, done={**self.state.done, name: done}, batch_size=batch_size)
-        self.torn = False
+        self.done[name], self.batch_size, self.torn = done, batch_size, False
         if time.monotonic() - self._saved >= self.every:
             self.save()
 
     def save(self) -> None:
-        if self.torn or not any(self.state.done.values()):
+        if self.path is None or self.torn or not any(self.done.values()):
             return
         tensors = {f"{name}_{key}": t for name, sums in self.sums.items() for key, t in sums.tensors().items()}
-        save_tensors(self.path, tensors, {"format": "pt", KEY: self.state.model_dump_json()})
+        save_tensors(self.path, tensors, {"format": "pt", KEY: self.of, DONE: json.dumps([self.done, self.batch_size])})
         self._saved = time.monotonic()

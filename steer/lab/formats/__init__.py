@@ -11,8 +11,8 @@ from torch import Tensor
 from steer.direction import Direction, folder_problem, holds_model
 from steer.errors import InvalidInput
 from steer.lab.formats import control_vector, pickled
-from steer.lab.formats.foreign import Foreign, check_plain, direction_of, load_pickled, width_of
-from steer.lab.measurement import Measurement, ModelFacts, load_tensors
+from steer.lab.formats.foreign import Foreign, check_plain, imported, load_pickled, width_of
+from steer.lab.measurement import Measurement, load_tensors
 from steer.names import MEASUREMENT_KEY, PICKLED_SUFFIXES
 
 #: How a file of a measurement is named where its kind follows from the name.
@@ -71,7 +71,7 @@ def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> D
         check_plain(path, numbered.values())
         facts = foreign.model(path, width_of(path, numbered.values()))
         rows = {foreign.check_layer(path, layer): vector.float()[None] for layer, vector in numbered.items()}
-        return _direction(path, rows, facts, foreign)
+        return imported(rows, facts, foreign, path)
     name = foreign.tensor or (next(iter(tensors)) if len(tensors) == 1 else None)
     if name is None or name not in tensors:
         shown = ", ".join(f"{n} {list(t.shape)}" for n, t in list(tensors.items())[:8])
@@ -90,7 +90,7 @@ def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> D
             f"[{facts.layers}, {facts.d_model}] and [{facts.layers}, k, {facts.d_model}]"
             + ("; of rows for `hidden_states` leave out the first, which is the embedding's" if more else "")
         )
-    return _direction(path, rows, facts, foreign)
+    return imported(rows, facts, foreign, path)
 
 
 def _numbered(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
@@ -99,15 +99,6 @@ def _numbered(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
     named = {(match[1], int(match[2])): tensor for match, tensor in found if match and tensor.ndim == 1}
     alike = len(named) == len(tensors) > 1 and len({name for name, _ in named}) == 1
     return {layer: tensor for (_, layer), tensor in named.items()} if alike else {}
-
-
-def _direction(path: Path, rows: dict[int, Tensor], facts: ModelFacts, foreign: Foreign) -> Direction:
-    layer = None if foreign.layer is None else foreign.check_layer(path, foreign.layer)
-    if layer is not None:  # whose rows serve all, as those of a file with one vector do
-        if layer not in rows:
-            raise InvalidInput(f"{path}: has vectors of the layers {sorted(rows)}, not of {layer}")
-        rows = dict.fromkeys(range(facts.layers), rows[layer])
-    return direction_of(rows, facts, source=path, method="imported", mode="ablate", source_layer=layer)
 
 
 def write(path: Path, direction: Direction) -> list[str]:

@@ -102,6 +102,21 @@ def direction_of(
     )
 
 
+def imported(
+    rows: Mapping[int, Tensor],
+    facts: ModelFacts,
+    foreign: Foreign,
+    source: object,
+    modes: tuple[Mode, ...] | None = None,
+) -> Direction:
+    """The direction of vectors by layer, each layer's own, or with --layer that layer's at all of them."""
+    if (layer := foreign.layer) is not None:
+        if foreign.check_layer(source, layer) not in rows:
+            raise InvalidInput(f"{source}: has vectors of the layers {sorted(rows)}, not of {layer}")
+        rows = dict.fromkeys(range(facts.layers), rows[layer])
+    return direction_of(rows, facts, source=source, method="imported", mode="ablate", modes=modes, source_layer=layer)
+
+
 def load_pickled(path: Path) -> Any:
     """What torch saved in `path`. `weights_only` refuses every file that would run code. Raises InvalidInput."""
     try:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from steer.direction import Direction, write_file
 from steer.errors import InvalidInput
-from steer.lab.formats.foreign import Foreign, direction_of, width_of
+from steer.lab.formats.foreign import Foreign, direction_of, imported, width_of
 from steer.lab.measurement import Measurement, MeasurementMeta, Statistics
 from steer.names import Mode
 
@@ -154,17 +154,9 @@ def _entries(values: Mapping[str, Any], name: str) -> dict[int, Tensor]:
 
 
 def _stored(path: Path, values: Mapping[str, Any], name: str, foreign: Foreign) -> Direction:
-    """Each layer's own vector, or with --layer that layer's at all of them."""
     found = _entries(values, name)
     facts = foreign.model(path, width_of(path, found.values()))
     rows = {i - 1: v.unsqueeze(0) for i, v in found.items() if 1 <= i < facts.layers and v.any()}
     if not rows:
         raise InvalidInput(f"{path}: has no {name}_1, …: no direction of the output of a block")
-    if foreign.layer is not None:
-        if foreign.layer not in rows:
-            raise InvalidInput(f"{path}: has {name} for the outputs of the blocks {sorted(rows)}, not {foreign.layer}")
-        rows = dict.fromkeys(range(facts.layers), rows[foreign.layer])
-    modes = STORED[name]
-    return direction_of(
-        rows, facts, source=path, method="imported", mode="ablate", modes=modes, source_layer=foreign.layer
-    )
+    return imported(rows, facts, foreign, path, STORED[name])

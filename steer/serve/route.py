@@ -39,20 +39,6 @@ class HeadRequests:
         await self.app({**scope, "method": "GET"}, receive, sending)
 
 
-class _Parsed(Request):
-    """A request whose body is there already."""
-
-    def __init__(self, request: Request, body: object) -> None:
-        super().__init__(request.scope, request.receive)
-        self._parsed = body
-
-    async def body(self) -> bytes:
-        return b"{}"  # so that `json` is asked
-
-    async def json(self) -> object:
-        return self._parsed
-
-
 def _checked(model: type[BaseModel], body: object) -> BaseModel:
     try:
         return model.model_validate(body)
@@ -81,7 +67,8 @@ class JsonRoute(APIRoute):
                 return Response(status_code=400)
             except errors.HTTPProblem as error:
                 return errors.of(error)
-            return await handler(_Parsed(request, body))
+            request._body, request._json = b"{}", body  # where starlette keeps what it has read and parsed
+            return await handler(request)
 
         return handling
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 
@@ -51,19 +51,9 @@ def verdict(reply: str) -> Outcome | None:
     return None if found is None else WORDS[found[1].lower()]
 
 
-class Judge(Protocol):
-    """Says of an answer whether it shows a behaviour."""
-
-    @property
-    def name(self) -> str:
-        """As reports call it."""
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """All that its verdicts depend on."""
-
-    def verdicts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Outcome | None]:
-        """For each answer shown, deflected or complied, None where there was no verdict."""
+#: Says of an answer whether it shows a behaviour. `name` is for reports, `identity` is all that its verdicts depend on;
+#: `verdicts` are for each answer shown, deflected or complied, None where there was none.
+Judge: TypeAlias = "ChatJudge | ClassifierJudge"
 
 
 def judged(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Outcome | None]:

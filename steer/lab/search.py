@@ -31,7 +31,7 @@ from steer.lab.derive import Recipe, check_needs, derive, layer_weights
 from steer.lab.evaluator import Candidate, Evaluator
 from steer.lab.judge import Judge
 from steer.lab.measurement import Measurement
-from steer.lab.methods import METHODS, make_method
+from steer.lab.methods import make_method
 from steer.lab.race import Figures, Race, Sets
 from steer.lab.resume import Alone
 from steer.lab.select import layers_of
@@ -299,10 +299,8 @@ class Space(BaseModel, frozen=True, extra="forbid"):
     def bounded(self, measurement: Measurement) -> Space:
         """Return the space with the layers of `measurement` whose classes separate. Raises InvalidInput with every
         problem."""
-        known = [name for name in self.methods if name in METHODS]
-        unknown = [name for name in self.methods if name not in known]
-        problems = [f"method '{name}' is not known; accepted: {', '.join(METHODS)}" for name in unknown]
-        for name in known:
+        problems: list[str] = []
+        for name in self.methods:
             with noted(problems):
                 check_needs(measurement, Recipe(make_method(name)))
         if problems:

@@ -264,13 +264,9 @@ def check_address(host: str, port: int) -> None:
     except OSError as error:
         raise InvalidInput(f"--host {host}: {error.strerror}; accepted: an address of this machine") from error
     refused: list[OSError] = []
-    for family, kind, protocol, _, address in found:
+    for family, *_, address in found:
         try:
-            with socket.socket(family, kind, protocol) as tried:
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                tried.bind(address)
+            socket.create_server(address, family=family).close()
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 raise InvalidInput(

@@ -61,7 +61,7 @@ def router(served: Served) -> APIRouter:
             served.check_length(text, "messages")  # variables are a part of it too
             prompt = served.loaded.piece_ids(text)
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-            room, stops = served.room(prompt, body.wanted_tokens, "messages", limit), Stops(body.stops)
+            room, stops = served.room(prompt, getattr(body, limit), "messages", limit), Stops(body.stops)
             samplings = body.sampling(asked, room, body.wanted_logprobs)
             steer = served.steer(admission, prompt)
             return [Job(i, prompt, sampling, stops, steer, read) for i, sampling in enumerate(samplings)]

@@ -367,10 +367,6 @@ class ChatRequest(GenerationRequest):
         return self.chat_template_kwargs | more
 
     @property
-    def wanted_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
     def wanted_logprobs(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", param="top_logprobs")

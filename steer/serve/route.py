@@ -65,8 +65,6 @@ class JsonRoute(APIRoute):
                 body = await understood(partial(_checked, model, request.scope[BODY]), size)
             except Gone:
                 return Response(status_code=400)
-            except errors.HTTPProblem as error:
-                return errors.of(error)
             request._body, request._json = b"{}", body  # where starlette keeps what it has read and parsed
             return await handler(request)
 

@@ -135,7 +135,7 @@ def test_the_direction_beside_the_means_is_read_as_it_is(
     assert isinstance(alone, Direction)
     torch.testing.assert_close(alone.directions, found.directions)
     other = "refuse" if name == "refusenorm" else "refusenorm"
-    for foreign, says in ((Foreign(FACTS, tensor=other), f"no direction '{other}'"), (Foreign(FACTS, 2), "not 2")):
+    for foreign, says in ((Foreign(FACTS, tensor=other), f"no direction '{other}'"), (Foreign(FACTS, 2), "not of 2")):
         with pytest.raises(InvalidInput, match=says):
             formats.read(path, foreign)
 

@@ -642,7 +642,7 @@ def test_an_address_where_nothing_can_listen_is_told_before_the_model_is_loaded(
     tiny_model = str(tmp_path)  # which could not be loaded
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InvalidInput, match=rf"--port {port}: Address .*in use; give another \(--port 0 takes"):
+        with pytest.raises(InvalidInput, match=rf"--port {port}: Address .*in use.*; give another \(--port 0 takes"):
             prepare(tiny_model, ServeSettings(port=port))
     with pytest.raises(InvalidInput, match=r"--host 192\.0\.2\.1: .*; accepted: an address of this machine"):
         prepare(tiny_model, ServeSettings(host="192.0.2.1", insecure=True))

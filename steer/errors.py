@@ -13,7 +13,7 @@ SteerError
 ├── hf.internals.CannotBatch      transformers cannot batch the model: it is served one request at a time
 ├── NoRoom                        no free rows (a load) or no free queue place (a request) right now
 ├── RequestFailed                 one admitted request cannot be answered; the engine and all others go on
-│   └── NotFinite                 steering would have taken its stream out of the range of the model's dtype
+│   └── NotFinite                 its stream is out of the range of the model's dtype where it is steered
 └── EngineFailed                  the engine died under a request that was admitted
 """
 
@@ -276,13 +276,13 @@ class RequestFailed(SteerError):
 
 
 class NotFinite(RequestFailed):
-    """Steering would have taken a request's residual stream out of the range of the model's numbers."""
+    """A request's residual stream would be out of the range of the model's numbers where it is steered."""
 
     def __init__(self, where: str = "") -> None:
         super().__init__(
-            f"{where and where + ': '}steering would have taken the residual stream out of the range of the model's "
-            "numbers, so there is no answer: ask for less strength, or load the model in a dtype of more range "
-            "(bfloat16, float32)"
+            f"{where and where + ': '}the steered residual stream is out of the range of the model's numbers, so there "
+            "is no answer: ask for less strength, or, where it is so unsteered too, load the model in a dtype of more "
+            "range (bfloat16, float32)"
         )
 
 

@@ -33,7 +33,7 @@ def twice(_decoder: nn.Module, blocks: Sequence[nn.Module]) -> None:
 
         def double(hook: Any, original: Any = original, **options: Any) -> Any:
             if not options.get("prepend") and "transform" in getattr(
-                getattr(hook, "__code__", None), "co_freevars", ()
+                getattr(getattr(hook, "hook", hook), "__code__", None), "co_freevars", ()
             ):  # the steering module's
                 original(hook, **options)
             return original(hook, **options)

@@ -145,6 +145,8 @@ class Engine(abc.ABC):
         """The forward pass of `score`, inside `alone`. The logits are there for SCORED_AT_ONCE tokens at a time."""
         model = self.steering.anatomy.model
         tensor = torch.tensor([list(ids)], device=self.steering.anatomy.device)
+        with self.steering.batch([None]):
+            self.steering.anatomy.forget_lengths()
         decisions = self.steering.index.decisions
         steer = decisions.take(steer)
         tokens: list[Token] = []
@@ -191,6 +193,7 @@ class SequentialEngine(Engine):
     @torch.inference_mode()
     def _begin(self, prompt: Sequence[int], max_tokens: int) -> Decoding:
         with _failing():
+            self.steering.anatomy.forget_lengths()
             return Decoding(self.steering.anatomy.model, prompt, max_tokens)
 
     @torch.inference_mode()

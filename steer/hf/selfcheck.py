@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +25,8 @@ from steer.hf import internals
 from steer.hf.engine import Engine
 from steer.hf.sampling import Sampling, Token
 from steer.hf.steering import PROBE_TOKENS
-from steer.names import MODES
-from steer.runtime.bank import DirectionBank
-from steer.runtime.selfcheck import ABLATE
-from steer.runtime.token_index import RequestSteer, slot
+from steer.runtime.selfcheck import vector
+from steer.runtime.token_index import RequestSteer
 
 log = logging.getLogger("steer")
 #: Tokens of the greedy answers, and how much longer than a limit the long prompts are: the answers end beyond it too.
@@ -58,7 +54,7 @@ class _Asked:
 
 def self_check(engine: Engine) -> None:
     """Raise SelfCheckFailed when the model itself cannot be run in this way, and whatever else fails as it is."""
-    with _vector(engine.steering.bank) as steer_:
+    with vector(engine.steering.bank) as steer_:
         requests = _requests(engine, steer_)
         try:
             answers = asyncio.run(_answers(engine, requests))
@@ -110,6 +106,7 @@ def _compare(engine: Engine, requests: Sequence[_Asked], answers: Sequence[Seque
         ids = torch.tensor([token.id for token in answer])
         got = torch.tensor([token.logprob for token in answer], dtype=torch.float32)
         with engine.steering.batch([asked.steer]), torch.inference_mode():
+            engine.steering.anatomy.forget_lengths()
             said = internals.generated(engine.steering.anatomy.model, asked.prompt, ids.tolist())
         right = said.cpu().gather(1, ids[:, None])[:, 0]
         _agree(asked, got, right, "`generate`", allowed)
@@ -131,19 +128,6 @@ def _agree(asked: _Asked, got: Tensor, right: Tensor, by: str, allowed: float) -
                 f"a {asked.name} in a mixed batch has the log-probability {x:.4f} where {by} has {y:.4f} "
                 f"({allowed:g} apart at most)"
             )
-
-
-@contextmanager
-def _vector(bank: DirectionBank) -> Iterator[RequestSteer]:
-    """A request that steers by random unit vectors, another at each hook point, strongly enough to show in any
-    dtype."""
-    generator, made = torch.Generator().manual_seed(1), RequestSteer.plain(bank.rank)
-    with bank.borrowed() as row:
-        for bank_slice in bank.slices.values():
-            vector = torch.randn(bank.d_model, dtype=torch.float32, generator=generator)
-            bank_slice.write(row, vector / vector.norm(), dict.fromkeys(MODES, ABLATE))
-        made.slots[0], made.strengths[0] = slot(row, "ablate"), max(2.0, math.sqrt(bank.d_model) / 2)
-        yield made
 
 
 def _of_the_model(error: BaseException) -> bool:

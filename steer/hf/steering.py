@@ -4,6 +4,8 @@ index."""
 from __future__ import annotations
 
 import asyncio
+import inspect
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,19 +96,30 @@ class Anatomy:
         return max(torch.finfo(dtype).eps for dtype in (torch.float32, *self._streams))
 
     @torch.no_grad()
-    def probe(self, rows: int = 1) -> CausalLMOutputWithPast:
-        """A short forward pass over fixed token ids, the same in each row; the model's output. Raises UnsupportedModel
+    def probe(self, rows: int = 1, apart: Sequence[int] = ()) -> CausalLMOutputWithPast:
+        """A short forward pass over fixed token ids, the same in each row; the model's output. `apart`: a row for each
+        of these numbers below PROBE_TOKENS, by which its ids are larger and its length smaller. Raises UnsupportedModel
         for a model that token ids alone do not make run."""
-        ids = (torch.arange(PROBE_TOKENS, device=self.device) * 7 + 11) % self.vocabulary
+        at = torch.arange(PROBE_TOKENS, device=self.device)
+        by = torch.tensor(apart or [0] * rows, device=self.device)[:, None]
+        given = {"input_ids": (at * 7 + 11 + by) % self.vocabulary}
+        if apart and "attention_mask" in inspect.signature(self.model.forward).parameters:
+            given["attention_mask"] = (at < PROBE_TOKENS - by).long()
         try:
             with torch.compiler.set_stance("force_eager"):  # what is compiled would go on without hooks that are new
-                return self.model(input_ids=ids.repeat(rows, 1), use_cache=False)
+                return self.model(**given, use_cache=False)
         except InvalidInput:  # of ours
             raise
         except (TypeError, ValueError, AttributeError) as error:
             raise UnsupportedModel(
                 f"{self.architecture} does not run on the ids of tokens alone: {first_line(error)}"
             ) from error
+
+    def forget_lengths(self) -> None:
+        """Have the model forget how long what it has read was, by a short pass: a dynamic rotary embedding keeps the
+        frequencies of the longest text until then."""
+        if internals.longest_beside(self.model.config) < math.inf:
+            self.probe()
 
 
 class Watcher(Protocol):
@@ -230,15 +243,19 @@ class Steering:
         # some may have another around them now
         if not all(mine in set(now.modules()) for mine, now in zip(self.anatomy.blocks, self._list, strict=True)):
             return False
+        # around a writer it would add to what that wrote, behind its hook
+        acting = [(self.anatomy.blocks[h.point.layer], h.module) for h in self._targets if not h.before]
+        if not all(module is block or module in block.children() for block, module in acting):
+            return False
         self._ways, self._held = _ways(self.anatomy.model, modules), list(self._list)
         return True
 
     def check_intact(self) -> None:
         if not self.intact:
             raise RuntimeError(
-                "some blocks or hooks are no longer on the model as they were (a block was replaced, added or moved, "
-                "or hooks were removed), and passes would be plain there or steered as another layer is: detach, and "
-                "call steer.attach again"
+                "some blocks or hooks are no longer on the model as they were (a block was replaced, added or moved, a "
+                "writer has an adapter around it, or hooks were removed), and passes would be plain there or steered "
+                "as another layer is: detach, and call steer.attach again"
             )
 
     def detach(self) -> None:
@@ -490,10 +507,21 @@ class Steering:
             bad, _ = checked.problems(self.sites)
             if not selfcheck.same(anatomy.probe().logits, plain, again):
                 bad.append("a plain pass is not the same with hooks as without")
+            if not bad and not self._rows_stay():
+                bad.append("what steers one row of a batch changes another most: its rows change places inside")
         finally:
             self.detach()
         if bad:
             raise UnsupportedModel(f"{anatomy.architecture} cannot be steered: {'; '.join(bad)}")
+
+    def _rows_stay(self) -> bool:
+        """Does what steers a row act on that row, also where a decoder sorts rows by their tokens or lengths?"""
+        order = (3, 0, 5, 1, 4, 2)  # the first is in the middle
+        plain = self.anatomy.probe(apart=order).logits
+        with selfcheck.vector(self.bank) as steer, self.batch([steer] + [None] * (len(order) - 1)):
+            steered = self.anatomy.probe(apart=order).logits
+        change = (steered - plain).float().nan_to_num().abs().flatten(1).amax(-1)
+        return bool(change[0] > 0) and int(change.argmax()) == 0
 
 
 class _Pass(threading.local):
@@ -502,20 +530,12 @@ class _Pass(threading.local):
     reached = 0
 
 
-class _Hung:
-    """A hook on a decoder, by which a model knows who steers it. A copy of the model has it too, and is not steered; in
-    a file it would be nothing."""
+class _Hung(hook_points.Hung):
+    """A hook on a decoder, by which a model knows who steers it."""
 
-    def __init__(self, steering: Steering, call: Callable[..., None]) -> None:
-        self.steering, self._decoder, self._call = steering, steering.anatomy.decoder, call
-
-    def __deepcopy__(self, _memo: object) -> _Hung:
-        return self
-
-    def __reduce__(self) -> str:
-        raise TypeError(
-            f"a model cannot be pickled with its steering ({self.steering.anatomy.architecture}): detach first"
-        )
+    def __init__(self, steering: Steering, hook: Callable[..., None]) -> None:
+        super().__init__(hook)
+        self.steering, self._decoder = steering, steering.anatomy.decoder
 
 
 class _Entrance(_Hung):
@@ -523,7 +543,7 @@ class _Entrance(_Hung):
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if module is self._decoder:
-            self._call(args, kwargs)
+            self.hook(args, kwargs)
 
 
 class _Exit(_Hung):
@@ -531,7 +551,7 @@ class _Exit(_Hung):
 
     def __call__(self, module: nn.Module, _args: object, output: object) -> None:
         if module is self._decoder:
-            self._call(output is not None)
+            self.hook(output is not None)
 
 
 def _check_free(decoder: nn.Module) -> None:

@@ -24,7 +24,6 @@ from steer.lab.evaluator import Candidate, Evaluator, Floats, each_row, named
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, Rendering
-from steer.lab.source import forget_lengths
 from steer.runtime.token_index import RequestSteer, Tokens
 from steer.spec import Spec
 from steer.tokenization import Thinking
@@ -146,7 +145,7 @@ class HFEvaluator(Evaluator):
         longest = self._longest - self.max_tokens
 
         def run(indices: list[int]) -> list[Answer]:
-            forget_lengths(self.steering.anatomy)
+            self.steering.anatomy.forget_lengths()
             mine, asked = [encoded[i] for i in indices], [steers[i] for i in indices]
             limits = Limits(self.max_tokens, self.loaded.eos_ids, enough)
             if len(mine[0]) > longest:  # such a one is alone
@@ -170,7 +169,7 @@ class HFEvaluator(Evaluator):
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[float]:
-            forget_lengths(self.steering.anatomy)
+            self.steering.anatomy.forget_lengths()
             rows, mine = [encoded[i] for i in indices], [specs[i] for i in indices]
             thinking = self.loaded.thinking
             ids, mask, spans, cache = left_of(self.steering, rows, mine, thinking, self._pad)
@@ -238,7 +237,7 @@ class HFEvaluator(Evaluator):
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[T]:
-            forget_lengths(anatomy)
+            anatomy.forget_lengths()
             prompts, mine = [heads[i] for i in indices], [specs[i] for i in indices]
             thinking = self.loaded.thinking
             shared, cache = begun(self.steering, prompts, mine, thinking)
@@ -278,7 +277,7 @@ class HFEvaluator(Evaluator):
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[Floats]:
-            forget_lengths(anatomy)
+            anatomy.forget_lengths()
             ids = right_padded([sequences[i] for i in indices], self.loaded.tokenizer.pad_token_id or 0, anatomy.device)
             with self.steering.batch([steer]):
                 said = torch.log_softmax(anatomy.model(input_ids=ids, use_cache=False).logits.float(), -1)

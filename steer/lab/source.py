@@ -149,7 +149,7 @@ class TransformersSource(Source):
     @torch.inference_mode()
     def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations:
         ids = right_padded([e.ids for e in batch], self.tokenizer.pad_token_id or 0, self.anatomy.device)
-        forget_lengths(self.anatomy)
+        self.anatomy.forget_lengths()
         capture = Capture(batch, plan, ids.shape[1])
 
         def take(layer: int, x: Tensor) -> None:
@@ -209,13 +209,6 @@ def _check_stream(anatomy: Anatomy) -> None:
             f"{anatomy.architecture} cannot be steered, so it is not measured: {problem}; accepted: a model whose "
             f"blocks hand on [rows, positions, {anatomy.d_model}]"
         )
-
-
-def forget_lengths(anatomy: Anatomy) -> None:
-    """Have the model forget how long what it has read was, by a short pass: a dynamic rotary embedding keeps the
-    frequencies of the longest text until then."""
-    if longest_beside(anatomy.model.config) < math.inf:
-        anatomy.probe()
 
 
 class _Enough(Exception):

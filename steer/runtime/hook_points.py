@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,23 @@ def stream_given(args: Args, kwargs: Kwargs) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+class Hung:
+    """What stands on a module as a hook. A copy of the module has it too, and is not steered; in a file it would be
+    nothing."""
+
+    def __init__(self, hook: Callable[..., object]) -> None:
+        self.hook = hook
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self.hook(*given, **named)
+
+    def __deepcopy__(self, _memo: object) -> Hung:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TypeError("a model cannot be pickled with its steering, nor a part of it: detach first")
+
+
 def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
     """Hook `transform` on the tensor that `module` returns, and no copy of it. A transform that returns None leaves it
     alone. A pass raises UnsupportedModel where it returns something else."""
@@ -88,7 +105,7 @@ def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
         new = transform(stream)
         return (new, *output[1:]) if isinstance(output, tuple) and new is not None else new
 
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(Hung(hook))
 
 
 def on_input(module: nn.Module, transform: Transform) -> RemovableHandle:
@@ -100,7 +117,7 @@ def on_input(module: nn.Module, transform: Transform) -> RemovableHandle:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_pre_hook(Hung(hook), with_kwargs=True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ random plane: an operation that acts twice, or not at all, or on a part of what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -359,6 +360,19 @@ def _among(t: Tensor, others: Sequence[Tensor]) -> bool:
 
 def _size(parts: Sequence[Tensor], d_model: int) -> Tensor:
     return torch.stack([p.double().reshape(-1, d_model).square().sum(-1) for p in parts]).sum(0).sqrt()
+
+
+@contextmanager
+def vector(bank: DirectionBank) -> Iterator[RequestSteer]:
+    """A request that steers by random unit vectors, another at each hook point, strongly enough to show in any
+    dtype."""
+    generator, made = torch.Generator().manual_seed(1), RequestSteer.plain(bank.rank)
+    with bank.borrowed() as row:
+        for bank_slice in bank.slices.values():
+            v = torch.randn(bank.d_model, dtype=torch.float32, generator=generator)
+            bank_slice.write(row, v / v.norm(), dict.fromkeys(MODES, ABLATE))
+        made.slots[0], made.strengths[0] = slot(row, "ablate"), max(2.0, math.sqrt(bank.d_model) / 2)
+        yield made
 
 
 def rest_is_dead(blocks: Sequence[nn.Module], run: Callable[[], Tensor], plain: Tensor, again: Tensor) -> bool:

@@ -136,6 +136,9 @@ def test_a_row_that_overflows_is_told_at_the_end_of_its_block(dtype: torch.dtype
                 if error:
                     raise error
 
+        with pytest.raises(NotFinite, match="where it is so unsteered too"), steering("d=0.000001"):
+            model(inputs_embeds=torch.full((1, 2, models.D_MODEL), torch.nan, dtype=dtype))
+
         with pytest.raises(NotFinite):  # what the outer block has lost is not forgotten in the inner one
             inside(None)
         with pytest.raises(KeyError):  # an error of the block's own goes before
@@ -899,6 +902,22 @@ def test_adapters_stay_in_force(d: steer.Direction) -> None:
             assert changed(logits(adapted), plain) == [False] * 3 + [True] * 3
 
 
+@pytest.mark.filterwarnings("ignore")  # peft's own
+def test_an_adapter_that_comes_around_a_writer_later_is_not_left_plain() -> None:
+    """What the adapter adds comes behind the hook on the module that it is around."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=3, num_attention_heads=4)
+    model = tf.OPTForCausalLM(tf.OPTConfig(vocab_size=128, **sizes)).eval()
+    d = models.direction(model, shared=True, sites=("writers",))
+    adapter = peft.LoraConfig(target_modules=["fc2"], init_lora_weights=False)
+    with steer.attach(model, {"d": d}, sites=("writers",)) as steering:
+        adapted = peft.get_peft_model(model, adapter).eval()
+        with pytest.raises(RuntimeError, match="a writer has an adapter around it"), steering("d"):
+            logits(adapted)
+    with steer.attach(adapted, {"d": d}, sites=("writers",)) as steering, steering("d"):
+        logits(adapted)
+
+
 def test_offloaded_weights(d: steer.Direction, tmp_path: Path) -> None:
     import accelerate
 
@@ -995,11 +1014,12 @@ def test_a_command_that_is_asked_of_the_module_is_told_to_be_one(name: str) -> N
 
 
 @pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
-def test_an_attached_model_says_that_it_is_not_pickled(d: steer.Direction, write: Any) -> None:
+@pytest.mark.parametrize("part", ["", "model.layers.1"])
+def test_an_attached_model_says_that_it_is_not_pickled(d: steer.Direction, write: Any, part: str) -> None:
     model = models.tiny("llama")
     steering = steer.attach(model, {"d": d})
     with pytest.raises(TypeError, match="detach first"):
-        write(model)
+        write(model.get_submodule(part))
     for another in (write, copy.deepcopy):
         with pytest.raises(TypeError, match="neither copied nor pickled"):
             another(cast(Any, steering))
@@ -1047,6 +1067,32 @@ def test_a_block_that_is_called_by_another_keyword_is_named() -> None:
 
     block.__class__ = Renamed
     with pytest.raises(UnsupportedModel, match=r"a block is called with stream, .* as `hidden_states`"):
+        steer.attach(model)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda ids, _: torch.arange(len(ids)).flip(0),
+        lambda ids, _: torch.arange(len(ids)).roll(1),
+        lambda ids, _: ids.sum(1).argsort(),
+        lambda ids, _: (-ids[:, 0]).argsort(),
+        lambda ids, mask: torch.arange(len(ids)) if mask is None else mask.sum(1).argsort(descending=True),
+    ],
+)
+def test_a_decoder_whose_rows_change_places_inside_is_refused(order: Any) -> None:
+    model = models.tiny("llama")
+    inner = model.model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+        new = order(input_ids, attention_mask)
+        mask = None if attention_mask is None else attention_mask[new]
+        out = inner(input_ids=input_ids[new], attention_mask=mask, use_cache=False)
+        out.last_hidden_state = out.last_hidden_state[new.argsort()]
+        return out
+
+    model.model.forward = forward
+    with pytest.raises(UnsupportedModel, match="its rows change places inside"):
         steer.attach(model)
 
 

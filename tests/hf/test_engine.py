@@ -818,6 +818,19 @@ def test_within_the_original_context_such_a_model_is_batched() -> None:
         check_decodes(made)
 
 
+def test_a_rotary_embedding_that_grows_is_for_each_request_what_it_is_alone() -> None:
+    """It keeps the frequencies of the longest text that the model has read."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    for made in started(tf.LlamaConfig(**models._shape(rope_parameters=rope, max_position_embeddings=32)), context=200):
+        assert isinstance(made.engine, SequentialEngine)
+        check_decodes(made)
+        short, long = ([5 + i % 50 for i in range(length)] for length in (36, 100))
+        alone = asyncio.run(made.tokens(short, None)), asyncio.run(made.engine.score(short, None, 0))
+        for text in (long, short):
+            after = asyncio.run(made.tokens(text, None)), asyncio.run(made.engine.score(text, None, 0))
+        assert after == alone
+
+
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_rotary_embeddings_that_depend_on_the_batch_are_found_in_each_layer_type(kind: str) -> None:
     rope = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": kind}}

@@ -8,7 +8,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, assert_never
@@ -104,7 +104,12 @@ class Anatomy:
         by = torch.tensor(apart or [0] * rows, device=self.device)[:, None]
         given = {"input_ids": (at * 7 + 11 + by) % self.vocabulary}
         if apart and "attention_mask" in inspect.signature(self.model.forward).parameters:
-            given["attention_mask"] = (at < PROBE_TOKENS - by).long()
+            mask = (at < PROBE_TOKENS - by).long()
+            with suppress(UnsupportedModel):  # positions that are made of one may need more than tokens
+                return self._run(**given, attention_mask=mask)
+        return self._run(**given)
+
+    def _run(self, **given: Tensor) -> CausalLMOutputWithPast:
         try:
             with torch.compiler.set_stance("force_eager"):  # what is compiled would go on without hooks that are new
                 return self.model(**given, use_cache=False)

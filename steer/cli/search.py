@@ -206,6 +206,7 @@ def search(
 
         begun = Search.begin(folder, settings, measured)
         evaluator = bench.evaluator(rank_of(begun.settings.space, begun.measurement), max_tokens, rendering)
+        evaluator.check_room([*sets, *([] if border is None else [border])])
 
         def after(found: list[Trial]) -> None:
             progress.write(f"\n{len(found)} of {trials} trials, the front so far:\n{front_table(found)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
@@ -15,7 +15,7 @@ from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress
-from steer.lab.prompts import Prompt, PromptIds, Rendering
+from steer.lab.prompts import Prompt, PromptIds, PromptSet, Rendering
 from steer.names import Mode
 from steer.shape import Shape
 from steer.spec import PHASES, Entry
@@ -99,10 +99,25 @@ class Evaluator(ABC):
     """A model on which candidates are tried. `steer` is one Steer for all prompts, or a list with one for each.
     `max_tokens`: of an answer, at most; `progress` advances with each prompt that was read or answered."""
 
+    #: The most tokens that a prompt with its answer can have.
+    context: int
+
     def __init__(self, chat: Chat, rendering: Rendering | None, max_tokens: int, progress: Progress | None) -> None:
         self.tokenizer = chat.tokenizer
         self.max_tokens, self.progress = max_tokens, progress or Progress()
         self._ids = PromptIds(chat, rendering)
+
+    def check_room(self, sets: Iterable[PromptSet]) -> None:
+        """Raise InvalidInput with every prompt that does not fit the context with its answer."""
+        problems = [
+            f"{each.named([prompt])}: has {len(ids)} tokens, and its answer may have {self.max_tokens}; the context is "
+            f"{self.context}"
+            for each in sets
+            for prompt, ids in zip(each.prompts, self._ids(each.prompts), strict=True)
+            if len(ids) + self.max_tokens > self.context
+        ]
+        if problems:
+            raise InvalidInput(problems)
 
     @property
     @abstractmethod

@@ -77,7 +77,7 @@ class HFEvaluator(Evaluator):
         progress: Progress | None = None,
     ) -> None:
         super().__init__(loaded, rendering, max_tokens, progress)
-        self.loaded, self.steering, self.batch_size = loaded, steering, batch_size
+        self.loaded, self.steering, self.batch_size, self.context = loaded, steering, batch_size, loaded.context
         cache_name(loaded.model)
         eos = loaded.eos_ids
         self._pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else (eos or [0])[0]

@@ -482,8 +482,8 @@ class Encoded:
 
 def encode_all(chat: Chat, prompts: Sequence[Prompt], rendering: Rendering | None = None) -> list[Encoded]:
     """The ids that the server would make of each conversation that a prompt is. What the template writes around a lone
-    message is found once. Raises InvalidInput for variables that the model's template does not look at, and for what is
-    none."""
+    message is found once. Raises InvalidInput for variables and a system prompt that the model's template does not
+    look at, and for what is no variable."""
     rendering = rendering or Rendering()
     if taken := set_by_rendering(rendering.template):  # a file may say anything
         raise InvalidInput(
@@ -494,6 +494,11 @@ def encode_all(chat: Chat, prompts: Sequence[Prompt], rendering: Rendering | Non
 
     def ids_of(prompt: Prompt, **more: bool) -> list[int]:
         return chat.chat_ids(messages_of(prompt, rendering.system_prompt), **rendering.template, **more)
+
+    if rendering.system_prompt:
+        other = messages_of("", f"{rendering.system_prompt}!")
+        if chat.chat_ids(other, **rendering.template) == ids_of(""):
+            raise InvalidInput("--system-prompt: the chat template of this model leaves it out")
 
     around, prefix = ids_of(""), chat.piece_ids(rendering.response_prefix) if rendering.response_prefix else []
 

@@ -170,7 +170,7 @@ class VllmEvaluator(Evaluator):
         self, source: VllmSource, rendering: Rendering | None, max_tokens: int, progress: Progress | None = None
     ) -> None:
         super().__init__(source, rendering, max_tokens, progress)
-        self.source, self.frontend = source, frontend.of(source.llm)
+        self.source, self.frontend, self.context = source, frontend.of(source.llm), source.context + 1
 
     @property
     def rank(self) -> int:

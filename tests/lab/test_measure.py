@@ -241,6 +241,10 @@ def test_a_rendering_is_part_of_what_is_measured_and_of_the_file(tiny_folder: Pa
     assert b"template\\" not in directions["plain"].to_bytes(), "a file without it is one of earlier versions too"
     with pytest.raises(InvalidInput, match="does not mention 'enable_thinkng'"):
         source.encode(["hello"], Rendering(template={"enable_thinkng": False}))
+    loaded.tokenizer.chat_template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(InvalidInput, match="--system-prompt: the chat template of this model leaves it out"):
+        source.encode(["hello"], Rendering(system_prompt="Answer briefly."))
+    loaded.tokenizer.chat_template = THINKING
     for name in ("messages", "conversation", "add_generation_prompt", "chat_template", "self"):
         with pytest.raises(InvalidInput, match=f"'{name}' cannot be set"):  # a direction's file may say it
             source.encode(["hello"], Rendering(template={name: False}))

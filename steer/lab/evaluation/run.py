@@ -80,8 +80,10 @@ class Evaluation:
         self._continued: Sequence[Continuation] = ()
 
     def run(self) -> Measured:
-        """Measure what is missing. Raises SpecError, before anything is, for an arm that is not for this model."""
+        """Measure what is missing. Raises SpecError, before anything is, for an arm that is not for this model, and
+        InvalidInput for prompts that are too long for it."""
         named(self.plan.arms, thinking_of(self.evaluator.tokenizer))
+        self.evaluator.check_room(self.plan.sets.values())
         self._planned({})
         self._measure(None)
         doses = self._doses() if self.plan.doses else []

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steer.errors import InvalidInput
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
@@ -26,7 +27,7 @@ from steer.lab.evaluation.run import NEAR, TRIES, Evaluation, EvaluationPlan, Me
 from steer.lab.judge import ChatJudge, Judge
 from steer.lab.outcome import OUTCOMES, Answer
 from steer.lab.probe import HFEvaluator
-from steer.lab.prompts import Conversation, Prompt, PromptSet
+from steer.lab.prompts import Conversation, Prompt, PromptSet, encode_all
 from steer.lab.resume import Cache
 from steer.lab.source import TransformersSource
 from steer.names import MAX_STRENGTH
@@ -91,6 +92,18 @@ def report_of(found: Measured, arms: list[Arm]) -> Report:
     return Report(
         conditions=asked, arms=tuple(steered), sets=found.sets, divergence=found.divergence, text=found.text, tasks=()
     )
+
+
+def test_prompts_that_do_not_fit_with_their_answers_are_told_before_anything_runs(
+    probe: Watched, arms: list[Arm], loaded: Loaded
+) -> None:
+    longest = probe.context - 6 - len(encode_all(loaded, [""])[0].ids)
+    fitting, long = (PromptSet("long.txt", "4", ("a" * (longest + more), "b")) for more in (0, 1))
+    planned = plan(arms[:1], loaded)
+    probe.check_room([fitting])
+    with pytest.raises(InvalidInput, match=r"long.txt, line 1: has \d+ tokens, and its answer may have 6; the context"):
+        Evaluation(probe, replace(planned, sets=SETS | {"harmful": long}), Cache(None, {})).run()
+    assert probe.asked == []
 
 
 def test_strength_0_changes_nothing_and_1_does(probe: Watched, arms: list[Arm], loaded: Loaded) -> None:

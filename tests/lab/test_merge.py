@@ -483,6 +483,12 @@ def test_what_peft_would_refuse_or_run_otherwise_is_refused_before_anything_is_w
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_model_that_changes_its_weights_where_it_runs_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    model = small(tf.RwkvConfig, tmp_path / "model", context_length=64, rescale_every=2)
+    with pytest.raises(UnsupportedModel, match=r"reads one weight after the other fails .* cannot be baked"):
+        baked(tmp_path / "model", at_writers(model))
+
+
 def test_an_embedding_of_another_width_than_the_stream_is_refused(tmp_path: Path) -> None:
     """What it writes goes through a projection first."""
     model = small(tf.OPTConfig, tmp_path / "model", **OPT, word_embed_proj_dim=32)

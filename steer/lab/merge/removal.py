@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from steer.direction import Direction, check_fits
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.geometry import orthonormalise
+from steer.hf.internals import short
 from steer.hf.streamed import Change, Streamed
 from steer.lab.merge.weights import Checkpoint, Term, Writer, find, find_terms
 from steer.lab.progress import Progress
@@ -133,7 +134,13 @@ def plan(checkpoint: Checkpoint, removal: Removal, progress: Progress | None = N
     check_fits(removal.direction, d_model=anatomy.d_model, layers=anatomy.layers, architecture=architecture)
     progress.plan(LOOKING, len(streamed.becomes))
     with progress.part(LOOKING):
-        terms = find_terms(streamed)
+        try:
+            terms = find_terms(streamed)
+        except RuntimeError as error:  # as of RWKV, which changes its weights where it runs
+            raise UnsupportedModel(
+                f"{architecture}: a pass that reads one weight after the other fails ({short(error)}), so that it "
+                "cannot be baked"
+            ) from error
     removal.direction.check_terms({term.layer for term in terms} - {term.layer for term in terms if term.number})
     return RemovalPlan(checkpoint, removal, streamed, terms, find(checkpoint, streamed, terms))
 

@@ -32,6 +32,7 @@ def new_key(
     policy: Annotated[Path | None, "add the key to this policy file; it is created if it does not exist"] = None,
     direction: Annotated[list[str] | None, "a direction that the key may use, '*' for all; repeatable"] = None,
     readout: Annotated[bool, "the key may use steer_readout; the playground colours tokens with it"] = False,
+    forms: Annotated[bool, "the key may have answers held to a schema, a grammar or its tools (vLLM)"] = False,
     metrics: Annotated[bool, "the key may read /metrics, as Prometheus does"] = False,
     manage: Annotated[bool, "the key may manage directions and the kill switch"] = False,
 ) -> None:
@@ -44,8 +45,9 @@ def new_key(
     secret = secrets.make()
     head = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
     block = f"[keys.{head}]\nhash = {json.dumps(secrets.stored(secret))}\n"
-    block += f"directions = {json.dumps(direction or [])}\n" + ("readout = true\n" if readout else "")
-    block += ("metrics = true\n" if metrics else "") + ("manage = true\n" if manage else "")
+    rights = {"readout": readout, "forms": forms, "metrics": metrics, "manage": manage}
+    block += f"directions = {json.dumps(direction or [])}\n"
+    block += "".join(f"{right} = true\n" for right, has in rights.items() if has)
     try:
         read(block.encode(), "")
     except PolicyError as error:  # of lines that nobody wrote

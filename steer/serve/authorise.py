@@ -79,6 +79,11 @@ class Caller:
             said = f"this key may not use {readout.FIELD}: its policy does not say `readout = true`"
             raise forbidden("readout", said, param=readout.FIELD)
 
+    @property
+    def forms(self) -> bool:
+        """May it say of what form an answer is?"""
+        return self.rules is None or self.rules.forms
+
 
 #: No policy is in force.
 ANYONE = Caller()
@@ -104,6 +109,9 @@ class Rules:
 
 
 OPEN = Rules()
+NO_FORMS = (
+    "this key may not have answers held to a schema, a grammar or its tools: its policy does not say `forms = true`"
+)
 NO_READOUT = "this server offers no read-out (vLLM: start it with --readout N)"
 
 

@@ -54,6 +54,8 @@ MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
 #: Bytes of a body for which one token of prompt is taken in advance, and the most tokens that are.
 BYTES_PER_TOKEN, MAX_TOKENS = 4, 10**9
+#: Fields that hold what is no text.
+MEDIA = frozenset({"url", "image_url", "data", "file_data", "image", "audio", "video", "prompt_embeds"})
 #: Prompts × n of one request, on any engine.
 MAX_ANSWERS = 16_384
 
@@ -214,6 +216,21 @@ def answer_count(body: dict[str, object]) -> int:
 def _answers(body: dict[str, object]) -> int:
     """To each prompt."""
     return max(min(n, MAX_TOKENS) if type(n := body.get(name)) is int and n > 0 else 1 for name in ("n", "best_of"))
+
+
+def text_length(body: object) -> int:
+    """Characters of all texts of a body that may be tokenized: of images, sounds and embeddings there are none."""
+    length = 0
+    values = [body]
+    while values:
+        value = values.pop()
+        if isinstance(value, str):
+            length += len(value)
+        elif isinstance(value, list):
+            values += value
+        elif isinstance(value, dict):
+            values += (each for name, each in value.items() if name not in MEDIA)
+    return length
 
 
 def as_list(value: object) -> list[object]:

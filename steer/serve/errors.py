@@ -90,6 +90,10 @@ class HTTPProblem(SteerError):
         super().__init__(message)
 
 
+def unsupported(message: str, param: str | None = None) -> HTTPProblem:
+    return HTTPProblem(Code.UNSUPPORTED, message, param=param)
+
+
 class Unserved(ValueError):
     """Fields that a request may not have: `found` has each with what is wrong about it."""
 

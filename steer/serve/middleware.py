@@ -167,9 +167,9 @@ class SteerMiddleware:
                     xargs.pop(carriers.FIELD, None)
                 if carried.model is not None:
                     body["model"] = carried.model
+                scope["steer"], scope[BODY], scope[SIZE] = admission, body, len(data)
                 if self.forward:
                     self.forward(body, admission)
-                scope["steer"], scope[BODY], scope[SIZE] = admission, body, len(data)
                 metrics.ADMISSION.observe(time.perf_counter() - started)
                 again = b"" if self.parsed else await understood(lambda: json.dumps(body).encode(), len(data))
                 await run.serve(self.app, scope, replay(again, receive, answer.leave), answer)

@@ -50,6 +50,7 @@ class May(Bounds):
     steer: bool
     modes: list[Mode]
     readout: Annotated[bool, Field(description="may use `steer_readout`")]
+    forms: Annotated[bool, Field(description="may say of what form answers are, by a schema or a grammar")]
     manage: Annotated[bool, Field(description="may change directions and use the kill switch")]
 
 
@@ -187,6 +188,7 @@ def steering(control: Control, scope: Scope) -> SteeringState:
             "modes": list(MODES if rules is None else rules.modes),
             **bounds(() if rules is None else (rules,), shape),
             "readout": rules is None or rules.readout,
+            "forms": caller.forms,
             "manage": manages,
         },
     }

@@ -204,6 +204,11 @@ class KeyRules(Limits):
     required: Specs = Field((), description="steering of all its requests: applied last, and never switched off")
     manage: Flag = Field(False, description="may it upload and delete directions, and move the kill switch")
     readout: Flag = Field(False, description="may it read components along directions (`steer_readout`)")
+    forms: Flag = Field(
+        False,
+        description="may it have answers held to a schema, a grammar, a regular expression, a choice or its tools: an "
+        "engine's time and memory for one have no bound, and all others wait",
+    )
     metrics: Flag = Field(False, description="may it read /metrics, which tells of all directions")
     requests_per_minute: PerMinute | None = Field(None, description="generation requests in a minute")
     tokens_per_minute: PerMinute | None = Field(None, description="tokens of prompts and answers in a minute")

@@ -29,7 +29,8 @@ from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, Unsupported
 from steer.names import readable
 from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading
-from steer.serve import metrics
+from steer.serve import errors, metrics
+from steer.serve.authorise import ANYONE, NO_FORMS, Caller, forbidden
 from steer.serve.text import token_text
 from steer.shape import Shape
 from steer.shared import Shared
@@ -155,13 +156,16 @@ class _Call:
 class Passage:
     """What the engine may be asked for in the context of one network request, beside what has a ticket.
 
-    `plain`: may it be plain. `over`: a ticket let it pass, and its answer has ended. `refused`: why something was
-    refused, once it was. A raw spec is never taken here: it would pass by keys, policy and audit log.
+    `plain`: may it be plain. `caller`: who asks. `asked`: was the engine asked. `over`: a ticket let it pass, and its
+    answer has ended. `refused`: why something was refused, once it was. A raw spec is never taken here: it would pass
+    by keys, policy and audit log.
     """
 
     plain: bool = False
+    caller: Caller = ANYONE
+    asked: bool = False
     over: bool = False
-    refused: str | None = None
+    refused: errors.HTTPProblem | None = None
 
 
 #: Of the request that runs in this context; None where there is none, as in a Python program.
@@ -355,10 +359,15 @@ class Frontend:
         if not hasattr(params, "extra_args"):  # pooling: nothing is generated, and nothing is steered
             yield params
             return
+        if (way := passage.get()) is not None:
+            way.asked = True
+            if internals.engine.has_form(params) and not way.caller.forms:
+                way.refused = forbidden("forms", NO_FORMS)
+                raise way.refused
         asked = extra.get(KEY)
         ticket = self._tickets.get(asked) if isinstance(asked, str) else None
         if own := ticket is None:
-            if ((way := passage.get()) is not None or self.serves) and not in_self_check.get():
+            if (way is not None or self.serves) and not in_self_check.get():
                 check_passage(way, raw=KEY in extra)
                 wanted: tuple[RequestedDirection, ...] = ()
             else:
@@ -452,11 +461,13 @@ def check_passage(way: Passage | None, *, raw: bool) -> None:
     if way.over:
         raise over()
     if raw:
-        way.refused = "this route does not take steering: ask a generation route of this server"
+        way.refused = errors.unsupported("this route does not take steering: ask a generation route of this server")
     elif not way.plain:
-        way.refused = "this route cannot be steered, and requests without steering are not allowed here"
+        way.refused = errors.unsupported(
+            "this route cannot be steered, and requests without steering are not allowed here"
+        )
     if way.refused:
-        raise SpecError(way.refused, param=KEY)
+        raise SpecError(str(way.refused), param=KEY)
 
 
 def over() -> asyncio.CancelledError:

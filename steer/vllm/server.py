@@ -40,7 +40,19 @@ from steer.serve.access import PUBLIC, REQUEST_ID, Access
 from steer.serve.answers import ReadReport, report
 from steer.serve.asgi import Change, Outgoing, rewriting, with_headers
 from steer.serve.authorise import NO_READOUT, resolve
-from steer.serve.body import BODY, LARGE, Gone, offload, parse_body, prompt_count, read_body, replay, understood
+from steer.serve.body import (
+    BODY,
+    LARGE,
+    SIZE,
+    Gone,
+    offload,
+    parse_body,
+    prompt_count,
+    read_body,
+    replay,
+    text_length,
+    understood,
+)
 from steer.serve.connection import PROTOCOL
 from steer.serve.control import Control, Run, request_id
 from steer.serve.directions import router as directions_router
@@ -77,6 +89,9 @@ NOT_READ = f"this route gives no read-out: ask {' or '.join(READ_ROUTES)}"
 MODELS_ROUTE = "/v1/models"
 HEALTH_ROUTE = "/health"
 MAX_BODY = 64 * 2**20
+#: Characters of text in one request: so many for each token of the context, and the least that this comes to. vLLM
+#: tokenizes one request after the other, and on some routes whatever their length, so all others wait for a long one.
+TEXT_PER_TOKEN, MIN_TEXT = 16, 2 * 2**20
 
 
 def install(app: FastAPI) -> None:
@@ -294,19 +309,20 @@ class Generation:
 
         def forward(body: dict[str, object], admission: Admission) -> None:
             nonlocal ticket
+            check_text(body, scope[SIZE], front)
             xargs = body.get(carriers.XARGS) or {}
             check_absent(xargs, served=True)
             if control.in_force is not None and not control.caller(scope).manages:
                 for field in KEPT:
                     if body.get(field):
-                        raise unsupported(f"'{field}' needs a key with the managing role: {KEPT[field]}", field)
+                        raise errors.unsupported(f"'{field}' needs a key with the managing role: {KEPT[field]}", field)
             if admission.readout:
                 check_one_answer(body)
             elif not admission.spec:
                 return
             for field in self.dropping:
                 if body.get(field):
-                    raise unsupported(f"'{field}' cannot be used together with steering or a read-out", field)
+                    raise errors.unsupported(f"'{field}' cannot be used together with steering or a read-out", field)
             if isinstance(xargs, dict):  # anything else is vLLM's to refuse
                 ticket = front.ticket(admission)
                 body[carriers.XARGS] = xargs | {KEY: ticket.name}
@@ -329,8 +345,8 @@ class Generation:
                 send = with_fields(send, partial(front.met, ticket), fetch if admission.readout else None)
             used = None if ticket is None else lambda: ticket.used
             try:
-                way = Passage(plain=not admission.spec and not admission.readout)
-                await _run(self.app, way, scope[BODY], scope, receive, send, used)
+                way = Passage(not admission.spec and not admission.readout, control.caller(scope))
+                await _run(self.app, control, way, scope[BODY], scope, receive, send, used)
             except Exception:
                 if ticket is None or not ticket.lost:
                     raise
@@ -384,12 +400,13 @@ class Other(_Layer):
         try:
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
+            check_text(body, len(data), front_end_of(app))
             run.caller = control.renewed(scope)
             served = internals.server.served_names(app)
             traces = carriers.traces(body, Headers(scope=scope), served, scope["query_string"])
             found = await understood(lambda: next(traces, None), len(data))
             if found is not None:
-                raise unsupported(
+                raise errors.unsupported(
                     f"this route does not take steering, but the request has '{found[:100]}'", found[:100]
                 )
         except Gone:
@@ -397,7 +414,7 @@ class Other(_Layer):
         except SteerError as error:
             await self._refuse(error, scope, receive, send)
             return
-        way = Passage(plain=body is not None and _may_be_plain(scope))
+        way = Passage(body is not None and _may_be_plain(scope), run.caller)
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
@@ -406,7 +423,9 @@ class Other(_Layer):
 
         control.add(run)
         try:
-            await run.serve(partial(_run, self.app, way, body), scope, replay(data, receive), Outgoing(sending))
+            await run.serve(
+                partial(_run, self.app, control, way, body), scope, replay(data, receive), Outgoing(sending)
+            )
         finally:
             control.discard(run)
 
@@ -451,8 +470,13 @@ async def _nothing() -> Message:
     return {"type": "http.disconnect"}
 
 
-def unsupported(message: str, param: str | None = None) -> HTTPProblem:
-    return HTTPProblem(Code.UNSUPPORTED, message, param=param)
+def check_text(body: object, size: int, front: Frontend) -> None:
+    """Raise HTTPProblem for a body of `size` bytes that has more text than a request may."""
+    most = max(MIN_TEXT, TEXT_PER_TOKEN * front.context)
+    if size > most and text_length(body) > most:
+        raise HTTPProblem(
+            Code.BODY_TOO_LARGE, f"the texts of the body have more than {most} characters, the limit here"
+        )
 
 
 def check_one_answer(body: dict[str, object]) -> None:
@@ -464,6 +488,7 @@ def check_one_answer(body: dict[str, object]) -> None:
 
 async def _run(
     app: ASGIApp,
+    control: Control,
     way: Passage,
     body: object,
     scope: Scope,
@@ -483,6 +508,8 @@ async def _run(
                 raise
         finally:
             way.over = used is not None
+            if way.refused:
+                control.refused(way.refused, way.caller, scope)
 
 
 def _in_our_words(scope: Scope, body: object) -> Scope:
@@ -546,7 +573,8 @@ class _Held:
             await self._judge(ends=message["type"] == "http.response.body" and not message.get("more_body", False))
 
     async def _judge(self, ends: bool) -> None:
-        taken = self._way.plain if self._used is None else self._used()
+        way = self._way
+        taken = way.plain and (way.asked or way.caller.forms) if self._used is None else self._used()
         failed = self._kept[0]["status"] >= 400
         if self._way.refused or (ends and not (taken or failed or self._used is None)):
             await self.refuse()
@@ -560,8 +588,10 @@ class _Held:
         """Answer with a 400 in its place. False where it has begun already."""
         if not self._passes and not self._refused:
             self._refused = True
-            why = self._way.refused or "this kind of request is not handed to the engine with its steering"
-            await errors.of(unsupported(why))(self._scope, self._receive, self._send)
+            why = self._way.refused or errors.unsupported(
+                "this kind of request is not handed to the engine with its steering"
+            )
+            await errors.of(why)(self._scope, self._receive, self._send)
         return self._refused
 
 

@@ -83,6 +83,7 @@ metrics = true
 hash = "{HASH["seer"]}"
 directions = ["refusal"]
 readout = true
+forms = true
 
 [keys.narrow]
 hash = "{HASH["narrow"]}"

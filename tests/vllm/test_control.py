@@ -217,6 +217,29 @@ def test_what_never_becomes_a_request_is_not_kept(server: Server) -> None:
     assert sent < 16 * 2**20
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_form_of_an_answer_is_a_right(server: Server, stream: bool) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    chat = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    asking: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"structured_outputs": {"regex": "(([a-z ]*)*)*"}},
+        "/v1/chat/completions": chat,
+        "/v1/responses": {"text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}},
+        "/v1/messages": {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
+    }
+    for route, more in asking.items():
+        for steer in ({}, {"steer": "refusal=0.5"}):
+            refused = ask(server, "reader", route, stream=stream, **more, **steer)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "steering_forbidden"), refused.text
+            assert "forms = true" in refused.json()["error"]["message"]
+    assert ask(server, "reader", "/v1/chat/completions", response_format={"type": "json_object"}).status_code == 200
+    assert ask(server, "seer", "/v1/chat/completions", stream=stream, **chat).status_code == 200
+    for form in ({"grammar": "root ::= root"}, {"json": {"$ref": "#"}}, {"json": {"items": False, "minItems": 9}}):
+        told = ask(server, "seer", structured_outputs=form, stream=stream)
+        assert "no answer can be held to the form" in told.text, told.text
+        assert told.status_code == (200 if stream else 400)
+
+
 def test_a_raw_spec_reaches_the_engine_by_no_route(server: Server) -> None:
     """The managing role reaches the other routes of vLLM, and even there steering is not to be had: it would be neither
     checked nor kept."""

@@ -20,8 +20,9 @@ from starlette.websockets import WebSocketDisconnect
 from steer import readout
 from steer.errors import NoRoom, SpecError, UnsupportedModel
 from steer.registry import Registry
-from steer.serve.authorise import admit
+from steer.serve.authorise import Caller, Refusal, admit
 from steer.serve.carriers import Carried
+from steer.serve.policy import KeyRules
 from steer.spec import parse as parse_spec
 from steer.vllm import internals
 from tests import models
@@ -283,6 +284,45 @@ def test_with_a_default_no_other_route_is_plain(
     answer = client.post("/v1/completions", json={"model": "tiny"})
     assert [answer.headers["x-steer-applied"]] == asked
     assert client.post("/v1/completions", json={"model": "tiny", "steer": "off"}).headers["x-steer-applied"] == "[]"
+
+
+@pytest.mark.parametrize("path", ["/invocations", "/v1/completions"])
+def test_what_would_be_tokenized_is_bounded_and_images_are_not(
+    client: TestClient, asked: list[str | None], path: str
+) -> None:
+    long = "a " * 2**20
+    for body in ({"prompt": long + "a"}, {"messages": [{"content": [{"type": "text", "text": long + "a"}]}]}):
+        told = client.post(path, json={"model": "tiny"} | body)
+        assert (told.status_code, told.json()["error"]["code"], asked) == (413, "body_too_large", []), told.text
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{long}"}}
+    assert client.post(path, json={"model": "tiny", "messages": [{"content": [image]}]}).status_code == 200
+
+
+def test_a_form_needs_its_right_whoever_makes_it(engine: Engine) -> None:
+    """A parser of vLLM's makes some of tools, which no field of a body tells."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from steer.vllm.frontend import Passage, passage
+
+    def ask(form: Any, **rules: Any) -> None:
+        way = Passage(True, Caller("a", KeyRules.model_construct(hash="", **rules)))
+        token = passage.set(way)
+        try:
+            with engine.steer.admitted(SamplingParams(structured_outputs=form)):
+                pass
+        finally:
+            passage.reset(token)
+
+    ask(None)
+    ask(StructuredOutputsParams(json_object=True))
+    forms: list[dict[str, Any]] = [{"json": {}}, {"regex": "a"}, {"grammar": "a"}, {"choice": ["a"]}]
+    for form in [*forms, {"structural_tag": "{}"}]:
+        with pytest.raises(Refusal, match="forms = true"):
+            ask(StructuredOutputsParams(**form))
+        ask(StructuredOutputsParams(**form), forms=True)
+    with pytest.raises(Refusal):
+        ask(StructuredOutputsParams(json_object=True, whitespace_pattern="((a*)*)*"))
 
 
 def test_what_comes_after_the_end_of_its_request_is_made_no_more(engine: Engine) -> None:

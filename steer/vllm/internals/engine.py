@@ -116,11 +116,13 @@ def wrap_requests(
             raise
         if (state := states.get(request.request_id)) is not None:
             added(request, state)
+            state.steer_form = has_form(request.sampling_params)
             metrics.current_usage().answer(lambda: answer_length(state))
         return out
 
     def processing(engine_core_outputs: Sequence[EngineCoreOutput], *args: object, **kwargs: object) -> object:
         fallen: list[str] = []
+        _tell_of_forms(engine_core_outputs, states)
         if watched:
             engine_core_outputs, fallen = _without_lost(engine_core_outputs, states, watched, lost, decided)
         try:
@@ -141,6 +143,17 @@ def wrap_requests(
         return out
 
     outputs.add_request, outputs.process_outputs, outputs.abort_requests = adding, processing, aborting
+
+
+def _tell_of_forms(outputs: Sequence[EngineCoreOutput], states: Mapping[str, Any]) -> None:
+    """Have those that the engine failed at say so where a form was asked for: it cannot compile it, or no token is left
+    that it allows."""
+    for one in outputs:
+        if one.finish_reason is not None and str(one.finish_reason) == "error":
+            state = states.get(one.request_id)
+            if state is not None and state.steer_form and state.queue is not None:
+                # before the output, which it then takes no more
+                state.queue.put(client_error(InvalidInput("no answer can be held to the form that was asked for")))
 
 
 def _without_lost(
@@ -208,6 +221,12 @@ def abort(engine: LLMEngine, request_ids: Sequence[str]) -> None:
 async def abort_async(engine: AsyncLLM, request_ids: Sequence[str]) -> None:
     """End requests of an AsyncLLM by their internal ids, in its processes as well."""
     await seam(engine, "abort", ["request_id", "internal"])(list(request_ids), internal=True)
+
+
+def has_form(params: SamplingParams | None) -> bool:
+    """Must the engine compile what a client wrote, and hold the answer to it? Not where it asks for any JSON."""
+    form = getattr(params, "structured_outputs", None)
+    return form is not None and not (form.json_object and form.whitespace_pattern is None)
 
 
 def prompt_length(request: EngineRequest) -> int:

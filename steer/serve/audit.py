@@ -326,7 +326,7 @@ class Audit:
         """Find the end of the chain in what is there, where it is `known` to end. What a crash left is healed by an
         event that says so."""
         if self._fd >= 0:
-            if self.fsync != "never" and self.head.seq > self._synced:
+            if self.fsync != "never" and self.head.seq > self._synced and not _same(self.path, self._fd):
                 self._behind.append(self._fd)  # another process has rotated it
             else:
                 os.close(self._fd)

@@ -211,6 +211,33 @@ def test_rotation_overwrites_nothing(tmp_path: Path) -> None:
     assert (report.problems, report.notes, report.last.seq) == ([], [], report.lines)
 
 
+def test_a_disk_that_is_full_as_a_new_file_begins_costs_no_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each line that is refused looks again where the chain ends; no sync comes in between."""
+    audit = Audit(tmp_path / "a.jsonl", max_bytes=4096, fsync="always")
+    monkeypatch.setattr(audit, "_sync", lambda: None)
+    audit.open()
+    while audit._size < 3000:
+        audit.write("admitted", key="alice", detail="x" * 600)
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        counts = []
+        for _ in range(8):
+            with pytest.raises(AuditUnavailable, match="No space left"):
+                audit.write("admitted", key="alice", detail="x" * 1200)
+            counts.append(len(os.listdir("/proc/self/fd")))
+    assert audit._size == 0, "the file was begun"
+    assert len(set(counts)) == 1
+    audit.write("admitted", key="alice")
+    audit.close()
+    assert not verify_with_rotated(audit.path).problems
+
+
 def test_a_file_that_cannot_be_renamed_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     audit = Audit(tmp_path / "a.jsonl", fsync="never", max_bytes=2000)
     audit.open()
@@ -236,6 +263,7 @@ def test_a_file_that_cannot_be_renamed_leaves_nothing_behind(tmp_path: Path, mon
 def test_a_log_is_whole_while_a_server_rotates_it(tmp_path: Path) -> None:
     audit = Audit(tmp_path / "a.jsonl", fsync="never", max_bytes=20_000)
     audit.open()
+    audit.note("start")  # or the first look may come before the first line
     ended = threading.Event()
 
     def write() -> None:

@@ -70,6 +70,7 @@ class BatchingEngine(Engine):
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="steer-score")
         self._fault: BaseException | None = None  # what ended the model's thread
         self._moved = time.monotonic()  # when there was a pass last, or no request that waits for one
+        self._left = False  # has a request been cancelled since the last pass
         self._rest = 0.0  # until when scoring leaves the model to others
         self._holds: set[object] = set()  # the pauses in which somebody uses the model
         #: The requests of the running pass in its order, each with its tokens, and those of them that are read.
@@ -151,6 +152,7 @@ class BatchingEngine(Engine):
         finally:
             if not done:
                 self.manager.cancel_request(request_id)
+                self._left = True
             with self.manager.output_router._lock:
                 self.manager.output_router.result_handlers.pop(request_id, None)
             self._requests.pop(request_id, None)
@@ -191,7 +193,9 @@ class BatchingEngine(Engine):
 
     def _prepare(self) -> bool:
         """Model thread, before each forward pass: the token index follows the packed order of the batch."""
-        internals.let_in(self._processor)
+        if self._left:
+            self._left = False
+            internals.let_in(self._processor)
         found = self._prepare_next_batch()
         if found or not self._requests:
             self._moved = time.monotonic()

@@ -81,7 +81,6 @@ _PROCESSOR = (
     "inputs_and_outputs.position_ids",
     "inputs_and_outputs.requests_in_batch",
     "max_batch_tokens",
-    "scheduler.active_requests",
     "scheduler.block_new_requests",
     "_generation_step",
     "model_runner._sample",
@@ -173,9 +172,8 @@ def pass_stream(processor: ContinuousBatchProcessor) -> AbstractContextManager[o
 
 def let_in(processor: ContinuousBatchProcessor) -> None:
     """Have waiting requests taken again after the cache was full. transformers does so when a request has finished,
-    which one that was cancelled never does: where all were, none would run any more."""
-    if not processor.scheduler.active_requests:
-        processor.scheduler.block_new_requests = False
+    which one that was cancelled never does."""
+    processor.scheduler.block_new_requests = False
 
 
 class Attention:

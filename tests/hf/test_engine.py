@@ -897,14 +897,30 @@ def test_the_least_that_the_settings_allow_starts() -> None:
     engine.stop()
 
 
-def test_requests_that_all_leave_a_full_cache_hold_up_none_that_come() -> None:
-    """transformers takes no new ones after its cache was full until one has finished: one that left never does."""
+@pytest.mark.parametrize("stay", [0, 1])
+def test_requests_that_leave_a_full_cache_hold_up_none_that_come(stay: int) -> None:
+    """transformers takes no new ones after its cache was full until one has finished: one that left never does, and one
+    that stays may take long."""
     steering = Steering(models.tiny("llama"))
     engine = start_engine(steering, [2], context=128, capacity=64, cache_tokens=256)
     assert isinstance(engine, BatchingEngine)
     scheduler, long = engine._processor.scheduler, replace(GREEDY, max_tokens=96)
+    step, ended = engine._step, asyncio.Event()
+
+    def stepping(model: Any) -> None:
+        time.sleep(0.02)
+        step(model)
+
+    engine._step = stepping
+
+    async def whole(stream: Any) -> None:
+        async for _ in stream:
+            pass
+        ended.set()
 
     async def run() -> None:
+        # one that stays needs its second page of the cache after all others, so it is none that is put off
+        stays = [asyncio.ensure_future(whole(engine.generate([5, 6, 7], long, None))) for _ in range(stay)]
         streams = [engine.generate([*range(5, 25)], long, None) for _ in range(24)]
         first = [asyncio.ensure_future(anext(stream)) for stream in streams]
         for _ in range(1000):
@@ -919,6 +935,8 @@ def test_requests_that_all_leave_a_full_cache_hold_up_none_that_come() -> None:
             await stream.aclose()
         one = await asyncio.wait_for(anext(engine.generate([5, 6, 7], GREEDY, None)), 60)
         assert one.id >= 0
+        assert not ended.is_set()
+        await asyncio.gather(*stays)
 
     try:
         asyncio.run(run())

@@ -142,7 +142,7 @@ class ServeSettings(ControlSettings, ModelSettings):
         "", description="origins whose pages may call this server, separated by commas; default: none"
     )
     drain: int = Field(
-        300, ge=0, description="seconds that running requests get to end after SIGTERM; then they are cut off"
+        300, ge=0, description="seconds that running requests get to end after SIGTERM; then they are ended"
     )
     max_body: int = Field(8 * 2**20, ge=1024, description="largest request body in bytes; a larger one gets a 413")
     context: int | None = Field(

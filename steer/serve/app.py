@@ -3,9 +3,11 @@ registry, serve: any step that fails ends the start), its routes, the layers aro
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import logging
+import math
 import socket
 import sys
 import time
@@ -35,7 +37,7 @@ from steer.serve import answers, completions, errors, html, metrics, operation
 from steer.serve.access import PUBLIC, REQUEST_ID, Access
 from steer.serve.carriers import PLUS, RECEIPT
 from steer.serve.connection import PROTOCOL
-from steer.serve.control import Control
+from steer.serve.control import GRACE, Control
 from steer.serve.directions import router as directions_router
 from steer.serve.generation import Served
 from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
@@ -287,7 +289,23 @@ def warn_of_template(chat: Chat) -> None:
 
 class _Server(uvicorn.Server):
     """uvicorn raises the signal again when it has drained, which makes a clean stop look like a crash: exit 0 instead.
-    A second signal stops without waiting."""
+    What has not ended GRACE before the time is up is ended and told so, and at a second signal without waiting: uvicorn
+    itself only cuts it off."""
+
+    def __init__(self, config: uvicorn.Config, control: Control) -> None:
+        super().__init__(config)
+        self._control = control
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        limit = self.config.timeout_graceful_shutdown or 0
+        ending = asyncio.get_running_loop().call_later(limit - GRACE, self._control.end_all)
+        await super().shutdown(sockets)
+        ending.cancel()
+        if self.force_exit:
+            if self._control.runs:
+                self._control.end_all()
+                await asyncio.sleep(GRACE)
+            await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit
@@ -303,7 +321,8 @@ def stay_responsive() -> None:
 
 
 def serve(model: str, settings: ServeSettings) -> None:
-    """Run until SIGTERM or SIGINT; running requests are served to their end, if it comes within `settings.drain`."""
+    """Run until SIGTERM or SIGINT; running requests are served to their end, if it comes within `settings.drain`, and
+    then they are told."""
     served = prepare(model, settings)
     stay_responsive()
     try:
@@ -315,9 +334,9 @@ def serve(model: str, settings: ServeSettings) -> None:
             access_log=False,
             http=PROTOCOL,
             timeout_keep_alive=KEEP_ALIVE,
-            timeout_graceful_shutdown=settings.drain,
+            timeout_graceful_shutdown=max(settings.drain, math.ceil(GRACE)),
         )
-        _Server(config).run()
+        _Server(config, served.control).run()
     finally:
         gc.unfreeze()  # or libraries tell at the end what they think is lost
         served.engine.stop()

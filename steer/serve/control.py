@@ -495,12 +495,12 @@ class Control:
         while self.runs and time.monotonic() < deadline - GRACE:
             time.sleep(0.02)
         if self.runs and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._end_all)
+            self._loop.call_soon_threadsafe(self.end_all)
             while self.runs and time.monotonic() < deadline:
                 time.sleep(0.02)
 
-    def _end_all(self) -> None:
-        """On the event loop."""
+    def end_all(self) -> None:
+        """On the event loop: end what runs, since the server stops."""
         for run in tuple(self.runs):
             run.abort(Refusal(Code.STOPPING, "stopping", "the server is stopping", Retry_After="10"))
 

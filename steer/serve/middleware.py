@@ -195,8 +195,8 @@ class SteerMiddleware:
 class _Answer(Outgoing):
     """The answer on its way out: its receipt goes on, and what becomes of it is seen.
 
-    `outcome`: ok, error, aborted (by the kill switch, or since its key was taken away), or cancelled (by a client that
-    left).
+    `outcome`: ok, error, aborted (by the kill switch, since its key was taken away, or as the server stopped), or
+    cancelled (by a client that left).
     """
 
     def __init__(self, send: Send, run: Run) -> None:

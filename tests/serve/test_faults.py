@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -338,6 +339,32 @@ def test_clients_that_do_not_read_hold_up_nobody_and_lose_nothing(lasting: Serve
     eventually(lambda: quiet(lasting), 30)
     assert served(lasting) == digest(FILES[0])
     assert "Traceback" not in lasting.log
+
+
+@pytest.mark.parametrize(("drain", "signals"), [("1", 1), ("300", 2)])
+def test_what_is_ended_as_the_server_ends_is_told(tiny_folder: Path, folder: Path, drain: str, signals: int) -> None:
+    audit = folder.parent / "audit.jsonl"
+    options = [str(tiny_folder), "--directions", str(folder), "--drain", drain, "--audit", str(audit)]
+    with Server(*options, directions=folder) as server, ThreadPoolExecutor() as pool:
+        body = {"model": server.model_name, "prompt": "hello", "steer": "refusal", **LONG, "n": 64}
+        asked = [
+            pool.submit(httpx.post, f"{server.url}/v1/completions", json=body | {"stream": stream}, timeout=60)
+            for stream in (True, False)
+        ]
+        eventually(lambda: "steer_steered_running 2.0" in server.client.get("/metrics").text)
+        eventually(lambda: health(server)["in_flight"] == 128)
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        streamed, whole = (each.result() for each in asked)
+        assert server.process.wait(timeout=60) == 0
+        assert "Traceback" not in server.log
+    assert streamed.text.endswith("data: [DONE]\n\n")
+    assert '"code":"stopping"' in streamed.text
+    assert (whole.status_code, whole.json()["error"]["code"]) == (503, "stopping")
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    assert [line["outcome"] for line in lines if line["event"] == "ended"] == ["aborted"] * 2
+    assert not verify([audit]).problems
 
 
 def test_a_client_that_never_reads_cannot_keep_a_server_that_is_told_to_end(tiny_folder: Path, folder: Path) -> None:

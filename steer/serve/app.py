@@ -242,20 +242,20 @@ def prepare(model: str, settings: ServeSettings) -> Served:
     engine = start_engine(
         steering, loaded.eos_ids, context=context, capacity=settings.max_requests, cache_tokens=settings.cache_tokens
     )
-    log.info("engine: %s, context %d", engine.description, engine.context)
     try:
+        log.info("engine: %s, context %d", engine.description, engine.context)
         served = Served(
             name, loaded, engine, registry, control, default, settings.max_body, settings.template_variables
         )
-    except BaseException:
+        log.info(
+            "serving '%s'; directions: %s; requests that name no steering get: %s",
+            served.model_name,
+            ", ".join(registry.names()) or "none",
+            settings.default_steer,
+        )
+    except BaseException:  # an interrupt too: the engine's thread would outlive it
         engine.stop()
         raise
-    log.info(
-        "serving '%s'; directions: %s; requests that name no steering get: %s",
-        served.model_name,
-        ", ".join(registry.names()) or "none",
-        settings.default_steer,
-    )
     return served
 
 
@@ -324,8 +324,8 @@ def serve(model: str, settings: ServeSettings) -> None:
     """Run until SIGTERM or SIGINT; running requests are served to their end, if it comes within `settings.drain`, and
     then they are told."""
     served = prepare(model, settings)
-    stay_responsive()
     try:
+        stay_responsive()
         config = uvicorn.Config(
             build(served),
             host=settings.host,

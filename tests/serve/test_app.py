@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 from steer.direction import Direction
 from steer.errors import InvalidInput, UnsupportedModel
 from steer.hf.load import Loaded, template_parameters
-from steer.serve.app import prepare, warn_of_template
+from steer.serve.app import prepare, serve, warn_of_template
 from steer.settings import ServeSettings
 from steer.spec import PHASES
 from steer.tokenization import thinking_of
@@ -648,6 +649,22 @@ def test_an_address_where_nothing_can_listen_is_told_before_the_model_is_loaded(
         prepare(tiny_model, ServeSettings(host="192.0.2.1", insecure=True))
     with pytest.raises(UnsupportedModel):  # the next problem: the address is one
         prepare(tiny_model, ServeSettings(host="localhost", port=port))
+
+
+@pytest.mark.parametrize("where", ["stay_responsive", "Registry.names"])
+def test_an_interrupt_behind_the_start_of_the_engine_leaves_no_thread(
+    where: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread would keep the process alive for good."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"steer.serve.app.{where}", interrupt)
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        serve(str(tiny_folder), ServeSettings(directions=tmp_path, port=0))
+    assert not [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
 
 
 def test_a_default_that_goes_away_is_never_silently_plain(tiny_server: Server, tiny_folder: Any, tmp_path: Any) -> None:

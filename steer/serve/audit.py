@@ -27,6 +27,7 @@ import os
 import re
 import stat
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -503,22 +504,24 @@ def with_rotated(path: Path) -> list[Path]:
     return [path, *sorted(other for other in others if _ROTATED.fullmatch(other.name, len(path.name)))]
 
 
-#: How often a log is read once more because it was rotated meanwhile.
+#: How often a log is read once more because it was written meanwhile.
 TRIES = 20
 
 
 def verify_with_rotated(path: Path, anchors: Sequence[Head] = (), start: int = 1) -> Verification:
     """`verify` of a log and all files that it was rotated to, also while a server writes it."""
+    before: list[str] = []
     for left in reversed(range(TRIES)):
-        files = with_rotated(path)
         try:
-            report = verify(files, anchors, start)
-        except FileNotFoundError:
-            if not left or with_rotated(path) == files:
+            report = verify(with_rotated(path), anchors, start)
+        except FileNotFoundError:  # it is not there for a moment, between its two names
+            if not left:
                 raise
+            time.sleep(0.01)
             continue
-        if not report.problems or with_rotated(path) == files:
+        if not report.problems or report.problems == before:
             break
+        before = report.problems  # what was seen of a line or a file that just came is gone at the next look
     return report
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from steer.serve.audit import (
     AuditError,
     AuditUnavailable,
     Head,
+    Verification,
     unseal,
     verify,
     verify_with_rotated,
@@ -280,6 +282,22 @@ def test_a_log_is_whole_while_a_server_rotates_it(tmp_path: Path) -> None:
         ended.set()
         writer.join()
     audit.close()
+
+
+@pytest.mark.parametrize("first", [FileNotFoundError("between its two names"), "the line is torn"])
+def test_what_is_seen_only_once_of_a_log_is_no_problem(
+    first: Exception | str, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Exception | str | None] = [first, None]
+
+    def looked(*given: Any) -> Verification:
+        if isinstance(seen := looks.pop(0), Exception):
+            raise seen
+        report = verify(*given)
+        return replace(report, problems=[seen]) if seen else report
+
+    monkeypatch.setattr("steer.serve.audit.verify", looked)
+    assert verify_with_rotated(whole).problems == []
 
 
 def test_a_crash_in_the_middle_of_a_rotation_is_healed(tmp_path: Path) -> None:

@@ -103,10 +103,10 @@ _ACCEPTED = {
 #: The names of the limits of a number.
 _ENDS = frozenset(("gt", "ge", "lt", "le"))
 #: By which pydantic calls one of several types that it tried.
-_TYPES = frozenset(("str", "int", "float", "bool", "list", "dict", "nullable", "union"))
+_UNION_LABELS = frozenset(("str", "int", "float", "bool", "list", "dict", "nullable", "union"))
 
 
-def accepted(kind: str, limits: Mapping[str, object]) -> str:
+def describe_expected(kind: str, limits: Mapping[str, object]) -> str:
     """What is accepted where pydantic finds a problem of this kind; empty where we have no words for it."""
     exact = kind if kind in _ACCEPTED else next((k for k in _ACCEPTED if k.endswith("_") and kind.startswith(k)), None)
     shown = {name: f"{limit:g}" if isinstance(limit, float) else str(limit)[:200] for name, limit in limits.items()}
@@ -149,7 +149,7 @@ def problem_text(item: ErrorDetails) -> str:
         return f"not JSON: {item['ctx']['error']}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])[:MAX_PROBLEM]
-    what = accepted(item["type"], item.get("ctx", {}))
+    what = describe_expected(item["type"], item.get("ctx", {}))
     if what.endswith("number") and isinstance(item.get("input"), str) and "," in item["input"]:
         what += " (with a decimal point, like 0.5)"
     if what == "a list" and isinstance(item.get("input"), str):
@@ -168,7 +168,7 @@ def field_path(place: Iterable[int | str], unknown: bool = False) -> list[str]:
 
 
 def _names_a_type(part: str) -> bool:
-    return "[" in part or part in _TYPES or part[:1].isupper() or part.startswith("constrained-")
+    return "[" in part or part in _UNION_LABELS or part[:1].isupper() or part.startswith("constrained-")
 
 
 def problems_by_field(items: Iterable[ErrorDetails], whole: str) -> dict[str, str]:
@@ -180,8 +180,8 @@ def problems_by_field(items: Iterable[ErrorDetails], whole: str) -> dict[str, st
         found.setdefault(".".join(path) or whole, []).append(item)
     problems = {}
     for field, (first, *others) in found.items():
-        also = dict.fromkeys(accepted(item["type"], item.get("ctx", {})) for item in others)
-        own = accepted(first["type"], first.get("ctx", {}))
+        also = dict.fromkeys(describe_expected(item["type"], item.get("ctx", {})) for item in others)
+        own = describe_expected(first["type"], first.get("ctx", {}))
         problems[field] = ", or ".join([problem_text(first), *(each for each in also if own and each and each != own)])
     return problems
 

@@ -305,7 +305,8 @@ class Registry:
         if isinstance(error, DirectionError):
             problems = error.problems
         elif isinstance(error, SteerError | OSError):
-            problems = (printable(str(error)),)
+            # a client that may see the direction sees them: no path of the server
+            problems = (printable(getattr(error, "strerror", None) or str(error)),)
         else:
             problems = (printable(f"{type(error).__name__}: {error}"),)
         if self.failures.get(name) != problems:
@@ -415,7 +416,7 @@ class Registry:
         try:
             status = path.stat()
         except OSError as error:  # a link to nowhere or to itself; or it has just gone, and then the next look drops it
-            raise OSError(f"{path}: cannot be read: {error.strerror or error}") from None
+            raise OSError(f"{path.name}: cannot be read: {error.strerror or error}") from None
         stamp = status.st_ctime_ns, status.st_size, status.st_ino  # others where content or permissions are
         if self._seen.get(name) == stamp:
             return stamp

@@ -28,7 +28,7 @@ def served_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def check_directions(folder: Path, default: str) -> None:
+def check_directions_folder(folder: Path, default: str) -> None:
     """Raise InvalidInput where the folder of directions is none, or does not have those of the `default` spec."""
     if not folder.is_dir():
         wrong = "is a file" if folder.exists() else "does not exist; make it or name another"

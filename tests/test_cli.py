@@ -26,7 +26,7 @@ from steer._version import __version__
 from steer.cli.app import app
 from steer.cli.console import reported
 from steer.cli.evaluate import Applied
-from steer.cli.options import Choices
+from steer.cli.options import SharedOptions
 from steer.demo import MODEL
 from steer.direction import Direction
 from steer.errors import InvalidInput
@@ -946,8 +946,8 @@ def test_methods_are_told_one_by_one_and_as_json() -> None:
 
 
 def test_lists_by_commas_may_have_spaces() -> None:
-    assert Choices.model_validate({"sites": "resid_post, writers"}).sites == ("resid_post", "writers")
-    assert Choices.model_validate({"positions": "-1, -2"}).positions == (-1, -2)
+    assert SharedOptions.model_validate({"sites": "resid_post, writers"}).sites == ("resid_post", "writers")
+    assert SharedOptions.model_validate({"positions": "-1, -2"}).positions == (-1, -2)
     assert ServeSettings(sites="resid_post, writers").site_list == ("resid_post", "writers")
     file = ROOT / "directions" / "refusal.safetensors"
     assert {arm.asked.mode for arm in Applied(mode="ablate, one_sided").arms([file])} == {"ablate", "one_sided"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -505,7 +506,7 @@ def test_what_cannot_be_stored_is_not_served(tmp_path: Path, monkeypatch: pytest
     registry.put("refusal", A)
 
     def full(*_: object) -> None:
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full", str(tmp_path / "x.tmp"))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
@@ -514,7 +515,7 @@ def test_what_cannot_be_stored_is_not_served(tmp_path: Path, monkeypatch: pytest
     assert served(registry) == {"refusal": digest(A)}
     assert placement.bank.rows_in_use == 1
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [A]
-    assert registry.failures["refusal"] == ("disk full",)
+    assert registry.failures["refusal"] == ("disk full",), "clients read it: no path of the server"
 
 
 def test_a_refused_upload_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -775,7 +776,7 @@ def test_what_nobody_foresaw_is_kept_for_its_name_and_tried_again(tmp_path: Path
     write(tmp_path, "one", A)
     registry.sync()
     failure = registry.failures["one"]
-    assert failure[0].startswith(str(error) if isinstance(error, OSError) else type(error).__name__)
+    assert failure[0].startswith(error.strerror or "" if isinstance(error, OSError) else type(error).__name__)
     registry.sync()
     assert registry.failures["one"] is failure, "said once"
     assert registry.resident == 0

@@ -524,7 +524,7 @@ def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entr
     key = Spec(entries).key(30)
     for i, e in enumerate(entries):
         assert Spec(entries[:i] + entries[i + 1 :]).key(30) != key
-        others: dict[str, object] = {
+        others: dict[str, Any] = {
             "digest": "none of them",
             "mode": "ablate" if e.mode != "ablate" else "add",
             "strength": math.nextafter(e.strength, 99.0),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from steer.cli.console import log_warnings, quiet_libraries, reported
-from steer.cli.options import Choices, check_folder, floats, split
+from steer.cli.options import SharedOptions, check_folder, floats, split
 from steer.errors import InvalidInput
 
 #: The options of one real model.
@@ -61,7 +61,7 @@ def study(
     from experiments.slerp_study.run import subjects
     from steer.lab.progress import Progress
 
-    choices = Choices.model_validate({"batch_size": batch_size})
+    choices = SharedOptions.model_validate({"batch_size": batch_size})
     check_folder(output)
     _check_design(ctx, models)
     if harmful is not None and harmless is not None:

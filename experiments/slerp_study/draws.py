@@ -235,7 +235,7 @@ class DrawsTrial:
         prompts = getattr(self.harmless, which).prompts
         if which not in self._along:
             self._along[which] = self.evaluator.continuations(prompts)
-        with self.evaluator.all_resident([candidate]) as (steer,):
+        with self.evaluator.resident([candidate]) as (steer,):
             try:
                 found = self.evaluator.divergences(prompts, self._along[which], steer)
             except NotFinite:
@@ -245,7 +245,7 @@ class DrawsTrial:
     def _outcomes(self, candidate: Candidate | None) -> dict[str, list[float]]:
         """Of each held-out prompt: refused, of each harmless one also whether the answer is broken, and the KL."""
         found: dict[str, list[float]] = {}
-        with self.evaluator.all_resident([] if candidate is None else [candidate]) as steers:
+        with self.evaluator.resident([] if candidate is None else [candidate]) as steers:
             for before, one in (("", self.harmful), ("harmless_", self.harmless)):
                 answers = self.evaluator.answers(one.test.prompts, steers[0] if steers else None)
                 told = [tell(REFUSAL, answer).outcome for answer in answers]

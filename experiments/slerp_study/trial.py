@@ -103,7 +103,7 @@ class Trial:
         plain = None
         for arms in self._missing("choosing layers", self.candidates(), _sweep_key, work):
             plain = plain or self.evaluator.continuations(other)
-            with self.evaluator.all_resident([self._candidate(arm) for arm in arms]) as steers:
+            with self.evaluator.resident([self._candidate(arm) for arm in arms]) as steers:
                 answers = self.evaluator.answers_of_each(asked, steers, known=self.behaviour.decided)
                 kls = self.evaluator.divergences_of_each(other, plain, steers)
             for arm, given, kl in zip(arms, answers, kls, strict=True):
@@ -139,7 +139,7 @@ class Trial:
         plain = None
         for some in self._missing("held-out prompts", arms, _test_key, work):
             plain = plain or self.evaluator.continuations(tested["harmless"].prompts.prompts)
-            with self.evaluator.all_resident([self._candidate(arm) for arm in some]) as steers:
+            with self.evaluator.resident([self._candidate(arm) for arm in some]) as steers:
                 answers = self.evaluator.answers_of_each(prompts, steers)
                 kls = self.evaluator.divergences_of_each(tested["harmless"].prompts.prompts, plain, steers)
             for arm, given, kl in zip(some, answers, kls, strict=True):

@@ -22,7 +22,7 @@ from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
 from steer.cli.options import VLLM_OPTIONS, check_model, expanded, find_vllm_model, unknown_options
 from steer.errors import InvalidInput, problem_text
 from steer.lab.tables import shown, terminal_width, wrapped
-from steer.settings import ServeSettings, check_directions, served_name
+from steer.settings import ServeSettings, check_directions_folder, served_name
 from steer.spec import Condition
 
 
@@ -95,7 +95,7 @@ def serve(
         options.insert(0, model)
         model = None
     check_model(model or str(MODEL), settings.revision)
-    check_directions(settings.directions, settings.default_steer)
+    check_directions_folder(settings.directions, settings.default_steer)
     named = settings.served_model_name or ("demo" if model is None else served_name(model))
     backend = "transformers" if model is None and settings.backend == "auto" else settings.backend
     settings = settings.model_copy(update={"served_model_name": named, "backend": backend})

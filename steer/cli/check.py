@@ -21,7 +21,7 @@ from steer.settings import ModelSettings
 if TYPE_CHECKING:
     from steer.lab.evaluation.check import CheckResult
 
-EXIT = {"works": 0, "fails": 1, "unknown": 3}
+EXIT_CODES = {"works": 0, "fails": 1, "unknown": 3}
 
 
 def check(
@@ -72,7 +72,7 @@ def check(
         raise DirectionError([*error.problems, "this model is the embedded one: name yours"]) from error
     rendering = Rendering(meta.system_prompt, meta.template, meta.response_prefix)
     with Progress(shown=True) as progress:
-        bench = engine.open(opt.Choices(sites=meta.sites), progress)
+        bench = engine.open(opt.SharedOptions(sites=meta.sites), progress)
         opt.check_served({file: arm.direction}, bench.source)
         evaluator = bench.evaluator(arm.rows, max_tokens, rendering)
         found = run(arm, bench.source, evaluator, sets, rendering, looked_for)
@@ -81,7 +81,7 @@ def check(
         echo_json(told | asdict(found) | {"sets": [one.model_dump(mode="json") for one in found.sets]})
     else:
         typer.echo(_text(found, f"{file} on {model}", meta.layers))
-    raise typer.Exit(EXIT[found.verdict])
+    raise typer.Exit(EXIT_CODES[found.verdict])
 
 
 def _ranges(layers: Sequence[int]) -> str:

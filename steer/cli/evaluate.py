@@ -188,7 +188,7 @@ def evaluate(
         files = applied.files(direction, arms)
         engine.check_fits(files)
         lm_eval.check()
-        choices = opt.Choices.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
+        choices = opt.SharedOptions.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
         check_contrast(sets["harmful"], sets["harmless"])

@@ -69,7 +69,7 @@ def fit(
     errors on prompts that were set aside are printed; the exit code is 3 if it does not tell the sets apart. With
     --output the same direction is written with the condition in its metadata, which no request applies by itself.
     """
-    choices = opt.Choices.model_validate(
+    choices = opt.SharedOptions.model_validate(
         {"mode": mode or "ablate", "sites": sites, "layer": layer, "batch_size": batch_size, "winsorize": winsorize}
     )
     if condition is not None:
@@ -154,7 +154,7 @@ OF_CONDITION = (
 )
 
 
-def _check_condition(ctx: typer.Context, file: Path, output: Path | None, choices: opt.Choices) -> None:
+def _check_condition(ctx: typer.Context, file: Path, output: Path | None, choices: opt.SharedOptions) -> None:
     """Refuse, before any work, what does not go together with --condition, and a name that no condition could have."""
     known = {*OF_CONDITION, *ModelSettings.model_fields}
     problems = [
@@ -198,7 +198,9 @@ def measure(
     as vLLM serves it, and any further options are those of `vllm serve`.
     """
 
-    choices = opt.Choices.model_validate({"batch_size": batch_size, "positions": positions, "winsorize": winsorize})
+    choices = opt.SharedOptions.model_validate(
+        {"batch_size": batch_size, "positions": positions, "winsorize": winsorize}
+    )
     opt.check_file(output, read=(harmful, harmless))
     engine = opt.EngineOptions(backend, model, ctx, opening)
     sets = read_prompts(harmful), read_prompts(harmless)

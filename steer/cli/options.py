@@ -249,7 +249,7 @@ class Rendered:
         return Rendering(self.system_prompt, variables, self.response_prefix)
 
 
-class Choices(BaseModel):
+class SharedOptions(BaseModel):
     """Options that commands share, checked together."""
 
     mode: Mode = "ablate"
@@ -270,7 +270,7 @@ class Choices(BaseModel):
         return None if self.batch_size == "auto" else self.batch_size
 
 
-class DerivedChoices(Choices):
+class DerivedChoices(SharedOptions):
     """The same where no model is there to try a layer on."""
 
     layer: Literal["widest", "all"] | int = "widest"
@@ -498,7 +498,7 @@ class EngineOptions:
         if problems:
             raise DirectionError(problems)
 
-    def open(self, choices: Choices, progress: Progress) -> Bench:
+    def open(self, choices: SharedOptions, progress: Progress) -> Bench:
         """Load the model. What evaluators do, `progress` shows."""
         if self.backend == "vllm":
             find_vllm_model(self.model, self.opening.revision)

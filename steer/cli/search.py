@@ -55,8 +55,8 @@ def select(
     """
     engine = opt.EngineOptions(backend, model, ctx, opening)
     modes = opt.split(mode)
-    choices = opt.Choices.model_validate({"mode": modes[0], "sites": sites, "batch_size": batch_size})
-    tried = [opt.Choices.model_validate({"mode": one}).mode for one in modes]
+    choices = opt.SharedOptions.model_validate({"mode": modes[0], "sites": sites, "batch_size": batch_size})
+    tried = [opt.SharedOptions.model_validate({"mode": one}).mode for one in modes]
     ts = opt.floats("--t", "-1,-0.5,0,0.5" if t is None else t)
     numbers = None if layer == "auto" else tuple(opt.ints("--layer", layer))
     sets, behaviour = (read_prompts(harmful), read_prompts(harmless)), counted.loaded()
@@ -155,7 +155,7 @@ def search(
     most = -(-trials // group) * group
     if pick is not None and pick >= most and not folder.exists():
         raise InvalidInput(f"--pick: {pick} is no trial of a search of {most}, which has those from 0 to {most - 1}")
-    choices = opt.Choices.model_validate({"batch_size": batch_size})
+    choices = opt.SharedOptions.model_validate({"batch_size": batch_size})
     sets = read_prompts(harmful), read_prompts(harmless)
     rendering = rendered.rendering()
     border = None if borderline is None else read_prompts(borderline)
@@ -167,9 +167,9 @@ def search(
     from steer.lab.measure import MeasurementOptions, measure
     from steer.lab.methods import make_method
     from steer.lab.race import Sets
-    from steer.lab.search import TRYING, Search, Settings, Space, Trial, front_table, rank_of, work, write_front
+    from steer.lab.search import TRYING, Search, SearchSpace, Settings, Trial, front_table, rank_of, work, write_front
 
-    space = Space.model_validate({"methods": opt.split(method), "modes": opt.split(mode), **ranges})
+    space = SearchSpace.model_validate({"methods": opt.split(method), "modes": opt.split(mode), **ranges})
     progress = Progress(shown=True)
     judging = counted.only_judge(behaviour, progress)
     settings = Settings(

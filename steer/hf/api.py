@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from transformers import Pipeline
 
 #: A direction, or the path of its file.
-Source: TypeAlias = "str | os.PathLike[str] | Direction"
+DirectionLike: TypeAlias = "str | os.PathLike[str] | Direction"
 #: What steers a row, in the request language: `"refusal=0.7"`, `{"direction": "refusal"}`, a list of such, None.
 SpecLike: TypeAlias = "str | Mapping[str, object] | Sequence[str | Mapping[str, object]] | bool | None"
 
 
 def attach(
     model: nn.Module | Pipeline,
-    directions: Mapping[str, Source] | None = None,
+    directions: Mapping[str, DirectionLike] | None = None,
     *,
     sites: Sequence[Site] = ("resid_post",),
     rows: int = 32,
@@ -118,7 +118,7 @@ class Attached:
         """The directions by name."""
         return {name: version.direction for name, version in self._registry.names().items()}
 
-    def load(self, name: str, direction: Source) -> None:
+    def load(self, name: str, direction: DirectionLike) -> None:
         """Have `name` mean `direction` from now on, in place of what had that name. A block that is open keeps what it
         began with. Raises DirectionError or NoRoom; then nothing has changed."""
         self._load(_read({name: direction}))
@@ -438,7 +438,7 @@ def _check_arguments(directions: object, sites: object, rows: object, rank: obje
         raise InvalidInput(problems)
 
 
-def _read(directions: Mapping[str, Source]) -> dict[str, bytes]:
+def _read(directions: Mapping[str, DirectionLike]) -> dict[str, bytes]:
     """The bytes of each file as they are, so that its digest is the file's. Raises DirectionError with the problems of
     all files."""
     loaded, problems = dict[str, bytes](), list[str]()

@@ -443,7 +443,7 @@ class _Forced(LogitsProcessor):
         return chosen
 
 
-def generated(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+def teacher_forced_logprobs(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
     """Log-probabilities `[tokens, vocabulary]` float32 that `generate` has where it is made to choose `tokens`."""
     out = model.generate(
         **_whole(model, prompt),

@@ -107,7 +107,7 @@ def _compare(engine: Engine, requests: Sequence[_Asked], answers: Sequence[Seque
         got = torch.tensor([token.logprob for token in answer], dtype=torch.float32)
         with engine.steering.batch([asked.steer]), torch.inference_mode():
             engine.steering.anatomy.forget_lengths()
-            said = internals.generated(engine.steering.anatomy.model, asked.prompt, ids.tolist())
+            said = internals.teacher_forced_logprobs(engine.steering.anatomy.model, asked.prompt, ids.tolist())
         right = said.cpu().gather(1, ids[:, None])[:, 0]
         _agree(asked, got, right, "`generate`", allowed)
         if not uncached_is_right:

@@ -130,7 +130,7 @@ class Evaluator(ABC):
         """Rows of directions that can be resident at once."""
 
     @abstractmethod
-    def all_resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Steer]]:
+    def resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Steer]]:
         """`candidates` on the engine while it lasts; gives what steers with each. What shares a direction shares its
         rows. Raises NoRoom where they have more than `room`, SpecError for phases of a thinking that the model does
         not have."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from steer.errors import InvalidInput, accepted, field_path, problem_text
+from steer.errors import InvalidInput, describe_expected, field_path, problem_text
 
 T = TypeVar("T")
 #: Lines that are named of those with one problem.
@@ -23,7 +23,7 @@ def unquoted(error: ValidationError, whole: str) -> Iterator[str]:
     """Each problem of `error` without the value that has it: that may be a prompt or an answer, whose text no message
     shows. `whole` is named where no field is at fault."""
     for item in error.errors(include_url=False):
-        what = accepted(item["type"], item.get("ctx", {}))
+        what = describe_expected(item["type"], item.get("ctx", {}))
         told = f"must be {what}" if what else problem_text(item)
         yield f"{'.'.join(field_path(item['loc'])) or whole}: {told}"
 

@@ -120,7 +120,7 @@ class HFEvaluator(Evaluator):
         return self.steering.bank.rows - self.steering.bank.rows_in_use
 
     @contextmanager
-    def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[Spec | None]]:
+    def resident(self, candidates: Sequence[Candidate]) -> Iterator[list[Spec | None]]:
         bank, (directions, entries) = self.steering.bank, named(candidates, self.loaded.thinking)
         try:
             for name, direction in directions.items():
@@ -172,9 +172,9 @@ class HFEvaluator(Evaluator):
             self.steering.anatomy.forget_lengths()
             rows, mine = [encoded[i] for i in indices], [specs[i] for i in indices]
             thinking = self.loaded.thinking
-            ids, mask, spans, cache = left_of(self.steering, rows, mine, thinking, self._pad)
-            with entered(self.steering, rows, mine, thinking) as steers:
-                with self.steering.batch(*laid(steers, spans, ids, left=True)):
+            ids, mask, spans, cache = left_padded_remainder(self.steering, rows, mine, thinking, self._pad)
+            with index_entries(self.steering, rows, mine, thinking) as steers:
+                with self.steering.batch(*batch_layout(steers, spans, ids, left=True)):
                     logits = last_logits(model, ids, mask, cache)[0].double()
             inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
             inside[list(tokens)] = True
@@ -240,14 +240,14 @@ class HFEvaluator(Evaluator):
             anatomy.forget_lengths()
             prompts, mine = [heads[i] for i in indices], [specs[i] for i in indices]
             thinking = self.loaded.thinking
-            shared, cache = begun(self.steering, prompts, mine, thinking)
+            shared, cache = prefill_shared_prefix(self.steering, prompts, mine, thinking)
             ids = right_padded([whole[i][shared:] for i in indices], self._pad, anatomy.device)
             spans = [(len(heads[i]) - 1 - shared, len(whole[i]) - shared) for i in indices]
             kept = torch.arange(min(start for start, _ in spans), max(stop for _, stop in spans), device=anatomy.device)
-            with entered(self.steering, prompts, mine, thinking) as steers:
+            with index_entries(self.steering, prompts, mine, thinking) as steers:
                 if any(spec is not None and spec.decided_once for spec in mine):
                     self._decide(prompts, steers)
-                with self.steering.batch(*laid(steers, [range(shared, len(whole[i])) for i in indices], ids)):
+                with self.steering.batch(*batch_layout(steers, [range(shared, len(whole[i])) for i in indices], ids)):
                     logits = anatomy.model(
                         input_ids=ids,
                         **({} if cache is None else {"past_key_values": cache}),
@@ -268,7 +268,7 @@ class HFEvaluator(Evaluator):
         """Decide the conditions by a pass of the prompts alone: one pass that reads answers too would have run past the
         tokens that decide."""
         ids = right_padded(prompts, self._pad, self.steering.anatomy.device)
-        with self.steering.batch(*laid(steers, [range(len(prompt)) for prompt in prompts], ids)):
+        with self.steering.batch(*batch_layout(steers, [range(len(prompt)) for prompt in prompts], ids)):
             self.steering.anatomy.decoder(input_ids=ids, use_cache=False)
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Spec | None) -> list[Floats]:
@@ -321,12 +321,12 @@ def greedy(
     steps become shorter with the rows that remain.
     """
     device = steering.anatomy.device
-    with entered(steering, prompts, specs, thinking) as steers:
-        ids, mask, spans, cache = left_of(steering, prompts, specs, thinking, pad)
+    with index_entries(steering, prompts, specs, thinking) as steers:
+        ids, mask, spans, cache = left_padded_remainder(steering, prompts, specs, thinking, pad)
         answers: list[list[int]] = [[] for _ in prompts]
         rows, ending = list(range(len(prompts))), set(limits.ends)
         for step in range(limits.tokens):
-            with steering.batch(*laid([steers[row] for row in rows], spans, ids, left=True)):
+            with steering.batch(*batch_layout([steers[row] for row in rows], spans, ids, left=True)):
                 logits, cache = last_logits(steering.anatomy.model, ids, mask, cache)
             chosen, going = logits.argmax(-1), []
             for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
@@ -353,12 +353,12 @@ def greedy_alone(
     """`greedy` of one prompt as the model's own `generate` goes on: some compute their cache again where a text grows
     longer than `longest_beside`."""
     decoding, answer = Decoding(steering.anatomy.model, prompt, limits.tokens), list[int]()
-    with entered(steering, [prompt], [spec], thinking) as steers:
+    with index_entries(steering, [prompt], [spec], thinking) as steers:
         while len(answer) < limits.tokens:
             inputs = decoding.inputs()
             ids = inputs["input_ids"]
             span = range(decoding.length - ids.shape[1], decoding.length)
-            with steering.batch(*laid(steers, [span], ids)):
+            with steering.batch(*batch_layout(steers, [span], ids)):
                 token = int(decoding.logits(inputs).argmax())
             if token in limits.ends:
                 break
@@ -370,7 +370,7 @@ def greedy_alone(
 
 
 @contextmanager
-def entered(
+def index_entries(
     steering: Steering,
     prompts: Sequence[Sequence[int]],
     specs: Sequence[Spec | None],
@@ -390,7 +390,9 @@ def entered(
 Laid: TypeAlias = "tuple[list[RequestSteer | None], list[int] | None, list[int] | None, Tokens | None]"
 
 
-def laid(steers: Sequence[RequestSteer | None], spans: Sequence[range], ids: Tensor, left: bool = False) -> Laid:
+def batch_layout(
+    steers: Sequence[RequestSteer | None], spans: Sequence[range], ids: Tensor, left: bool = False
+) -> Laid:
     """What `Steering.batch` takes for a pass over `ids` `[rows, positions]`, a row for each of `steers`, of the
     positions `spans` of its request; shorter rows are padded, in front if `left`."""
     if not any(steer is not None and (steer.then or steer.probe or steer.phase) for steer in steers):
@@ -405,7 +407,7 @@ def laid(steers: Sequence[RequestSteer | None], spans: Sequence[range], ids: Ten
     return [steer for steer, _, _ in laid], [length for _, length, _ in laid], [start for _, _, start in laid], tokens
 
 
-def begun(
+def prefill_shared_prefix(
     steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None], thinking: Thinking | None
 ) -> tuple[int, Any]:
     """Run the tokens that all of `prompts` begin with (the chat template's) once for each of `specs` that does
@@ -427,8 +429,8 @@ def begun(
     ids = torch.tensor([prompts[0][:length]] * len(different), device=steering.anatomy.device)
     some = [prompts[at] for at in different], [specs[at] for at in different]
     with (
-        entered(steering, *some, thinking) as steers,
-        steering.batch(*laid(steers, [range(length)] * len(steers), ids)),
+        index_entries(steering, *some, thinking) as steers,
+        steering.batch(*batch_layout(steers, [range(length)] * len(steers), ids)),
     ):
         out: Any = steering.anatomy.decoder(input_ids=ids, use_cache=True)
     cache: Any = getattr(out, "past_key_values", None)
@@ -439,7 +441,7 @@ def begun(
     return length, cache
 
 
-def left_of(
+def left_padded_remainder(
     steering: Steering,
     prompts: Sequence[Sequence[int]],
     specs: Sequence[Spec | None],
@@ -453,7 +455,7 @@ def left_of(
     that counts positions (a bias, a window) would count padding in between. A shorter row has less of the prefix, and
     runs its last tokens again in place of padding.
     """
-    start, cache = begun(steering, prompts, specs, thinking)
+    start, cache = prefill_shared_prefix(steering, prompts, specs, thinking)
     ids, mask = left_padded(prompts, pad, steering.anatomy.device)
     padding = [ids.shape[1] - len(prompt) for prompt in prompts]
     if cache is not None:

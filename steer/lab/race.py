@@ -165,7 +165,7 @@ class Race:
         figures = [Figures() for _ in candidates]
         for group in self._groups(candidates):
             members = [figures[i] for i in group]
-            with self.evaluator.all_resident([candidates[i] for i in group]) as steers:
+            with self.evaluator.resident([candidates[i] for i in group]) as steers:
                 self._rounds(members, steers, rivals)
             rivals = [*rivals, *(each for each in members if each.stopped is None)]
         return figures
@@ -178,7 +178,7 @@ class Race:
         prompts, others, found = self.sets.asked[:asked], self.sets.other[:other], dict[int, Screened]()
         plain = [one.first(along) for one in self._continued[:other]]
         for group in self._groups(candidates):
-            with self.evaluator.all_resident([candidates[i] for i in group]) as steers:
+            with self.evaluator.resident([candidates[i] for i in group]) as steers:
                 odds = self.evaluator.opening_odds(*crossed(prompts, steers), tokens).reshape(len(group), -1)
                 kls = self.evaluator.divergences_of_each(others, plain, steers)
             found |= {
@@ -189,7 +189,7 @@ class Race:
 
     def answer_harmless(self, candidate: Candidate, figures: Figures) -> None:
         """Let `candidate` answer the harmless prompts, and note in its `figures` what became of the answers."""
-        with self.evaluator.all_resident([candidate]) as (steer,):
+        with self.evaluator.resident([candidate]) as (steer,):
             answers = self.evaluator.answers(self.sets.other, steer)
         told = self._told(self.sets.other, answers, self._other)
         figures.other, figures.faulty = [one.outcome == "shown" for one in told], [one.lost for one in told]

@@ -69,7 +69,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     group: int = Field(16, ge=1, le=256, description="trials that are tried at once")
     startup: int = Field(32, ge=1, description="trials drawn at random before the optimiser begins")
     seed: int = 0
-    space: Space
+    space: SearchSpace
     measurement_sha256: str = ""
 
     @property
@@ -254,7 +254,7 @@ def work(settings: Settings, sets: Sets, count: int) -> float:
     return sets.plain_work(settings.tokens) + trials * sets.work(settings.tokens)
 
 
-def rank_of(space: Space, measurement: Measurement) -> int:
+def rank_of(space: SearchSpace, measurement: Measurement) -> int:
     """Rows that act on a token at most, of a direction of `space` in one of its modes."""
     made = [derive(measurement, Recipe(make_method(m), space.layers[-1])) for m in space.methods]
     return max(direction.rows_in(mode) for direction in made for mode in space.modes)
@@ -273,7 +273,7 @@ def _sha256(path: Path) -> str:
 Parameter = str | float | int
 
 
-class Space(BaseModel, frozen=True, extra="forbid"):
+class SearchSpace(BaseModel, frozen=True, extra="forbid"):
     """The bounds of a search."""
 
     methods: Annotated[tuple[str, ...], Field(min_length=1)] = ("slerp", "projected", "linear", "whitened")
@@ -296,7 +296,7 @@ class Space(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"the least, {low:g}, must be below the most, {high:g}, and both finite")
         return bounds
 
-    def bounded(self, measurement: Measurement) -> Space:
+    def bounded(self, measurement: Measurement) -> SearchSpace:
         """Return the space with the layers of `measurement` whose classes separate. Raises InvalidInput with every
         problem."""
         problems: list[str] = []

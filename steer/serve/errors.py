@@ -27,7 +27,7 @@ from steer.errors import (
     NotFinite,
     RequestFailed,
     SteerError,
-    accepted,
+    describe_expected,
     field_path,
     problems_by_field,
 )
@@ -214,7 +214,7 @@ def pydantic_text(message: str) -> tuple[str, str] | None:
     """What pydantic tells in a text of its own, in plain words, and the first field that it is of; None for others."""
     found: dict[str, str] = {}
     for place, said, kind, value in _TOLD.findall(message)[:MAX_PROBLEMS]:
-        what = accepted(kind, {})
+        what = describe_expected(kind, {})
         own = kind == "value_error"
         wrong = said.removeprefix("Value error, ") if own else f"{value[:60]} is not accepted{what and f': {what}'}"
         parts = place.split(".")

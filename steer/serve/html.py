@@ -27,12 +27,12 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-FOLDER = "playground"
+ASSETS = "playground"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
-_FILES = {file.name: file.read_bytes() for file in (files("steer.serve") / FOLDER).iterdir()}
+_FILES = {file.name: file.read_bytes() for file in (files("steer.serve") / ASSETS).iterdir()}
 #: Path → name of the file that it gives.
-PATHS = {"/": "index.html"} | {f"/{FOLDER}/{name}": name for name in sorted(_FILES)}
+PATHS = {"/": "index.html"} | {f"/{ASSETS}/{name}": name for name in sorted(_FILES)}
 
 
 def router() -> APIRouter:
@@ -50,7 +50,7 @@ FOREIGN = frozenset({DOCS, "/docs/oauth2-redirect", "/redoc"})
 DOCS_POLICY = (
     "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-STYLE = f"{FOLDER}/reference.css"
+STYLE = f"{ASSETS}/reference.css"
 
 
 def put_docs_on(app: FastAPI) -> None:

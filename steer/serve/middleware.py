@@ -49,7 +49,7 @@ from steer.tokenization import rendered_otherwise
 log = logging.getLogger("steer")
 
 #: The variables of the chat template that a request gives.
-TEMPLATE_VARIABLES = "chat_template_kwargs"
+CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"
 #: Different warnings that are given: what clients send must not fill memory or the log.
 MOST_WARNINGS = 256
 #: How an event begins that ends a stream with an error: OpenAI's and Anthropic's.
@@ -83,7 +83,7 @@ class RenderingWatch:
         """At an admitted request: `body` is its JSON."""
         if not spec or "messages" not in body or len(self._told) >= MOST_WARNINGS:
             return
-        given = body.get(TEMPLATE_VARIABLES)
+        given = body.get(CHAT_TEMPLATE_KWARGS)
         variables = self.default | given if isinstance(given, dict) else self.default
         for entry, meta in zip(spec.entries, self.registry.metas(spec), strict=False):
             told = rendered_otherwise(meta.template, variables)

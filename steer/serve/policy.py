@@ -361,7 +361,7 @@ def read(data: bytes, name: str = "policy") -> InForce:
     if long := [str(n) for n, line in enumerate(data.split(b"\n"), 1) if len(line) > MAX_LINE]:
         raise PolicyError([f"{name}:{n}: over {MAX_LINE} bytes in one line" for n in long])
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
         tree = tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise PolicyError(f"{name}:{data[: error.start].count(10) + 1}: not UTF-8") from None

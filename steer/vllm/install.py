@@ -26,8 +26,8 @@ from steer.vllm.settings import EngineSettings
 from steer.vllm.steering_module import (
     Form,
     Reads,
-    Slot,
     SteeringModule,
+    StreamArgument,
     attach_after,
     attach_before,
     attach_within,
@@ -46,7 +46,7 @@ class Target:
     point: HookPoint
     module: nn.Module
     form: Form
-    slot: Slot | None = None
+    slot: StreamArgument | None = None
     norm: Norm | None = None
 
     def attach(self, steering_module: SteeringModule) -> None:
@@ -207,16 +207,16 @@ def _pass_with(worker: Worker, local: dict[int, nn.Module], change: Callable[[in
         return internals.worker.probe(worker)
 
 
-def _find_stream_argument(worker: Worker, block: nn.Module, d_model: int) -> Slot:
+def _find_stream_argument(worker: Worker, block: nn.Module, d_model: int) -> StreamArgument:
     """The one argument of block 0 that is a float tensor `[tokens, d_model]`."""
-    found: list[Slot] = []
+    found: list[StreamArgument] = []
 
     def look(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         found.clear()  # a block that calls itself is met twice, and refused by the self-check
         given: list[tuple[int | str, object]] = [*enumerate(args), *kwargs.items()]
         for key, value in given:
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == d_model:
-                found.append(Slot(key))
+                found.append(StreamArgument(key))
 
     with hooks([block.register_forward_pre_hook(look, with_kwargs=True)]):
         internals.worker.probe(worker)

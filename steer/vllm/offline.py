@@ -29,7 +29,7 @@ from steer.vllm import capture, frontend, internals
 from steer.vllm.settings import CAPTURE, KEY, SCORED
 
 #: How many of the likeliest tokens of a place the engine is asked for; it gives no more than 20 by default.
-TOP = 20
+TOP_LOGPROBS = 20
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import LLM, CompletionOutput, Logprob, RequestOutput
@@ -123,7 +123,7 @@ class Place:
 
     @classmethod
     def of(cls, said: Mapping[int, Logprob], token: int) -> Place:
-        return cls(said[token].logprob, {each: one.logprob for each, one in said.items() if one.rank <= TOP})
+        return cls(said[token].logprob, {each: one.logprob for each, one in said.items() if one.rank <= TOP_LOGPROBS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class VllmEvaluator(Evaluator):
         return self.frontend.settings.rows - self.frontend.registry.rows
 
     @contextmanager
-    def all_resident(self, candidates: Sequence[Candidate]) -> Iterator[list[str | None]]:
+    def resident(self, candidates: Sequence[Candidate]) -> Iterator[list[str | None]]:
         registry, put = self.frontend.registry, list[str]()
         directions, entries = named(candidates, self.frontend.placement.shape.thinking)
         try:
@@ -221,7 +221,7 @@ class VllmEvaluator(Evaluator):
         sampling: dict[str, Any] = dict(temperature=1, top_p=1, top_k=0, seed=0)
         work = 0.0 if plain is not None else answering(self.max_tokens)
         sampled = []
-        outputs = self._generate(heads, None, work, max_tokens=self.max_tokens, logprobs=TOP, **sampling)
+        outputs = self._generate(heads, None, work, max_tokens=self.max_tokens, logprobs=TOP_LOGPROBS, **sampling)
         for head, output in zip(heads, outputs, strict=True):
             answer = output.outputs[0]
             said = [Place.of(entry, token) for entry, token in zip(answer.logprobs, answer.token_ids, strict=True)]
@@ -231,7 +231,7 @@ class VllmEvaluator(Evaluator):
     def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Sampled], steer: Steers) -> list[Floats]:
         """KL(plain ‖ steered), estimated along sampled plain answers (`estimated_divergence`): an engine does not hand
         out the log-probabilities of the whole vocabulary."""
-        options: dict[str, Any] = dict(temperature=0, max_tokens=1, prompt_logprobs=TOP)
+        options: dict[str, Any] = dict(temperature=0, max_tokens=1, prompt_logprobs=TOP_LOGPROBS)
         rows = []
         decided = self._decided([one.ids[: one.start] for one in plain], each_row(steer, len(plain)))
         outputs = self._generate(

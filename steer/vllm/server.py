@@ -81,6 +81,7 @@ GENERATION_ROUTES: Mapping[str, tuple[str, ...]] = {
 KEPT: Mapping[str, str] = {
     "background": "what runs on without its request is in no key's limits",
     "previous_response_id": "a stored answer may be another key's",
+    "priority": "a request of another priority may run before those of other keys",
 }
 #: Where answers have choices, which the read-out and `steer_applied` go into. A server without one of these is none of
 #: ours.

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from steer.errors import SpecError, UnsupportedModel, problems_of
 from steer.names import Site
-from steer.settings import ControlSettings, ServeSettings, check_directions
+from steer.settings import ControlSettings, ServeSettings, check_directions_folder
 from steer.spec import nearly, parse
 
 #: The key in vLLM's `additional_config`, and in `SamplingParams.extra_args`.
@@ -57,7 +57,7 @@ class EngineSettings(BaseModel):
     def check_folder(self) -> None:
         """Raise InvalidInput where the folder of directions is none."""
         if self.directions is not None:
-            check_directions(self.directions, self.default)
+            check_directions_folder(self.directions, self.default)
 
     def graph(self) -> dict[str, object]:
         """The part that decides what is compiled, so that other settings do not miss the compile cache."""

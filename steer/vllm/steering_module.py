@@ -189,7 +189,7 @@ def attach_after(module: nn.Module, form: Form, steering_module: SteeringModule,
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class StreamArgument:
     """Which argument of a block is the stream: a position or a keyword."""
 
     key: int | str
@@ -203,7 +203,7 @@ class Slot:
         return args, {**kwargs, self.key: x}
 
 
-def attach_before(module: nn.Module, slot: Slot, steering_module: SteeringModule, site: Site) -> None:
+def attach_before(module: nn.Module, slot: StreamArgument, steering_module: SteeringModule, site: Site) -> None:
     """Have the stream that enters `module` pass through `steering_module`. Before block 0 it is one whole argument."""
     name = f"steer_before_{site}"
     module.add_module(name, steering_module)

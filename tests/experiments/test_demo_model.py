@@ -75,7 +75,7 @@ def measured(loaded: Loaded, direction: Direction) -> Measured:
     for cls in language.CLASSES:
         out.answers[cls, "plain"] = probe.answers(prompts[cls], None)
     for arm in ARMS:
-        with probe.all_resident([Candidate.of(direction, arm, 1.0)]) as (steer,):
+        with probe.resident([Candidate.of(direction, arm, 1.0)]) as (steer,):
             for cls in language.CLASSES:
                 out.answers[cls, arm] = probe.answers(prompts[cls], steer)
             plain = out.answers["harmless", "plain"]
@@ -148,7 +148,7 @@ def test_a_second_turn_and_a_system_prompt_are_refused_and_answered_too(loaded: 
     steering = Steering(loaded.model)
     probe = HFEvaluator(loaded, steering, rendering=Rendering(language.HELD_OUT_SYSTEMS[0]), max_tokens=48)
     prompts = read_prompts(str(PROMPTS / "refused.test.txt")).prompts[:50]
-    with probe.all_resident([Candidate.of(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
+    with probe.resident([Candidate.of(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
         assert share(REFUSAL.shown(a.text) for a in probe.answers(prompts, None)) >= 0.9
         assert share(REFUSAL.shown(a.text) for a in probe.answers(prompts, steer)) <= 0.06
 
@@ -193,7 +193,7 @@ def test_a_second_behaviour_is_removed_where_the_model_has_it_as_one_choice(load
     direction, wordy = Direction.load(ROOT / "directions" / "verbosity.safetensors"), Behaviour.load("verbosity")
     asked = [p for p in measured.prompts["harmless"] if language.task_of(p).kind in ("howto", "need")]
     probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=48)
-    with probe.all_resident([Candidate.of(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
+    with probe.resident([Candidate.of(direction, direction.meta.mode, direction.meta.strength)]) as (steer,):
         answers = [a.text for a in probe.answers(asked, steer)]
     assert share(wordy.shown(a.text) for a in probe.answers(asked, None)) >= 0.95
     assert share(map(wordy.shown, answers)) <= 0.05

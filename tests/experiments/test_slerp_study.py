@@ -181,7 +181,7 @@ def test_the_trial_counts_what_was_answered(studied: Path) -> None:
     direction = trial.direction(arm)
     assert direction is not None
     prompts = sets.tested["harmless"].prompts.prompts
-    with probe.all_resident([Candidate.of(direction, "one_sided", 1.0)]) as (steer,):
+    with probe.resident([Candidate.of(direction, "one_sided", 1.0)]) as (steer,):
         rows = probe.divergences(prompts, probe.continuations(prompts), steer)
     found = kept[f"held out: {Arm('slerp 0.5', 'one_sided', arm.layer).key}"]
     assert found["kl"] == pytest.approx([float(row.mean()) for row in rows], rel=1e-3, abs=1e-7)

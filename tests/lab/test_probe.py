@@ -67,13 +67,13 @@ def crossed(steers: list[Any]) -> tuple[list[str], list[Any]]:
 def test_rows_of_many_candidates_are_what_each_is_alone(probe: HFEvaluator, candidates: list[Candidate]) -> None:
     tokens = [ord("A") - 29, ord("z") - 29, 7]
     plain = probe.continuations(PROMPTS)
-    with probe.all_resident(candidates) as steers:
+    with probe.resident(candidates) as steers:
         prompts, rows = crossed(steers)
         together = probe.answers(prompts, rows), probe.opening_odds(prompts, rows, tokens)
         plains = [one for one in plain for _ in steers]
         kls = probe.divergences(prompts, plains, rows)
     for number, one in enumerate(candidates):
-        with probe.all_resident([one]) as (steer,):
+        with probe.resident([one]) as (steer,):
             assert probe.answers(PROMPTS, steer) == together[0][number :: len(candidates)]
             assert probe.opening_odds(PROMPTS, steer, tokens) == pytest.approx(
                 together[1][number :: len(candidates)], abs=1e-4
@@ -103,7 +103,7 @@ def test_what_all_prompts_begin_with_is_run_once_for_each_candidate(
 
     try:
         some = [*candidates[:3], *(candidates[0].asking(tokens=each) for each in ("not-first", "last-30", "answer"))]
-        with system.all_resident(some) as steers, pytest.MonkeyPatch.context() as patch:
+        with system.resident(some) as steers, pytest.MonkeyPatch.context() as patch:
             shared, few = figures(steers), sum(seen)
             seen.clear()
             patch.setattr("steer.lab.probe.whole_cache", lambda *_: False)
@@ -161,7 +161,10 @@ def test_beside_what_all_prompts_begin_with_rows_of_any_length_are_what_each_is_
     loaded = saved(COUNTING[kind](), tmp_path)
     steering, rendering = Steering(loaded.model), Rendering("all begin so")
     many, one = (HFEvaluator(loaded, steering, rendering, TOKENS, batch_size) for batch_size in (None, 1))
-    prompts, begun = [*PROMPTS, "", "so long a prompt that others end before it goes on " * 2], probe_module.begun
+    prompts, begun = (
+        [*PROMPTS, "", "so long a prompt that others end before it goes on " * 2],
+        probe_module.prefill_shared_prefix,
+    )
     started_with: list[int] = []
 
     def counted(*given: Any) -> Any:
@@ -169,8 +172,8 @@ def test_beside_what_all_prompts_begin_with_rows_of_any_length_are_what_each_is_
         return found
 
     candidate = Candidate.of(models.direction(loaded.model), "ablate", 1.0)
-    with many.all_resident([candidate]) as (steer,), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe_module, "begun", counted)
+    with many.resident([candidate]) as (steer,), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_module, "prefill_shared_prefix", counted)
         specs = [None, steer] * 3 + [None]
         assert many.answers(prompts, specs) == one.answers(prompts, specs)
         odds = (each.opening_odds(prompts, specs, [7, 40]) for each in (many, one))
@@ -234,7 +237,7 @@ def test_under_a_condition_a_prompt_is_what_it_is_without_or_plain(
     never = under.asking(condition=Condition("asked", 0, above=1e30, each=each))
     plain = probe.continuations(PROMPTS)
     taken = len(probe.steering.index.decisions._free)
-    with probe.all_resident([under, without, never]) as steers:
+    with probe.resident([under, without, never]) as steers:
         found = [
             (
                 probe.answers(PROMPTS, steer),
@@ -271,7 +274,7 @@ def test_tokens_of_a_row_are_those_of_its_own_prompt(
     """Laid by hand, each prompt alone, without a cache and without padding; beside rows that act elsewhere."""
     plain, model, steering = probe.continuations(PROMPTS), probe.loaded.model, probe.steering
     mine = candidates[0].asking(tokens=tokens)
-    with probe.all_resident([mine, candidates[0], candidates[3]]) as (steer, everywhere, nothing):
+    with probe.resident([mine, candidates[0], candidates[3]]) as (steer, everywhere, nothing):
         assert isinstance(everywhere, Spec)
         whole = steering.bank.steer(everywhere)
 
@@ -320,7 +323,7 @@ def test_a_phase_of_a_row_is_that_of_its_own_answer(
     begin, end = (begin, end) if other is None else (said[1], other)
     thinking = Thinking(begin, end, frozenset())
     monkeypatch.setattr("steer.tokenization.thinking_of", lambda _: thinking)
-    with probe.all_resident([mine, candidates[0]]) as (steer, everywhere):
+    with probe.resident([mine, candidates[0]]) as (steer, everywhere):
         assert isinstance(steer, Spec)
         assert isinstance(everywhere, Spec)
         whole = steering.bank.steer(everywhere)
@@ -356,7 +359,7 @@ def test_a_phase_of_a_row_is_that_of_its_own_answer(
             came.add(acts)
     assert True in came
     monkeypatch.setattr("steer.tokenization.thinking_of", lambda _: None)
-    with pytest.raises(SpecError, match="has tokens that begin and end a thinking"), probe.all_resident([mine]):
+    with pytest.raises(SpecError, match="has tokens that begin and end a thinking"), probe.resident([mine]):
         pass
 
 
@@ -364,11 +367,11 @@ def test_layers_of_a_candidate_are_those_at_which_it_acts(probe: HFEvaluator, ca
     first = candidates[0]
     alone = replace(first.direction, weights=torch.tensor([0.0, 1.0, 0.0]))
     plain = probe.continuations(PROMPTS)
-    with probe.all_resident([first.asking(layers="1"), replace(first, direction=alone)]) as steers:
+    with probe.resident([first.asking(layers="1"), replace(first, direction=alone)]) as steers:
         one, other = (probe.divergences(PROMPTS, plain, steer) for steer in steers)
     for mine, its in zip(one, other, strict=True):
         assert mine == pytest.approx(its, abs=1e-6)
-    with pytest.raises(SpecError, match="the layers 0 to 2"), probe.all_resident([first.asking(layers="1-3")]):
+    with pytest.raises(SpecError, match="the layers 0 to 2"), probe.resident([first.asking(layers="1-3")]):
         pass
     assert not probe.steering.bank.rows_in_use
 
@@ -455,7 +458,7 @@ def test_divergences_do_not_need_kept_predictions(
     monkeypatch.setattr("steer.lab.probe.KEPT_BYTES", 0)
     dropped = probe.continuations(PROMPTS)
     assert [one.logprobs is None for one in (*kept, *dropped)] == [False] * 5 + [True] * 5
-    with probe.all_resident(candidates[:1]) as (steer,):
+    with probe.resident(candidates[:1]) as (steer,):
         for a, b in zip(*(probe.divergences(PROMPTS, plain, steer) for plain in (kept, dropped)), strict=True):
             assert a == pytest.approx(b, abs=1e-5)
         # along fewer tokens they are the same, as far as they go
@@ -479,13 +482,13 @@ def test_candidates_share_rows_and_leave_none_behind(
     loaded: Loaded, probe: HFEvaluator, candidates: list[Candidate]
 ) -> None:
     assert probe.room == 6
-    with probe.all_resident(candidates):
+    with probe.resident(candidates):
         assert probe.room == 3
     many = [Candidate.of(models.direction(loaded.model, seed=seed), "ablate", 1.0) for seed in range(7)]
-    with pytest.raises(NoRoom), probe.all_resident(many):
+    with pytest.raises(NoRoom), probe.resident(many):
         pass
     limited = candidates[0].direction.with_meta(modes=("ablate",))
-    with pytest.raises(SpecError, match="its modes: ablate"), probe.all_resident([Candidate.of(limited, "add", 1.0)]):
+    with pytest.raises(SpecError, match="its modes: ablate"), probe.resident([Candidate.of(limited, "add", 1.0)]):
         pass
     assert probe.room == 6
 
@@ -527,7 +530,7 @@ def test_divergence_is_the_textbook_sum(tiny_folder: Path) -> None:
     probe = HFEvaluator(loaded, Steering(loaded.model), max_tokens=5)
     prompts = ["abc", "hello world"]
     plain = probe.answers(prompts, None)
-    with probe.all_resident([Candidate.of(direction, "ablate", 1.0)]) as (steer,):
+    with probe.resident([Candidate.of(direction, "ablate", 1.0)]) as (steer,):
         got = DivergenceOf.of("ablate", "harmless", probe.divergences(prompts, plain, steer))
         expected, first = [], []
         for prompt, answer in zip(prompts, plain, strict=True):
@@ -548,7 +551,7 @@ def test_log_probabilities_are_those_of_one_sequence_alone(tiny_folder: Path) ->
     loaded = load(str(tiny_folder))
     probe = HFEvaluator(loaded, Steering(loaded.model))
     sequences = [loaded.text_ids(text) for text in ("hello world", "ab", "a longer text than the others")]
-    with probe.all_resident([Candidate.of(models.direction(loaded.model), "ablate", 1.0)]) as (steer,):
+    with probe.resident([Candidate.of(models.direction(loaded.model), "ablate", 1.0)]) as (steer,):
         together = probe.log_probabilities(sequences, steer)
         for ids, row in zip(sequences, together, strict=True):
             with torch.no_grad(), probe.steering.batch([steer]):
@@ -577,7 +580,7 @@ def test_divergences_of_a_model_that_gives_all_its_logits(tmp_path: Path) -> Non
     for kind in (type(loaded.model), WithoutChoice):
         loaded.model.__class__ = kind
         probe = HFEvaluator(loaded, Steering(loaded.model, rows=6, rank=2), max_tokens=TOKENS)
-        with probe.all_resident([candidate]) as (steer,):
+        with probe.resident([candidate]) as (steer,):
             found.append(probe.divergences(PROMPTS, probe.continuations(PROMPTS), steer))
         probe.steering.detach()
     assert all(row.max() > 1e-6 for row in found[0])

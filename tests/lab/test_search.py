@@ -35,8 +35,8 @@ from steer.lab.search import (
     MEASUREMENT,
     TRIALS,
     Search,
+    SearchSpace,
     Settings,
-    Space,
     Trial,
     candidate,
     front,
@@ -76,7 +76,7 @@ def settings(**changes: Any) -> Settings:
         tokens=3,
         group=4,
         startup=4,
-        space=Space(modes=("ablate", "one_sided", "affine", "add")),
+        space=SearchSpace(modes=("ablate", "one_sided", "affine", "add")),
     )
     return Settings(**(given | changes))
 
@@ -226,7 +226,7 @@ def test_other_settings_are_another_search(whole: Search, begin: Begin, tmp_path
     shutil.copytree(whole.folder, folder)
     assert begin(folder).settings == whole.settings
     with pytest.raises(InvalidInput) as caught:
-        begin(folder, seed=3, tokens=9, borderline=None, space=Space(t=(0.0, 1.0)))
+        begin(folder, seed=3, tokens=9, borderline=None, space=SearchSpace(t=(0.0, 1.0)))
     text = "\n".join(caught.value.problems)
     for part in ("started with seed 0, not 3", "tokens 3, not 9", "borderline {", "with t [-1.0, 1.0], not [0.0, 1.0]"):
         assert part in text
@@ -242,14 +242,14 @@ def test_other_settings_are_another_search(whole: Search, begin: Begin, tmp_path
 def test_a_space_that_cannot_be_searched_is_refused_with_all_reasons(measured: Measurement) -> None:
     bare = replace(measured, harmful=replace(measured.harmful, vectors=None))
     with pytest.raises(InvalidInput) as caught:
-        Space(methods=("slerp", "no", "logistic")).bounded(bare)
+        SearchSpace(methods=("slerp", "no", "logistic")).bounded(bare)
     assert len(caught.value.problems) == 2
     with pytest.raises(ValidationError, match="2 validation errors"):
-        Space(t=(1.0, 1.0), strength=(2.0, float("nan")))
+        SearchSpace(t=(1.0, 1.0), strength=(2.0, float("nan")))
     less = replace(measured, harmless=replace(measured.harmless, mean_all=None))
     with pytest.raises(InvalidInput, match="the mode 'affine' needs means"):
-        Space(modes=("affine",)).bounded(less)
-    assert rank_of(Space(methods=("slerp", "subspace")).bounded(measured), measured) == 2
+        SearchSpace(modes=("affine",)).bounded(less)
+    assert rank_of(SearchSpace(methods=("slerp", "subspace")).bounded(measured), measured) == 2
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------

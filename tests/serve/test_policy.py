@@ -41,6 +41,7 @@ def test_a_key_of_which_only_the_hash_is_given_may_do_nothing_but_ask() -> None:
 
 
 def test_the_table_of_the_tests_is_a_policy() -> None:
+    assert policy.read(b"\xef\xbb\xbf" + POLICY.encode()).policy == policy.read(POLICY.encode()).policy, "a BOM"
     found = policy.read(POLICY.encode())
     assert set(found.policy.keys) == set(NAMES)
     assert len(found.names) == len(NAMES)

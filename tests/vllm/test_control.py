@@ -330,7 +330,7 @@ def test_what_vllm_generates_without_its_arguments_is_refused(server: Server, ro
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported"), (key, answer.text)
     assert asked_of_the_engine(server) == before
     if "use_beam_search" not in more:  # what goes on without its request is in no key's limits
-        for field, value in (("background", True), ("previous_response_id", "resp_1")):
+        for field, value in (("background", True), ("previous_response_id", "resp_1"), ("priority", -1)):
             answer = ask(server, "reader", route, **{field: value})
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
             assert "needs a key with the managing role" in answer.json()["error"]["message"]

@@ -25,7 +25,7 @@ from steer.lab.probe import HFEvaluator
 from steer.lab.progress import answering
 from steer.lab.prompts import PromptSet
 from steer.lab.race import Race, Sets
-from steer.lab.search import Search, Settings, Space
+from steer.lab.search import Search, SearchSpace, Settings
 from steer.lab.source import TransformersSource
 from steer.spec import PHASES, Condition, Entry, Spec
 from steer.tokenization import Thinking
@@ -141,7 +141,7 @@ def test_rows_are_what_transformers_says(probe: HFEvaluator, evaluator: Any, can
     seen = []
     for one in (probe, evaluator):
         before = one.room
-        with one.all_resident(candidates) as steers:
+        with one.resident(candidates) as steers:
             assert one.room == before - 3, "what shares a direction shares its rows"
             prompts = [*PROMPTS] * len(steers)
             rows = [steer for steer in steers for _ in PROMPTS]
@@ -154,7 +154,7 @@ def test_rows_are_what_transformers_says(probe: HFEvaluator, evaluator: Any, can
 
 def test_divergences_of_many_are_those_of_each(evaluator: Any, candidates: list[Candidate]) -> None:
     plain = evaluator.continuations(PROMPTS)
-    with evaluator.all_resident(candidates) as steers:
+    with evaluator.resident(candidates) as steers:
         rows = [steer for steer in steers for _ in PROMPTS]
         together = evaluator.divergences([*PROMPTS] * len(steers), [*plain] * len(steers), rows)
         for number, steer in enumerate(steers):
@@ -176,7 +176,7 @@ def test_tokens_and_layers_are_those_of_transformers(
     tried = [first.asking(tokens=each) for each in ("prompt", "answer", "not-first", "first-2", "last-99", "last-2")]
     tried += [first.asking(layers="1", tokens="answer"), first]
     plain, loaded = evaluator.continuations(PROMPTS), probe.loaded
-    with probe.all_resident(tried) as ours, evaluator.all_resident(tried) as theirs:
+    with probe.resident(tried) as ours, evaluator.resident(tried) as theirs:
         prompts = [*PROMPTS] * len(tried)
         specs, texts = ([one for one in each for _ in PROMPTS] for each in (ours, theirs))
         said = [
@@ -198,7 +198,7 @@ def test_tokens_and_layers_are_those_of_transformers(
             evaluator.log_probabilities([[1, 2, 3]], theirs[0])
     with (
         pytest.raises(SpecError, match="the model has the layers"),
-        evaluator.all_resident([first.asking(layers="77")]),
+        evaluator.resident([first.asking(layers="77")]),
     ):
         pass
 
@@ -223,7 +223,7 @@ def test_a_condition_of_one_token_is_decided_before_an_answer_is_read(
     condition = Condition("it", 0, above=middle)
     once = Candidate(first.direction, Entry("", "", "ablate", 1.0, condition=condition), first.direction)
     room = evaluator.room
-    with evaluator.all_resident([once, first.asking(layers=f"1-{last}", tokens="answer")]) as (text, after):
+    with evaluator.resident([once, first.asking(layers=f"1-{last}", tokens="answer")]) as (text, after):
         asked = [*PROMPTS, *PROMPTS], [*plain, *plain]
         found = evaluator.divergences(*asked, [text] * len(PROMPTS) + [None] * len(PROMPTS))
         acts = evaluator.divergences(PROMPTS, plain, after)
@@ -247,8 +247,8 @@ def test_phases_begin_and_end_with_what_a_scored_answer_says(
     evaluator.source.llm.collective_rpc("steer_hello", args=tuple(hello))
     candidate = candidates[0].asking(tokens=tokens)
     with (
-        evaluator.all_resident([candidate]) as (text,),
-        probe.all_resident([candidate.asking(tokens=None)]) as (spec,),
+        evaluator.resident([candidate]) as (text,),
+        probe.resident([candidate.asking(tokens=None)]) as (spec,),
     ):
         assert isinstance(spec, Spec)
         steer = probe.steering.bank.steer(spec, 1)
@@ -266,7 +266,7 @@ def test_too_many_at_once_leave_nothing_behind(evaluator: Any, probe: HFEvaluato
     before = evaluator.room
     many = [Candidate.of(models.direction(probe.loaded.model, seed=seed), "ablate", 1.0) for seed in range(before + 1)]
     evaluator.frontend.registry.patience = 0.0
-    with pytest.raises(NoRoom), evaluator.all_resident(many):
+    with pytest.raises(NoRoom), evaluator.resident(many):
         pass
     assert evaluator.room == before
     race = Race(evaluator, CHANCE, replace(SETS, asked=SETS.asked[:2], other=SETS.other[:1], borderline=()))
@@ -285,7 +285,7 @@ def test_a_search_runs_on_the_engine(evaluator: Any, folder: Path, tmp_path: Pat
         harmless=second.dataset,
         borderline=first.dataset,
         group=4,
-        space=Space(methods=("slerp", "linear")),
+        space=SearchSpace(methods=("slerp", "linear")),
     )
     found = []
     for name, one in (

@@ -195,7 +195,7 @@ def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Steer]:
     if arm is None:
         yield None
         return
-    with evaluator.all_resident([arm]) as (steer,):
+    with evaluator.resident([arm]) as (steer,):
         yield steer
 
 

@@ -69,7 +69,7 @@ class ChosenCondition:
         )
 
     @property
-    def balanced(self) -> Estimate:
+    def balanced_accuracy(self) -> Estimate:
         """The balanced accuracy on prompts that did not choose it."""
         return mean_of_rates(self.harmful, [not met for met in self.harmless])
 
@@ -112,11 +112,11 @@ def find(
     met, wrongly = (_met(condition, each[condition.layer]) for each in others)
     near, far = (each[condition.layer].tolist() for each in (others if condition.above is None else others[::-1]))
     found = ChosenCondition(tuple(front), tuple(met.tolist()), tuple(wrongly.tolist()), rank_sum(near, far)[0])
-    if found.balanced.low <= LEAST:
+    if found.balanced_accuracy.low <= LEAST:
         raise NothingFound(
             f"no condition on '{name}' tells the sets apart: the best is {condition}, whose balanced accuracy is "
-            f"{_percent(found.balanced)} on prompts that did not choose it, and not surely above {LEAST:.0%}. Try a "
-            "direction that was made from these sets (`steer derive --layer all` gives each layer its own), or give "
+            f"{_percent(found.balanced_accuracy)} on prompts that did not choose it, and not surely above {LEAST:.0%}. "
+            "Try a direction that was made from these sets (`steer derive --layer all` gives each layer its own), or give "
             "more prompts"
         )
     return found
@@ -132,7 +132,8 @@ def told(found: ChosenCondition, split: Split) -> list[str]:
         shown(
             ("condition", f"balanced accuracy on {len(split.harmful)} + {len(split.harmless)} prompts", "note"), rows
         ),
-        f"on prompts that did not choose it: balanced accuracy {_percent(found.balanced)}, AUC {found.auc:.3f}",
+        f"on prompts that did not choose it: balanced accuracy {_percent(found.balanced_accuracy)}, "
+        f"AUC {found.auc:.3f}",
         f"{split.tried_harmful.name}: {missed} do not meet it (false negatives)",
         f"{split.tried_harmless.name}: {caught} meet it (false positives)",
         f'in a request: "steer": "{spec}", or another direction in front of the question mark',

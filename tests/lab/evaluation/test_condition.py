@@ -67,7 +67,7 @@ def test_it_is_at_the_layer_that_tells_the_sets_apart_on_the_side_of_the_harmful
             assert getattr(found.condition, side) is not None
             assert (sum(found.harmful), sum(found.harmless)) == (12, 0)
             assert found.auc == 1.0
-            assert found.balanced.value == 1.0
+            assert found.balanced_accuracy.value == 1.0
 
 
 def test_no_other_layer_and_threshold_has_fewer_errors(source: TransformersSource, split: Split) -> None:

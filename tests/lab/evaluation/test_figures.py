@@ -176,7 +176,7 @@ def test_perplexity_is_the_models_own(tiny_folder: Path) -> None:
         loss = loaded.model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
     plain = negative_log_likelihoods(probe, in_windows(DATASET, ids, 512), None)
     assert perplexity(plain) == pytest.approx(math.exp(float(loss)), rel=1e-4)
-    with probe.all_resident([Candidate.of(models.direction(loaded.model), "ablate", 1.0)]) as (steer,):
+    with probe.resident([Candidate.of(models.direction(loaded.model), "ablate", 1.0)]) as (steer,):
         steered = negative_log_likelihoods(probe, in_windows(DATASET, ids, 512), steer)
     found = ratio(plain, steered)
     assert found.value == pytest.approx(perplexity(steered) / perplexity(plain))

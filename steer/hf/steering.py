@@ -598,7 +598,8 @@ def _owner() -> _Owner:
 
 def _check_places(model: PreTrainedModel) -> None:
     """Raise UnsupportedModel for a model on several devices, as there is one bank, and for one without numbers."""
-    if not getattr(model, "hf_device_map", None) and all(each.is_meta for each in model.parameters()):
+    offloaded = getattr(model, "hf_device_map", None) or hasattr(model, "_hf_hook")
+    if not offloaded and all(each.is_meta for each in model.parameters()):
         raise UnsupportedModel(f"{type(model).__name__} is on the device meta, without its weights: load them first")
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
     if len(places) > 1:

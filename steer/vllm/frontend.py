@@ -29,8 +29,7 @@ from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, Unsupported
 from steer.names import readable
 from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading
-from steer.serve import errors, metrics
-from steer.serve.authorise import ANYONE, NO_FORMS, Caller, forbidden
+from steer.serve import metrics
 from steer.serve.text import token_text
 from steer.shape import Shape
 from steer.shared import Shared
@@ -44,6 +43,7 @@ from steer.vllm.settings import KEY, READ, RESOLVED, EngineSettings, check_absen
 from steer.vllm.steering_module import code_digest
 
 if TYPE_CHECKING:
+    from steer.serve.errors import HTTPProblem
     from steer.tokenization import Decoder
     from steer.vllm.internals.types import EngineRequest, RequestState, SamplingParams, VllmConfig
 
@@ -156,16 +156,16 @@ class _Call:
 class Passage:
     """What the engine may be asked for in the context of one network request, beside what has a ticket.
 
-    `plain`: may it be plain. `caller`: who asks. `asked`: was the engine asked. `over`: a ticket let it pass, and its
-    answer has ended. `refused`: why something was refused, once it was. A raw spec is never taken here: it would pass
-    by keys, policy and audit log.
+    `plain`: may it be plain. `forms`: may answers be held to a form. `asked`: was the engine asked. `over`: a ticket
+    let it pass, and its answer has ended. `refused`: why something was refused, once it was. A raw spec is never taken
+    here: it would pass by keys, policy and audit log.
     """
 
     plain: bool = False
-    caller: Caller = ANYONE
+    forms: bool = True
     asked: bool = False
     over: bool = False
-    refused: errors.HTTPProblem | None = None
+    refused: HTTPProblem | None = None
 
 
 #: Of the request that runs in this context; None where there is none, as in a Python program.
@@ -361,7 +361,9 @@ class Frontend:
             return
         if (way := passage.get()) is not None:
             way.asked = True
-            if internals.engine.has_form(params) and not way.caller.forms:
+            if internals.engine.has_form(params) and not way.forms:
+                from steer.serve.authorise import NO_FORMS, forbidden
+
                 way.refused = forbidden("forms", NO_FORMS)
                 raise way.refused
         asked = extra.get(KEY)
@@ -457,15 +459,15 @@ class Frontend:
 def check_passage(way: Passage | None, *, raw: bool) -> None:
     """Raise SpecError unless a layer of ours lets a request without a ticket pass. `raw`: it brings a spec itself.
     Raises `over()` for one that had a ticket, and comes after its end."""
+    from steer.serve.errors import unsupported
+
     way = way or Passage()
     if way.over:
         raise over()
     if raw:
-        way.refused = errors.unsupported("this route does not take steering: ask a generation route of this server")
+        way.refused = unsupported("this route does not take steering: ask a generation route of this server")
     elif not way.plain:
-        way.refused = errors.unsupported(
-            "this route cannot be steered, and requests without steering are not allowed here"
-        )
+        way.refused = unsupported("this route cannot be steered, and requests without steering are not allowed here")
     if way.refused:
         raise SpecError(str(way.refused), param=KEY)
 

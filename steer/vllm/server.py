@@ -346,7 +346,7 @@ class Generation:
                 send = with_fields(send, partial(front.met, ticket), fetch if admission.readout else None)
             used = None if ticket is None else lambda: ticket.used
             try:
-                way = Passage(not admission.spec and not admission.readout, control.caller(scope))
+                way = Passage(not admission.spec and not admission.readout, control.caller(scope).forms)
                 await _run(self.app, control, way, scope[BODY], scope, receive, send, used)
             except Exception:
                 if ticket is None or not ticket.lost:
@@ -415,7 +415,7 @@ class Other(_Layer):
         except SteerError as error:
             await self._refuse(error, scope, receive, send)
             return
-        way = Passage(body is not None and _may_be_plain(scope), run.caller)
+        way = Passage(body is not None and _may_be_plain(scope), run.caller.forms)
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
@@ -510,7 +510,7 @@ async def _run(
         finally:
             way.over = used is not None
             if way.refused:
-                control.refused(way.refused, way.caller, scope)
+                control.refused(way.refused, control.caller(scope), scope)
 
 
 def _in_our_words(scope: Scope, body: object) -> Scope:
@@ -575,7 +575,7 @@ class _Held:
 
     async def _judge(self, ends: bool) -> None:
         way = self._way
-        taken = way.plain and (way.asked or way.caller.forms) if self._used is None else self._used()
+        taken = way.plain and (way.asked or way.forms) if self._used is None else self._used()
         failed = self._kept[0]["status"] >= 400
         if self._way.refused or (ends and not (taken or failed or self._used is None)):
             await self.refuse()

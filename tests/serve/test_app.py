@@ -320,7 +320,7 @@ def test_a_file_that_must_overflow_is_refused_with_the_rule(tiny_server: Server)
     data = replace(wild, weights=torch.full_like(wild.weights, 1e15)).to_bytes()
     answer = tiny_server.client.put("/v1/directions/wild", content=data)
     assert answer.status_code == 400
-    assert "no float32 holds" in answer.json()["error"]["message"]
+    assert "more than float32 can hold" in answer.json()["error"]["message"]
     assert all(problem in answer.json()["error"]["message"] for problem in answer.json()["error"]["problems"])
 
 

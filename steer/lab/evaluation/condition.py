@@ -116,8 +116,8 @@ def find(
         raise NothingFound(
             f"no condition on '{name}' tells the sets apart: the best is {condition}, whose balanced accuracy is "
             f"{_percent(found.balanced_accuracy)} on prompts that did not choose it, and not surely above {LEAST:.0%}. "
-            "Try a direction that was made from these sets (`steer derive --layer all` gives each layer its own), or give "
-            "more prompts"
+            "Try a direction that was made from these sets (`steer derive --layer all` gives each layer its own), or "
+            "give more prompts"
         )
     return found
 

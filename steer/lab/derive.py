@@ -74,14 +74,15 @@ class Recipe:
     mlp_weights: _Weights = None
 
     def __post_init__(self) -> None:
-        problems = []
+        wrong: dict[str, str] = {}
         for name, rule in _rules().items():
             try:
-                rule.validate_python(getattr(self, name))
+                rule.validate_python(value := getattr(self, name))
             except ValidationError:
-                said = rule.json_schema()["description"]
-                problems.append(f"{name}: {brief(getattr(self, name), python=True)} is not accepted: {said}")
-        sound = {*_rules()} - {problem.partition(":")[0] for problem in problems}
+                wrong[name] = (
+                    f"{name}: {brief(value, python=True)} is not accepted: {rule.json_schema()['description']}"
+                )
+        problems, sound = [*wrong.values()], _rules().keys() - wrong.keys()
         threshold = 0.5 if self.threshold is None else self.threshold
         if self.target is not None and sound >= {"target", "threshold"} and self.target > threshold:
             problems.append(f"target must not be above the threshold, got {self.target:g}")

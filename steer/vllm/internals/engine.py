@@ -6,7 +6,7 @@ import asyncio
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, UnsupportedModel
@@ -105,6 +105,7 @@ def wrap_requests(
         seam(outputs, "abort_requests"),
     )
     states = seam(outputs, "request_states")
+    formed = set[str]()  # the requests whose answers are held to a form
 
     def adding(request: EngineRequest, *args: object, **kwargs: object) -> object:
         adds(request)
@@ -116,13 +117,16 @@ def wrap_requests(
             raise
         if (state := states.get(request.request_id)) is not None:
             added(request, state)
-            state.steer_form = has_form(request.sampling_params)
+            if has_form(request.sampling_params):
+                formed.add(request.request_id)
             metrics.current_usage().answer(lambda: answer_length(state))
         return out
 
     def processing(engine_core_outputs: Sequence[EngineCoreOutput], *args: object, **kwargs: object) -> object:
         fallen: list[str] = []
-        _tell_of_forms(engine_core_outputs, states)
+        if formed:
+            _tell_of_forms(engine_core_outputs, states, formed)
+            formed.difference_update([each for each in formed if each not in states])
         if watched:
             engine_core_outputs, fallen = _without_lost(engine_core_outputs, states, watched, lost, decided)
         try:
@@ -145,13 +149,13 @@ def wrap_requests(
     outputs.add_request, outputs.process_outputs, outputs.abort_requests = adding, processing, aborting
 
 
-def _tell_of_forms(outputs: Sequence[EngineCoreOutput], states: Mapping[str, Any]) -> None:
-    """Have those that the engine failed at say so where a form was asked for: it cannot compile it, or no token is left
-    that it allows."""
+def _tell_of_forms(outputs: Sequence[EngineCoreOutput], states: Mapping[str, Any], formed: Set[str]) -> None:
+    """Have those of `formed` that the engine failed at say so: it cannot compile the form, or no token is left that it
+    allows."""
     for one in outputs:
-        if one.finish_reason is not None and str(one.finish_reason) == "error":
+        if one.request_id in formed and str(one.finish_reason) == "error":
             state = states.get(one.request_id)
-            if state is not None and state.steer_form and state.queue is not None:
+            if state is not None and state.queue is not None:
                 # before the output, which it then takes no more
                 state.queue.put(client_error(InvalidInput("no answer can be held to the form that was asked for")))
 

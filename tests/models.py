@@ -270,8 +270,9 @@ def save(name: str, folder: Any, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def save_gguf(model: Any, path: Any) -> None:
-    """A tiny Llama with its tokenizer as one GGUF file."""
+def save_gguf(model: Any, path: Any, *, begins: bool = False, turn_end: int | None = None) -> None:
+    """A tiny Llama with its tokenizer as one GGUF file. begins: does each text begin with BOS? turn_end: the token that
+    ends a turn of a chat."""
     import gguf
 
     config, made = model.config, tokenizer()
@@ -294,6 +295,9 @@ def save_gguf(model: Any, path: Any) -> None:
     file.add_token_merges(["a b"])
     file.add_bos_token_id(1)
     file.add_eos_token_id(2)
+    file.add_add_bos_token(begins)
+    if turn_end is not None:
+        file.add_eot_token_id(turn_end)
     file.add_pad_token_id(0)
     file.add_chat_template(made.chat_template)
     whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}

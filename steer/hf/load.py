@@ -115,7 +115,32 @@ def load(
             f"cannot load the model '{name}': its files lack {len(missing)} weights of {type(model).__name__}, which "
             f"would be random: {', '.join(missing[:4])}"
         )
+    if "gguf_file" in source.options:
+        _keep_ends_of_gguf(source, tokenizer, model)
     return Loaded(name, revision, (model if placed else model.to(device)).eval(), tokenizer)
+
+
+def _keep_ends_of_gguf(source: ModelLocation, tokenizer: Any, model: PreTrainedModel) -> None:
+    """Let texts begin and turns end as a GGUF file says; transformers 5.19 reads neither.
+
+    A tokenizer of the kind "llama" begins with BOS unless the file says otherwise, as in llama.cpp.
+    """
+    from gguf import GGUFReader
+    from transformers.utils import cached_file
+
+    reader = GGUFReader(cached_file(source.name, source.options["gguf_file"], revision=source.options.get("revision")))
+
+    def told(key: str, otherwise: Any) -> Any:
+        field = reader.get_field(f"tokenizer.ggml.{key}")
+        return otherwise if field is None else field.contents()
+
+    begins = told("add_bos_token", told("model", None) == "llama")
+    if begins != (tokenizer("a").input_ids[0] == tokenizer.bos_token_id):
+        tokenizer.add_bos_token = begins
+    generation = model.generation_config
+    generation.eos_token_id = (
+        sorted({tokenizer.eos_token_id, generation.eos_token_id, told("eot_token_id", None)} - {None}) or None
+    )
 
 
 def load_classifier(name: str) -> tuple[Any, Any]:

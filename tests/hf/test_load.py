@@ -251,6 +251,17 @@ def test_a_gguf_file_is_a_model(tiny_folder: Path, tmp_path: Path) -> None:
         load(str(tmp_path / "other.gguf"))
 
 
+@pytest.mark.parametrize("begins", [True, False])
+def test_texts_begin_and_turns_end_as_a_gguf_file_says(begins: bool, tmp_path: Path) -> None:
+    """transformers reads neither: Gemma answers nonsense without its first token, and a chat would not end."""
+    path = tmp_path / "tiny.gguf"
+    models.save_gguf(models.tiny("llama"), path, begins=begins, turn_end=4)
+    loaded = load(str(path))
+    assert (loaded.tokenizer("hello").input_ids[0] == 1) is begins
+    assert loaded.tokenizer("hello", add_special_tokens=False).input_ids[0] != 1
+    assert loaded.eos_ids == [2, 4]
+
+
 ASKED = """
 import sys, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer

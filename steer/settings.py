@@ -81,6 +81,19 @@ class ModelSettings(ModelOrigin):
         None,
         description="auto puts the part that does not fit on the GPU into the memory of the CPU, and then on the disk",
     )
+    chat_template: Path | None = Field(
+        None, description="Jinja file that renders chats in place of the model's own template, or where it has none"
+    )
+
+    @field_validator("chat_template")
+    @classmethod
+    def _is_text(cls, value: Path | None) -> Path | None:
+        try:
+            if value is not None:
+                value.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{str(value)!r}: cannot be read as text: {error}; accepted: a Jinja file") from None
+        return value
 
     @property
     def loading(self) -> dict[str, Any]:

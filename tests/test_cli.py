@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import socketserver
 import subprocess
 import sys
@@ -156,6 +157,25 @@ def test_options_of_loading_are_translated() -> None:
     assert chosen.loading.keys() == ModelSettings.model_fields.keys()
     with pytest.raises(InvalidInput, match="--device-map: not used by vLLM"):
         _ = ModelSettings(device_map="auto").vllm_options
+
+
+def test_a_base_model_is_measured_with_a_template_that_is_given(
+    tiny_folder: Path, sets: tuple[str, str], tmp_path: Path
+) -> None:
+    """With that of another model it gives what the other model gives."""
+    base, template, bad = tmp_path / "base", tmp_path / "chat.jinja", tmp_path / "bad.jinja"
+    shutil.copytree(tiny_folder, base)
+    (base / "chat_template.jinja").rename(template)
+    bad.write_bytes(b"\xff")
+    command = ("measure", str(base), "--harmful", sets[0], "--harmless", sets[1], "-o", str(tmp_path / "m.safetensors"))
+    assert "has no chat template" in (told := run(*command, code=2).stderr)
+    assert "give it with --chat-template FILE" in " ".join(told.split())
+    assert "accepted: a Jinja file" in run(*command, "--chat-template", str(bad), code=2).stderr
+    run(*command, "--chat-template", str(template))
+    run("measure", str(tiny_folder), *command[2:-1], str(tmp_path / "own.safetensors"))
+    given, own = (Measurement.load(tmp_path / f"{name}.safetensors") for name in ("m", "own"))
+    assert given.meta.model.chat_template_sha256 == own.meta.model.chat_template_sha256
+    assert torch.equal(given.harmful.mean, own.harmful.mean)
 
 
 def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:

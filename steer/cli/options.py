@@ -76,7 +76,7 @@ Target = Annotated[float | None, "value to which one_sided sets the component, o
 PANELS = {
     "Model": (
         *("backend", "dtype", "device", "device_map", "revision", "trust_remote_code", "context", "cache_tokens"),
-        "chat_template_kwargs",
+        *("chat_template", "chat_template_kwargs"),
     ),
     "Steering": ("directions", "default_steer", "sites", "rows", "rank", "readout", "steering"),
     "Server": ("host", "port", "served_model_name", "max_requests", "max_body", "drain", "cors_origins", "log_level"),
@@ -506,6 +506,8 @@ class EngineOptions:
 
             llm = start(self.model, [*self.opening.vllm_options, *self.options], sites=choices.sites)
             source = VllmSource(llm, self.model, self.opening.revision)
+            if self.opening.chat_template:
+                source.tokenizer.chat_template = self.opening.chat_template.read_text("utf-8")
             return Bench(source, lambda _rank, tokens, rendering: VllmEvaluator(source, rendering, tokens, progress))
         from steer.hf.load import load
         from steer.hf.steering import Steering

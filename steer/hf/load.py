@@ -58,6 +58,7 @@ def load(
     device: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    chat_template: Path | None = None,
 ) -> Loaded:
     """Load a local folder, a hub id, or a GGUF file (a path, or OWNER/NAME/FILE.gguf). Of a model that sees or hears,
     the text is what is served.
@@ -67,6 +68,7 @@ def load(
     device: `auto` is the accelerator where there is one.
     device_map: "auto" puts what does not fit on the device into the memory of the CPU and on the disk.
     trust_remote_code: may Python code that comes with the model be run? It could do anything.
+    chat_template: a Jinja file that renders chats in place of the model's own template, or where it has none.
 
     Raises UnsupportedModel when it is no language model that transformers can load whole.
     """
@@ -95,7 +97,9 @@ def load(
             f"cannot load the model '{name}': it has no tokenizer that transformers can read (tokenizer.json and "
             f"tokenizer_config.json, as `save_pretrained` writes them): {first_line(error)}"
         ) from error
-    if not tokenizer.chat_template:
+    if chat_template:
+        tokenizer.chat_template = chat_template.read_text("utf-8")
+    elif not tokenizer.chat_template:
         tokenizer.chat_template = _template_of_processor(source)
     # packed weights cannot be moved: what unpacks them puts them where they belong
     placed = device_map or ({"": device} if getattr(config, "quantization_config", None) else None)

@@ -108,7 +108,10 @@ class Source(Chat, ABC):
 
     def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]:
         if not self.tokenizer.chat_template:
-            raise InvalidInput(f"the model {self.facts.name} has no chat template, and prompts are measured in one")
+            raise InvalidInput(
+                f"the model {self.facts.name} has no chat template, and prompts are measured in one: give it with "
+                "--chat-template FILE"
+            )
         return encode_all(self, prompts, rendering)
 
     @abstractmethod

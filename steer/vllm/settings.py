@@ -97,6 +97,7 @@ def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tupl
         "port": settings.port,
         "served-model-name": settings.served_model_name,
         "max-model-len": settings.context,
+        "chat-template": settings.chat_template,
         "default-chat-template-kwargs": settings.chat_template_kwargs if settings.template_variables else None,
     }
     given = [part for name, value in ours.items() if value is not None for part in (f"--{name}", str(value))]

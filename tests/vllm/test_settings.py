@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from steer.errors import InvalidInput, UnsupportedModel
@@ -30,6 +32,13 @@ def test_every_problem_is_named() -> None:
 def test_only_what_is_compiled_is_in_the_graphs_key() -> None:
     one, other = EngineSettings(directions="a", default="off"), EngineSettings(directions="b", default="x")
     assert one.graph() == other.graph() != EngineSettings(rank=2).graph()
+
+
+def test_a_template_for_chats_is_given_to_vllm(tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages[0].content }}")
+    _, options = from_serve_settings(ServeSettings(chat_template=template), [])
+    assert options[options.index("--chat-template") :][:2] == ["--chat-template", str(template)]
 
 
 def test_settings_that_vllm_would_not_see_are_refused() -> None:

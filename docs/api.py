@@ -58,7 +58,7 @@ the whole answer."""
 def document() -> dict[str, Any]:
     """The OpenAPI document of a server with the demo model."""
     quiet_libraries()
-    served = prepare(str(MODEL), ServeSettings(directions=ROOT / "directions", served_model_name="demo"))
+    served = prepare(str(MODEL), ServeSettings(directions=ROOT / "directions", served_model_name="demo", port=0))
     try:
         return build(served).openapi()
     finally:

@@ -70,7 +70,7 @@ run("derive", measurement, "--method", "halfway", "--mode", "reflect", "-o", out
 from steer.serve.app import build
 from steer.serve.app import prepare
 from steer.settings import ServeSettings
-served = prepare(model, ServeSettings(directions=Path(output).parent))
+served = prepare(model, ServeSettings(directions=Path(output).parent, port=0))
 with TestClient(build(served), base_url="http://localhost") as client:
     body = {"model": served.model_name, "prompt": "abc", "max_tokens": 2, "temperature": 0}
     asked = {"steer": "new:reflect=1", "steer_readout": {"layers": [0]}}

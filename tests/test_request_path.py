@@ -57,7 +57,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     folder, secret, traced = tmp_path_factory.mktemp("way"), keys.make(), Trace()
     (folder / "policy.toml").write_text(POLICY.format(keys.stored(secret)))
     settings = ServeSettings(
-        directions=ROOT / "directions", policy=folder / "policy.toml", audit=folder / "audit.jsonl"
+        port=0, directions=ROOT / "directions", policy=folder / "policy.toml", audit=folder / "audit.jsonl"
     )
     body = {"model": "model", "max_tokens": 2, "steer": "refusal", "messages": [{"role": "user", "content": "hi"}]}
     headers = {"Authorization": f"Bearer {secret}"}

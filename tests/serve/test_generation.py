@@ -36,7 +36,7 @@ def served(tiny: Path, folder: Path, **generation: Any) -> Iterator[tuple[TestCl
     shutil.copytree(tiny, made)
     (made / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0} | generation))
     (folder / "directions").mkdir()
-    serving = prepare(str(made), ServeSettings(directions=folder / "directions"))
+    serving = prepare(str(made), ServeSettings(directions=folder / "directions", port=0))
     with TestClient(build(serving), "http://127.0.0.1", raise_server_exceptions=False) as client:
         try:
             yield client, made

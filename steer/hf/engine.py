@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     AbstractAsyncContextManager,
-    AbstractContextManager,
     AsyncExitStack,
     aclosing,
     closing,
@@ -22,7 +21,6 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
 from steer.hf.internals import Decoding, check_model, logits_in_pieces
@@ -132,14 +130,6 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def stop(self) -> None: ...
 
-    def _steered(self, steer: RequestSteer | None, start: int, ids: Tensor) -> AbstractContextManager[None]:
-        """For a pass of one row over these tokens `[1, tokens]` from the position `start` on."""
-        if steer is None or not (steer.then or steer.phase or steer.probe):
-            return self.steering.batch([steer])
-        length = ids.shape[1]
-        tokens = ids[0], torch.arange(start, start + length, device=ids.device)
-        return self.steering.batch([steer], [length], [start], tokens)
-
     @torch.inference_mode()
     def score_alone(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         """The forward pass of `score`, inside `alone`. The logits are there for SCORED_AT_ONCE tokens at a time."""
@@ -151,7 +141,8 @@ class Engine(abc.ABC):
         steer = decisions.take(steer)
         tokens: list[Token] = []
         try:
-            with self._steered(steer, 0, tensor), closing(logits_in_pieces(model, tensor, SCORED_AT_ONCE)) as pieces:
+            laid = self.steering.laid([steer], [range(tensor.shape[1])], tensor)
+            with laid, closing(logits_in_pieces(model, tensor, SCORED_AT_ONCE)) as pieces:
                 for logits in pieces:
                     if not torch.isfinite(logits.amax(-1)).all():
                         raise RequestFailed(NO_LOGITS)
@@ -202,7 +193,7 @@ class SequentialEngine(Engine):
             inputs = decoding.inputs()
         ids = inputs["input_ids"]
         length = ids.shape[1]
-        with _failing(), self._steered(steer, decoding.length - length, ids):
+        with _failing(), self.steering.laid([steer], [range(decoding.length - length, decoding.length)], ids):
             self.steering.reads.fill([read], [length])
             logits = decoding.logits(inputs)
             readings = self.steering.reads.collect()

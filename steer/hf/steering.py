@@ -8,7 +8,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, assert_never
@@ -313,6 +313,22 @@ class Steering:
         if own.lost is not None and own.lost.any():
             lost = ", ".join(map(str, own.lost.nonzero().flatten().tolist()))
             raise NotFinite(f"spec {lost} of {len(rows)}" if len(rows) > 1 and lengths is None else "")
+
+    def laid(
+        self, steers: Sequence[RequestSteer | None], spans: Sequence[range], ids: Tensor, left: bool = False
+    ) -> AbstractContextManager[None]:
+        """A `batch` for a pass over `ids` `[rows, positions]`, a row for each of `steers`, of the positions `spans` of
+        its request; shorter rows are padded, in front if `left`."""
+        if not any(steer is not None and (steer.then or steer.probe or steer.phase) for steer in steers):
+            return self.batch(steers)
+        width = max(map(len, spans))
+        parts = list[tuple[RequestSteer | None, int, int]]()
+        for steer, span in zip(steers, spans, strict=True):
+            own, padding = (steer, len(span), span.start), (None, width - len(span), 0)
+            parts += (padding, own) if left else (own, padding)
+        at = torch.tensor([position for _, length, start in parts for position in range(start, start + length)])
+        tokens = ids.flatten(), at.to(ids.device)
+        return self.batch([s for s, *_ in parts], [n for _, n, _ in parts], [start for *_, start in parts], tokens)
 
     def fill(
         self,

@@ -24,9 +24,8 @@ from steer.lab.evaluator import Candidate, Evaluator, Floats, each_row, named
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, Rendering
-from steer.runtime.token_index import RequestSteer, Tokens
+from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
-from steer.tokenization import Thinking
 
 T = TypeVar("T")
 #: One for all prompts, or one for each; None is plain.
@@ -147,11 +146,8 @@ class HFEvaluator(Evaluator):
         def run(indices: list[int]) -> list[Answer]:
             self.steering.anatomy.forget_lengths()
             mine, asked = [encoded[i] for i in indices], [steers[i] for i in indices]
-            limits = Limits(self.max_tokens, self.loaded.eos_ids, enough)
-            if len(mine[0]) > longest:  # such a one is alone
-                found = [greedy_alone(self.steering, mine[0], asked[0], self.loaded.thinking, limits)]
-            else:
-                found = greedy(self.steering, mine, asked, self.loaded.thinking, limits, self._pad)
+            alone = len(mine[0]) > longest
+            found = [self._greedy_alone(mine[0], asked[0], enough)] if alone else self._greedy(mine, asked, enough)
             return [Answer(ids, decode(ids)) for ids in found]
 
         size = self.batch_size or self._fitting(max(map(len, encoded), default=0) + self.max_tokens)
@@ -171,11 +167,9 @@ class HFEvaluator(Evaluator):
         def run(indices: list[int]) -> list[float]:
             self.steering.anatomy.forget_lengths()
             rows, mine = [encoded[i] for i in indices], [specs[i] for i in indices]
-            thinking = self.loaded.thinking
-            ids, mask, spans, cache = left_padded_remainder(self.steering, rows, mine, thinking, self._pad)
-            with index_entries(self.steering, rows, mine, thinking) as steers:
-                with self.steering.batch(*batch_layout(steers, spans, ids, left=True)):
-                    logits = last_logits(model, ids, mask, cache)[0].double()
+            ids, mask, spans, cache = self._remainder(rows, mine)
+            with self._entries(rows, mine) as steers, self.steering.laid(steers, spans, ids, left=True):
+                logits = last_logits(model, ids, mask, cache)[0].double()
             inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
             inside[list(tokens)] = True
             odds = logits[:, inside].logsumexp(-1) - logits[:, ~inside].logsumexp(-1)
@@ -239,15 +233,14 @@ class HFEvaluator(Evaluator):
         def run(indices: list[int]) -> list[T]:
             anatomy.forget_lengths()
             prompts, mine = [heads[i] for i in indices], [specs[i] for i in indices]
-            thinking = self.loaded.thinking
-            shared, cache = prefill_shared_prefix(self.steering, prompts, mine, thinking)
+            shared, cache = self._shared_prefix(prompts, mine)
             ids = right_padded([whole[i][shared:] for i in indices], self._pad, anatomy.device)
             spans = [(len(heads[i]) - 1 - shared, len(whole[i]) - shared) for i in indices]
             kept = torch.arange(min(start for start, _ in spans), max(stop for _, stop in spans), device=anatomy.device)
-            with index_entries(self.steering, prompts, mine, thinking) as steers:
+            with self._entries(prompts, mine) as steers:
                 if any(spec is not None and spec.decided_once for spec in mine):
                     self._decide(prompts, steers)
-                with self.steering.batch(*batch_layout(steers, [range(shared, len(whole[i])) for i in indices], ids)):
+                with self.steering.laid(steers, [range(shared, len(whole[i])) for i in indices], ids):
                     logits = anatomy.model(
                         input_ids=ids,
                         **({} if cache is None else {"past_key_values": cache}),
@@ -268,7 +261,7 @@ class HFEvaluator(Evaluator):
         """Decide the conditions by a pass of the prompts alone: one pass that reads answers too would have run past the
         tokens that decide."""
         ids = right_padded(prompts, self._pad, self.steering.anatomy.device)
-        with self.steering.batch(*batch_layout(steers, [range(len(prompt)) for prompt in prompts], ids)):
+        with self.steering.laid(steers, [range(len(prompt)) for prompt in prompts], ids):
             self.steering.anatomy.decoder(input_ids=ids, use_cache=False)
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Spec | None) -> list[Floats]:
@@ -287,6 +280,123 @@ class HFEvaluator(Evaluator):
         size = min(self.batch_size or fitting, fitting)
         return in_batches(sequences, run, batch_size=size, progress=self.progress, longest=self._longest)
 
+    @torch.inference_mode()
+    def _greedy(
+        self, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None], enough: Callable[[list[int]], bool]
+    ) -> list[list[int]]:
+        """The answer to each of `prompts` under its own of `specs`, without its end. It ends where `enough` says that
+        more of these ids would tell nothing.
+
+        Only the last position goes through the unembedding. What a finished row holds of the cache is let go, so that
+        steps become shorter with the rows that remain.
+        """
+        model, device = self.steering.anatomy.model, self.steering.anatomy.device
+        with self._entries(prompts, specs) as steers:
+            ids, mask, spans, cache = self._remainder(prompts, specs)
+            answers: list[list[int]] = [[] for _ in prompts]
+            rows, ending = list(range(len(prompts))), set(self.loaded.eos_ids)
+            for step in range(self.max_tokens):
+                with self.steering.laid([steers[row] for row in rows], spans, ids, left=True):
+                    logits, cache = last_logits(model, ids, mask, cache)
+                chosen, going = logits.argmax(-1), []
+                for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+                    if token in ending:
+                        continue
+                    answers[row].append(token)
+                    if not enough(answers[row]):
+                        going.append(at)
+                if not going or step == self.max_tokens - 1:
+                    break
+                if len(going) < len(rows):
+                    kept = torch.tensor(going, device=device)
+                    cache.reorder_cache(kept)  # which states have too, unlike `batch_select_indices`
+                    chosen, mask, rows = chosen[kept], mask[kept], [rows[at] for at in going]
+                ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+                spans = [range(at := len(prompts[row]) + step, at + 1) for row in rows]
+        return answers
+
+    @torch.inference_mode()
+    def _greedy_alone(self, prompt: Sequence[int], spec: Spec | None, enough: Callable[[list[int]], bool]) -> list[int]:
+        """`_greedy` of one prompt as the model's own `generate` goes on: some compute their cache again where a text
+        grows longer than `longest_beside`."""
+        decoding, answer = Decoding(self.steering.anatomy.model, prompt, self.max_tokens), list[int]()
+        with self._entries([prompt], [spec]) as steers:
+            while len(answer) < self.max_tokens:
+                inputs = decoding.inputs()
+                ids = inputs["input_ids"]
+                with self.steering.laid(steers, [range(decoding.length - ids.shape[1], decoding.length)], ids):
+                    token = int(decoding.logits(inputs).argmax())
+                if token in self.loaded.eos_ids:
+                    break
+                answer.append(token)
+                if enough(answer):
+                    break
+                decoding.append(token)
+        return answer
+
+    @contextmanager
+    def _entries(
+        self, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]
+    ) -> Iterator[list[RequestSteer | None]]:
+        """The index entries of each of `prompts` under its own of `specs`, with its own decision while it lasts."""
+        steer, decisions = functools.cache(self.steering.bank.steer), self.steering.index.decisions
+        with ExitStack() as stack:
+            steers = []
+            for prompt, spec in zip(prompts, specs, strict=True):
+                made = steer(spec, len(prompt), spec.phase(self.loaded.thinking, prompt)) if spec else None
+                steers.append(decisions.take(made))
+                stack.callback(decisions.give, steers[-1])
+            yield steers
+
+    def _shared_prefix(self, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]) -> tuple[int, Any]:
+        """Run the tokens that all of `prompts` begin with (the chat template's) once for each of `specs` that does
+        something else there.
+
+        Returns: how many tokens that is, at least one fewer than each prompt has, and the cache after them with a row
+        for each prompt; (0, None) where it would save nothing, or the model's cache is not one of all tokens alone.
+        """
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+        length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        acts = [
+            (spec, *(min(bound, length) for each in spec.entries for bound in each.span(len(prompt)))) if spec else None
+            for prompt, spec in zip(prompts, specs, strict=True)
+        ]
+        different = list({each: at for at, each in enumerate(acts)}.values())
+        anatomy = self.steering.anatomy
+        if length * (len(prompts) - len(different)) < BEGUN_TOKENS or not whole_cache(anatomy.model):
+            return 0, None
+        ids = torch.tensor([prompts[0][:length]] * len(different), device=anatomy.device)
+        with (
+            self._entries([prompts[at] for at in different], [specs[at] for at in different]) as steers,
+            self.steering.laid(steers, [range(length)] * len(steers), ids),
+        ):
+            out: Any = anatomy.decoder(input_ids=ids, use_cache=True)
+        cache: Any = getattr(out, "past_key_values", None)
+        if not whole_cache(anatomy.model, cache):
+            return 0, None
+        row = {acts[at]: number for number, at in enumerate(different)}
+        cache.batch_select_indices(torch.tensor([row[each] for each in acts], device=ids.device))
+        return length, cache
+
+    def _remainder(
+        self, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]
+    ) -> tuple[Tensor, Tensor, list[range], Any]:
+        """What is left to run of `prompts`, padded in front, where what they begin with is run: ids `[rows,
+        positions]`, mask `[rows, all positions]`, the positions of each row in its prompt, and the cache (None: of
+        nothing).
+
+        The prefix that was run is moved behind the padding, so that each row's tokens stand next to each other:
+        attention that counts positions (a bias, a window) would count padding in between. A shorter row has less of the
+        prefix, and runs its last tokens again in place of padding.
+        """
+        start, cache = self._shared_prefix(prompts, specs)
+        ids, mask = left_padded(prompts, self._pad, self.steering.anatomy.device)
+        padding = [ids.shape[1] - len(prompt) for prompt in prompts]
+        if cache is not None:
+            move_back(cache, padding)
+        spans = [range(max(0, start - before), len(prompt)) for before, prompt in zip(padding, prompts, strict=True)]
+        return ids[:, start:], mask, spans, cache
+
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) in nats, `[…]`, of log-probabilities `[…, vocabulary]` of any dtype. They are normalised again in
@@ -294,174 +404,6 @@ def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
     (−inf) adds nothing, whatever q says of it."""
     p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).clamp_min(0)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Where an answer ends: after `tokens` ids, before one of `ends` (which is not part of it), or where `known(ids)`
-    says that more would tell nothing."""
-
-    tokens: int
-    ends: Sequence[int]
-    known: Callable[[list[int]], bool]
-
-
-@torch.inference_mode()
-def greedy(
-    steering: Steering,
-    prompts: Sequence[Sequence[int]],
-    specs: Sequence[Spec | None],
-    thinking: Thinking | None,
-    limits: Limits,
-    pad: int,
-) -> list[list[int]]:
-    """The answer to each of `prompts` under its own of `specs`.
-
-    Only the last position goes through the unembedding. What a finished row holds of the cache is let go, so that
-    steps become shorter with the rows that remain.
-    """
-    device = steering.anatomy.device
-    with index_entries(steering, prompts, specs, thinking) as steers:
-        ids, mask, spans, cache = left_padded_remainder(steering, prompts, specs, thinking, pad)
-        answers: list[list[int]] = [[] for _ in prompts]
-        rows, ending = list(range(len(prompts))), set(limits.ends)
-        for step in range(limits.tokens):
-            with steering.batch(*batch_layout([steers[row] for row in rows], spans, ids, left=True)):
-                logits, cache = last_logits(steering.anatomy.model, ids, mask, cache)
-            chosen, going = logits.argmax(-1), []
-            for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-                if token in ending:
-                    continue
-                answers[row].append(token)
-                if not limits.known(answers[row]):
-                    going.append(at)
-            if not going or step == limits.tokens - 1:
-                break
-            if len(going) < len(rows):
-                kept = torch.tensor(going, device=device)
-                cache.reorder_cache(kept)  # which states have too, unlike `batch_select_indices`
-                chosen, mask, rows = chosen[kept], mask[kept], [rows[at] for at in going]
-            ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            spans = [range(at := len(prompts[row]) + step, at + 1) for row in rows]
-    return answers
-
-
-@torch.inference_mode()
-def greedy_alone(
-    steering: Steering, prompt: Sequence[int], spec: Spec | None, thinking: Thinking | None, limits: Limits
-) -> list[int]:
-    """`greedy` of one prompt as the model's own `generate` goes on: some compute their cache again where a text grows
-    longer than `longest_beside`."""
-    decoding, answer = Decoding(steering.anatomy.model, prompt, limits.tokens), list[int]()
-    with index_entries(steering, [prompt], [spec], thinking) as steers:
-        while len(answer) < limits.tokens:
-            inputs = decoding.inputs()
-            ids = inputs["input_ids"]
-            span = range(decoding.length - ids.shape[1], decoding.length)
-            with steering.batch(*batch_layout(steers, [span], ids)):
-                token = int(decoding.logits(inputs).argmax())
-            if token in limits.ends:
-                break
-            answer.append(token)
-            if limits.known(answer):
-                break
-            decoding.append(token)
-    return answer
-
-
-@contextmanager
-def index_entries(
-    steering: Steering,
-    prompts: Sequence[Sequence[int]],
-    specs: Sequence[Spec | None],
-    thinking: Thinking | None,
-) -> Iterator[list[RequestSteer | None]]:
-    """The index entries of each of `prompts` under its own of `specs`, with its own decision while it lasts. `thinking`
-    is the model's."""
-    steer, decisions = functools.cache(steering.bank.steer), steering.index.decisions
-    with ExitStack() as stack:
-        steers = []
-        for prompt, spec in zip(prompts, specs, strict=True):
-            steers.append(decisions.take(steer(spec, len(prompt), spec.phase(thinking, prompt)) if spec else None))
-            stack.callback(decisions.give, steers[-1])
-        yield steers
-
-
-Laid: TypeAlias = "tuple[list[RequestSteer | None], list[int] | None, list[int] | None, Tokens | None]"
-
-
-def batch_layout(
-    steers: Sequence[RequestSteer | None], spans: Sequence[range], ids: Tensor, left: bool = False
-) -> Laid:
-    """What `Steering.batch` takes for a pass over `ids` `[rows, positions]`, a row for each of `steers`, of the
-    positions `spans` of its request; shorter rows are padded, in front if `left`."""
-    if not any(steer is not None and (steer.then or steer.probe or steer.phase) for steer in steers):
-        return list(steers), None, None, None
-    width = max(map(len, spans))
-    laid = list[tuple[RequestSteer | None, int, int]]()
-    for steer, span in zip(steers, spans, strict=True):
-        own, padding = (steer, len(span), span.start), (None, width - len(span), 0)
-        laid += (padding, own) if left else (own, padding)
-    at = torch.tensor([position for _, length, start in laid for position in range(start, start + length)])
-    tokens = ids.flatten(), at.to(ids.device)
-    return [steer for steer, _, _ in laid], [length for _, length, _ in laid], [start for _, _, start in laid], tokens
-
-
-def prefill_shared_prefix(
-    steering: Steering, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None], thinking: Thinking | None
-) -> tuple[int, Any]:
-    """Run the tokens that all of `prompts` begin with (the chat template's) once for each of `specs` that does
-    something else there.
-
-    Returns: how many tokens that is, at least one fewer than each prompt has, and the cache after them with a row for
-    each prompt; (0, None) where it would save nothing, or the model's cache is not one of all tokens alone.
-    """
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-    length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    acts = [
-        (spec, *(min(bound, length) for entry in spec.entries for bound in entry.span(len(prompt)))) if spec else None
-        for prompt, spec in zip(prompts, specs, strict=True)
-    ]
-    different = list({each: at for at, each in enumerate(acts)}.values())
-    model = steering.anatomy.model
-    if length * (len(prompts) - len(different)) < BEGUN_TOKENS or not whole_cache(model):
-        return 0, None
-    ids = torch.tensor([prompts[0][:length]] * len(different), device=steering.anatomy.device)
-    some = [prompts[at] for at in different], [specs[at] for at in different]
-    with (
-        index_entries(steering, *some, thinking) as steers,
-        steering.batch(*batch_layout(steers, [range(length)] * len(steers), ids)),
-    ):
-        out: Any = steering.anatomy.decoder(input_ids=ids, use_cache=True)
-    cache: Any = getattr(out, "past_key_values", None)
-    if not whole_cache(model, cache):
-        return 0, None
-    row = {acts[at]: number for number, at in enumerate(different)}
-    cache.batch_select_indices(torch.tensor([row[each] for each in acts], device=ids.device))
-    return length, cache
-
-
-def left_padded_remainder(
-    steering: Steering,
-    prompts: Sequence[Sequence[int]],
-    specs: Sequence[Spec | None],
-    thinking: Thinking | None,
-    pad: int,
-) -> tuple[Tensor, Tensor, list[range], Any]:
-    """What is left to run of `prompts`, padded in front, where what they begin with is run: ids `[rows, positions]`,
-    mask `[rows, all positions]`, the positions of each row in its prompt, and the cache (None: of nothing).
-
-    The prefix that was run is moved behind the padding, so that each row's tokens stand next to each other: attention
-    that counts positions (a bias, a window) would count padding in between. A shorter row has less of the prefix, and
-    runs its last tokens again in place of padding.
-    """
-    start, cache = prefill_shared_prefix(steering, prompts, specs, thinking)
-    ids, mask = left_padded(prompts, pad, steering.anatomy.device)
-    padding = [ids.shape[1] - len(prompt) for prompt in prompts]
-    if cache is not None:
-        move_back(cache, padding)
-    spans = [range(max(0, start - before), len(prompt)) for before, prompt in zip(padding, prompts, strict=True)]
-    return ids[:, start:], mask, spans, cache
 
 
 def cache_bytes(steering: Steering) -> int:

@@ -18,7 +18,6 @@ from steer.errors import InvalidInput, NoRoom, SpecError, UnsupportedModel
 from steer.hf.internals import whole_cache
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
-from steer.lab import probe as probe_module
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.evaluation.report import DivergenceOf
 from steer.lab.evaluator import Candidate, first_tokens
@@ -161,10 +160,8 @@ def test_beside_what_all_prompts_begin_with_rows_of_any_length_are_what_each_is_
     loaded = saved(COUNTING[kind](), tmp_path)
     steering, rendering = Steering(loaded.model), Rendering("all begin so")
     many, one = (HFEvaluator(loaded, steering, rendering, TOKENS, batch_size) for batch_size in (None, 1))
-    prompts, begun = (
-        [*PROMPTS, "", "so long a prompt that others end before it goes on " * 2],
-        probe_module.prefill_shared_prefix,
-    )
+    prompts = [*PROMPTS, "", "so long a prompt that others end before it goes on " * 2]
+    begun = HFEvaluator._shared_prefix
     started_with: list[int] = []
 
     def counted(*given: Any) -> Any:
@@ -173,7 +170,7 @@ def test_beside_what_all_prompts_begin_with_rows_of_any_length_are_what_each_is_
 
     candidate = Candidate.of(models.direction(loaded.model), "ablate", 1.0)
     with many.resident([candidate]) as (steer,), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe_module, "prefill_shared_prefix", counted)
+        patch.setattr(HFEvaluator, "_shared_prefix", counted)
         specs = [None, steer] * 3 + [None]
         assert many.answers(prompts, specs) == one.answers(prompts, specs)
         odds = (each.opening_odds(prompts, specs, [7, 40]) for each in (many, one))

@@ -4,7 +4,6 @@ registry, serve: any step that fails ends the start), its routes, the layers aro
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import logging
 import math
@@ -36,7 +35,7 @@ from steer.registry import Registry
 from steer.serve import answers, completions, errors, html, metrics, operation
 from steer.serve.access import PUBLIC, REQUEST_ID, Access
 from steer.serve.carriers import PLUS, RECEIPT
-from steer.serve.connection import PROTOCOL
+from steer.serve.connection import PROTOCOL, check_address
 from steer.serve.control import GRACE, Control
 from steer.serve.directions import router as directions_router
 from steer.serve.generation import Served
@@ -257,26 +256,6 @@ def prepare(model: str, settings: ServeSettings) -> Served:
         engine.stop()
         raise
     return served
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise InvalidInput where nothing can listen, which uvicorn would find out when the model has been loaded."""
-    try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise InvalidInput(f"--host {host}: {error.strerror}; accepted: an address of this machine") from error
-    refused: list[OSError] = []
-    for family, *_, address in found:
-        try:
-            socket.create_server(address, family=family).close()
-        except OSError as error:
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                raise InvalidInput(
-                    f"--port {port}: {error.strerror}; give another (--port 0 takes a free one)"
-                ) from error
-            refused.append(error)  # of a family that this machine does not have
-    if len(refused) == len(found):
-        raise InvalidInput(f"--host {host}: {refused[0].strerror}; accepted: an address of this machine")
 
 
 def warn_of_template(chat: Chat) -> None:

@@ -1,8 +1,10 @@
-"""uvicorn's connection, with bounds on what one client can make it hold or do."""
+"""uvicorn's connection, with bounds on what one client can make it hold or do; and whether a server can listen."""
 
 from __future__ import annotations
 
+import errno
 import json
+import socket
 from asyncio import TimerHandle
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from steer.errors import InvalidInput
 from steer.spec import nearly
 
 if TYPE_CHECKING:
@@ -157,6 +160,26 @@ class Bounded(HttpToolsProtocol):
         if self._stuck is not None:
             self._stuck.cancel()
             self._stuck = None
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise InvalidInput where nothing can listen, which a server would find out when the model has been loaded."""
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise InvalidInput(f"--host {host}: {error.strerror}; accepted: an address of this machine") from error
+    refused: list[OSError] = []
+    for family, *_, address in found:
+        try:
+            socket.create_server(address, family=family).close()
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise InvalidInput(
+                    f"--port {port}: {error.strerror}; give another (--port 0 takes a free one)"
+                ) from error
+            refused.append(error)  # of a family that this machine does not have
+    if len(refused) == len(found):
+        raise InvalidInput(f"--host {host}: {refused[0].strerror}; accepted: an address of this machine")
 
 
 class _Refused(Exception):

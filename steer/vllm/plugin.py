@@ -249,6 +249,7 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
 
     In this process, or in as many processes of vLLM's as there are API servers.
     """
+    from steer.serve.connection import check_address
     from steer.serve.control import Control
     from steer.vllm.server import Middleware, check_door
 
@@ -263,7 +264,8 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
     if control.audit:
         control.audit.check()
     settings.check_folder()
-    internals.server.check_port(args)
+    if not (getattr(args, "uds", None) or getattr(args, "headless", False)):
+        check_address(args.host or "", args.port)  # which vLLM would share with what listens there
     if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
         args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
     args.worker_cls = internals.WORKER

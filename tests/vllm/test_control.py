@@ -509,7 +509,7 @@ def test_what_runs_when_the_server_stops_has_its_end_or_is_told(server: Server, 
         (["--audit", "/nowhere/audit.jsonl"], "/nowhere/audit.jsonl cannot be written: the folder /nowhere does not"),
         (["--directions", "/nowhere"], "the directions folder '/nowhere' does not exist"),
         (["--additional-config", "7"], "--additional-config: must be a JSON object, got '7'"),
-        (["--port", "TAKEN"], "Address already in use; end what listens there"),
+        (["--port", "TAKEN"], "Address already in use; give another"),
     ],
 )
 def test_a_server_that_would_not_be_safe_does_not_start(home: Home, options: list[str], says: str) -> None:

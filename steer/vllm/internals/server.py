@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -148,26 +147,6 @@ def server_arguments(model: str, options: Sequence[str]) -> Namespace:
         args.model = args.model_tag
     seam(home, "validate_parsed_serve_args")(args)
     return args
-
-
-def check_port(args: Namespace) -> None:
-    """Raise InvalidInput where another server listens at the address: vLLM would share it with that one, and each would
-    get some of the requests."""
-    if getattr(args, "uds", None) or getattr(args, "headless", False):
-        return
-    host, port = args.host or None, args.port
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
-    except OSError as error:
-        raise InvalidInput(
-            f"--host {host or 'all addresses'}, --port {port}: {error.strerror or error}; end what listens there, or "
-            "give another port"
-        ) from None
 
 
 def run_server(args: Namespace, keep_alive: int) -> None:

@@ -46,7 +46,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from steer._version import TOOL, made_at
-from steer.errors import DirectionError, brief, problems_of
+from steer.errors import DirectionError, brief, once, problems_of
 from steer.geometry import angle
 from steer.names import MAX_STRENGTH, MEASUREMENT_KEY, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
 
@@ -628,7 +628,7 @@ def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
     """The `steer` metadata of bytes that safetensors has already accepted (its API gives metadata of paths only)."""
     length = int.from_bytes(data[:8], "little")
     try:
-        found = json.loads(data[8 : 8 + length], object_pairs_hook=_once).get("__metadata__") or {}
+        found = json.loads(data[8 : 8 + length], object_pairs_hook=once).get("__metadata__") or {}
     except ValueError as error:
         problems.append(f"metadata: {error}")
         return None
@@ -645,7 +645,7 @@ def _parsed(text: str, problems: list[str]) -> DirectionMeta | None:
     try:
         meta = DirectionMeta.model_validate_json(text, strict=True)
         _check_numbers(meta)
-        json.loads(text, object_pairs_hook=_once)
+        json.loads(text, object_pairs_hook=once)
         return meta
     except ValidationError as error:
         problems += [f"metadata: {problem}" for problem in problems_of(error, "steer", DirectionMeta)]
@@ -673,12 +673,3 @@ def _check_numbers(meta: DirectionMeta) -> None:
     """Raise ValueError for NaN and ∞. pydantic reads them and would write null: a file would say another thing than
     what is told of it."""
     json.dumps(meta.model_dump(warnings=False), allow_nan=False, default=str)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError where a key stands twice: readers differ in which they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {brief(next(key for key in keys if keys.count(key) > 1))} stands twice")
-    return found

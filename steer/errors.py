@@ -73,6 +73,23 @@ def brief(value: object, *, python: bool = False) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError where a key stands twice: readers differ in which they take."""
+    if (twice := repeated(pairs)) is not None:
+        raise ValueError(f"the key {brief(twice)} stands twice")
+    return dict(pairs)
+
+
+def repeated(pairs: Iterable[tuple[str, object]]) -> str | None:
+    """The first key that stands twice."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None
+
+
 #: What is accepted where pydantic says this, with its limits. A name that ends in _ is the beginning of several.
 _ACCEPTED = {
     "bool_": "true or false",

@@ -30,7 +30,7 @@ from functools import lru_cache
 from itertools import chain, islice
 from numbers import Integral, Real
 
-from steer.errors import DirectionError, SpecError, brief
+from steer.errors import DirectionError, SpecError, brief, once
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.tokenization import Phase, Thinking
 
@@ -375,7 +375,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         return []
     if stripped[:1] in ("{", "["):
         try:
-            loaded = json.loads(stripped, object_pairs_hook=_once)
+            loaded = json.loads(stripped, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:  # a plain ValueError for an integer of thousands of digits
             problems.append(f"{param}: not JSON: {error}")
             return []
@@ -405,23 +405,6 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         if item := _from_object(said, param, problems):
             items.append(item)
     return items
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of JSON. Raises ValueError where a key stands twice: readers differ in which they take."""
-    if (twice := repeated(pairs)) is not None:
-        raise ValueError(f"the key {brief(twice)} stands twice")
-    return dict(pairs)
-
-
-def repeated(pairs: Sequence[tuple[str, object]]) -> str | None:
-    """The first key that stands twice."""
-    seen: set[str] = set()
-    for key, _ in pairs:
-        if key in seen:
-            return key
-        seen.add(key)
-    return None
 
 
 def _from_object(value: Mapping[object, object], param: str, problems: list[str]) -> RequestedDirection | None:

@@ -22,10 +22,9 @@ from typing import Literal, TypeVar
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
 
-from steer.errors import RequestError, brief
+from steer.errors import RequestError, brief, repeated
 from steer.serve import errors
 from steer.serve.structured import FIELDS, check_form
-from steer.spec import repeated
 
 T = TypeVar("T")
 

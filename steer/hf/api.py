@@ -98,8 +98,6 @@ class Attached:
                 "when the model is, so that no pass would be noticed"
             )
         self._registry = Registry(self._steering.placement(), quiet=True)
-        self._owed = _Owed()
-        self._steering.watchers.append(self._owed)
         self._load(directions)
         self._attach()
         # a notebook's cell that attaches and is run again lets the first one go
@@ -151,7 +149,7 @@ class Attached:
                 )
             self._registry.resolve(parse(spec))
         steered = Steered(self, specs)
-        self._owed.add(steered)
+        self._steering.owed.append(steered)
         return steered
 
     @contextmanager
@@ -277,7 +275,8 @@ class Steered:
 
     def __enter__(self) -> None:
         mine = self._attached
-        mine._owed.remove(self)
+        owed = mine._steering.owed
+        owed[:] = [other for other in owed if other is not self]
         mine._check_attached()
         with ExitStack() as stack:
             admissions: list[Admission] = []
@@ -300,27 +299,6 @@ class Steered:
 
     def __repr__(self) -> str:
         return f"steering({', '.join(map(repr, self._specs))})"
-
-
-class _Owed:
-    """Watches for passes while a `with` is still owed: `steering("refusal")` alone would leave them plain."""
-
-    def __init__(self) -> None:
-        self._made: list[Steered] = []
-
-    def add(self, steered: Steered) -> None:
-        self._made.append(steered)
-
-    def remove(self, steered: Steered) -> None:
-        self._made = [other for other in self._made if other is not steered]
-
-    def begin(self, _tokens: tuple[int, int] | None) -> None:
-        if self._made:
-            first, self._made = self._made[0], []
-            raise RuntimeError(f"{first!r} was called without `with` and steers nothing: write `with {first!r}: ...`")
-
-    def record(self, *_: object) -> None:
-        """It looks at no stream."""
 
 
 _Found = tuple[Tensor, Tensor, Tensor]

@@ -168,8 +168,10 @@ class Steering:
         self._ways: list[tuple[nn.Module, str, nn.Module]] = []
         #: What holds the blocks, and what it held when that was last found to be right.
         self._list, self._held = nn.ModuleList(), list[nn.Module]()
-        #: What is open of the blocks in which no pass may go without hooks.
+        #: What is open of the blocks in which no pass may go without hooks, and what was made for a `with` that is
+        #: still owed: alone it would leave passes plain.
         self.blocks: list[object] = []
+        self.owed: list[object] = []
         self._generations: internals.Generations | None = None
         self._batch = _Batch(())
         #: The rows of which the index speaks, none where it speaks of packed tokens one by one.
@@ -349,6 +351,10 @@ class Steering:
                 self._check_again()
                 return
             self._graphs.begins()
+        if self.owed:
+            first, *_ = self.owed
+            self.owed.clear()
+            raise RuntimeError(f"{first!r} was called without `with` and steers nothing: write `with {first!r}: ...`")
         if self.blocks:
             if torch.compiler.is_exporting():
                 raise RuntimeError(

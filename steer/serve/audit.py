@@ -459,40 +459,62 @@ class Verification:
     last: Head = field(default_factory=Head)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Open:
-    """What has begun and not ended yet: requests by the number of their line, and servers by their front end."""
-
+    #: What has begun and not ended yet: requests by the number of their line, and servers by their front end.
     admitted: dict[int, None] = field(default_factory=dict)
     servers: dict[object, int] = field(default_factory=dict)
-    killed: list[str] = field(default_factory=list)
 
-    def see(self, record: Record) -> None:
-        detail = found if isinstance(found := record.get("detail"), dict) else {}
+    def begin(self, where: str, number: int, record: Record, before: Head | None, start: int) -> None:
+        """The first line that can be read: is what stands before it not asked for, or vouched for by an anchor?"""
+        seq = self.first = record["seq"]
+        if number > 1:
+            self.notes.append(f"{where}: the line before this one cannot be checked")
+        elif seq == 1 and record["prev"] != GENESIS:
+            self.problems.append(f"{where}: line 1 claims to follow another line")
+        elif before is not None and before.hash != record["prev"]:
+            self.problems.append(f"{where}: line {seq} does not follow the anchor of line {before.seq}")
+        elif before is None and seq > start:
+            self.problems.append(
+                f"{where}: begins with line {seq}: lines {start} to {seq - 1} are missing; if they are kept elsewhere, "
+                f"give --from {seq}, or their end: --anchor {seq - 1}:{str(record['prev'])[:64]}"
+            )
+        elif seq > 1:
+            self.notes.append(f"{where}: begins with line {seq}, as requested; earlier lines were not checked")
+
+    def see(self, where: str, record: Record, expected: Head | None) -> None:
+        """A line that can be read, and what the one before it says of it, if that is known."""
+        seq, detail = record["seq"], found if isinstance(found := record.get("detail"), dict) else {}
+        if expected is not None and seq != expected.seq + 1:
+            what = "lines are missing" if seq > expected.seq + 1 else "lines are out of order"
+            self.problems.append(f"{where}: line {seq} comes after line {expected.seq}: {what}")
+        elif expected is not None and expected.hash and record["prev"] != expected.hash:
+            self.problems.append(f"{where}: line {seq} does not follow the line before it")
         front_end = str(detail.get("front_end", ""))
         match record.get("event"):
+            case "recovered" if detail.keys() & {"missing", "damaged"}:
+                said = detail.get("missing") or detail.get("damaged")
+                self.problems.append(f"{where}: the server found, when it started: {said}")
+            case "recovered":
+                self.notes.append(f"{where}: a crash or a full disk: {json.dumps(detail)[:200]}")
             case "admitted":
-                self.admitted[record["seq"]] = None
+                self.admitted[seq] = None
             case "ended" if isinstance(line := record.get("admitted"), int):
                 self.admitted.pop(line, None)
             case "start":
                 if (since := self.servers.pop(front_end, None)) is not None:
-                    self.killed.append(
-                        f"line {record['seq']}: a server starts, and no `stop` came after the `start` of line {since}: "
-                        "it was killed or crashed"
+                    self.notes.append(
+                        f"line {seq}: a server starts, and no `stop` came after the `start` of line {since}: it was "
+                        "killed or crashed"
                     )
-                self.servers[front_end] = record["seq"]
+                self.servers[front_end] = seq
             case "stop":
                 self.servers.pop(front_end if front_end in self.servers else next(iter(self.servers), None), None)
 
-    def notes(self) -> Iterator[str]:
-        yield from self.killed
+    def end(self) -> None:
+        """No line is left."""
         if self.admitted:
             shown = ", ".join(map(str, [*self.admitted][:NAMED]))
             more = f" and {len(self.admitted) - NAMED} more" if len(self.admitted) > NAMED else ""
-            yield (
+            self.notes.append(
                 f"admitted and not ended are the requests of the lines {shown}{more} ({len(self.admitted)} in all): "
                 "they run still, or the server was killed"
             )
@@ -545,7 +567,7 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
             "give a head that you kept elsewhere (--anchor SEQ:HASH)"
         )
     expected: Head | None = None
-    strangers, open_ = list[str](), _Open()
+    strangers = list[str]()
     for path in sorted(paths, key=_begins):
         known, foreign, number = len(report.problems), 0, 0
         for number, line in enumerate(_lines(path), 1):
@@ -558,12 +580,9 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
                 report.problems.append(f"{where}: {error}")
                 expected = Head(expected.seq + 1, "") if expected else None
                 continue
-            open_.see(record)
             if report.first is None:
-                report.first = record["seq"]
-                before = wanted.pop(record["seq"] - 1, None)
-                _check_first(where, number, record, before, start, report)
-            _check(where, record, expected, report)
+                report.begin(where, number, record, wanted.pop(record["seq"] - 1, None), start)
+            report.see(where, record, expected)
             expected = report.last = Head(record["seq"], record["hash"])
             if (anchor := wanted.pop(expected.seq, None)) and anchor != expected:
                 report.problems.append(f"{where}: line {anchor.seq} has another hash than the anchor")
@@ -575,7 +594,7 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
         return report
     if report.first is None:
         report.problems.append("there is no line that can be read")
-    report.notes += open_.notes()
+    report.end()
     for anchor in wanted.values():
         if anchor.seq > report.last.seq:
             report.problems.append(
@@ -584,45 +603,6 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
         else:
             report.problems.append(f"line {anchor.seq} of the anchor is not in these files")
     return report
-
-
-def _check_first(
-    where: str, number: int, record: Record, before: Head | None, start: int, report: Verification
-) -> None:
-    """The first line that can be read: is what stands before it not asked for, or vouched for by an anchor?"""
-    seq = record["seq"]
-    if number > 1:
-        report.notes.append(f"{where}: the line before this one cannot be checked")
-    elif seq == 1 and record["prev"] != GENESIS:
-        report.problems.append(f"{where}: line 1 claims to follow another line")
-    elif before is not None and before.hash != record["prev"]:
-        report.problems.append(f"{where}: line {seq} does not follow the anchor of line {before.seq}")
-    elif before is None and seq > start:
-        report.problems.append(
-            f"{where}: begins with line {seq}: lines {start} to {seq - 1} are missing; if they are kept elsewhere, "
-            f"give --from {seq}, or their end: --anchor {seq - 1}:{str(record['prev'])[:64]}"
-        )
-    elif seq > 1:
-        report.notes.append(f"{where}: begins with line {seq}, as requested; earlier lines were not checked")
-
-
-def _check(where: str, record: Record, expected: Head | None, report: Verification) -> None:
-    seq, event = record["seq"], record.get("event")
-    detail = found if isinstance(found := record.get("detail"), dict) else {}
-    if expected is None:
-        pass  # the first one
-    elif seq != expected.seq + 1:
-        what = "lines are missing" if seq > expected.seq + 1 else "lines are out of order"
-        report.problems.append(f"{where}: line {seq} comes after line {expected.seq}: {what}")
-    elif expected.hash and record["prev"] != expected.hash:
-        report.problems.append(f"{where}: line {seq} does not follow the line before it")
-    if event == "recovered":
-        if "missing" in detail or "damaged" in detail:
-            report.problems.append(
-                f"{where}: the server found, when it started: {detail.get('missing') or detail.get('damaged')}"
-            )
-        else:
-            report.notes.append(f"{where}: a crash or a full disk: {json.dumps(detail)[:200]}")
 
 
 def _begins(path: Path) -> int:

@@ -15,7 +15,7 @@ from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress
-from steer.lab.prompts import Prompt, PromptIds, PromptSet, Rendering
+from steer.lab.prompts import Prompt, PromptSet, Rendering, encode_all
 from steer.names import Mode
 from steer.shape import Shape
 from steer.spec import PHASES, Entry
@@ -103,9 +103,16 @@ class Evaluator(ABC):
     context: int
 
     def __init__(self, chat: Chat, rendering: Rendering | None, max_tokens: int, progress: Progress | None) -> None:
-        self.tokenizer = chat.tokenizer
+        self.tokenizer, self._chat, self._rendering = chat.tokenizer, chat, rendering
         self.max_tokens, self.progress = max_tokens, progress or Progress()
-        self._ids = PromptIds(chat, rendering)
+        self._known: dict[Prompt, list[int]] = {}
+
+    def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Their token ids. Each prompt is tokenized once."""
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
+            encoded = encode_all(self._chat, new, self._rendering)
+            self._known |= {prompt: one.ids for prompt, one in zip(new, encoded, strict=True)}
+        return [self._known[prompt] for prompt in prompts]
 
     def check_room(self, sets: Iterable[PromptSet]) -> None:
         """Raise InvalidInput with every prompt that does not fit the context with its answer."""

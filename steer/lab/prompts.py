@@ -516,21 +516,6 @@ def encode_all(chat: Chat, prompts: Sequence[Prompt], rendering: Rendering | Non
     return [one(prompt) for prompt in prompts]
 
 
-class PromptIds:
-    """The token ids of prompts under one rendering. Each prompt is tokenized once."""
-
-    def __init__(self, chat: Chat, rendering: Rendering | None) -> None:
-        self.chat, self.rendering = chat, rendering
-        self._ids: dict[Prompt, list[int]] = {}
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
-        if new:
-            encoded = encode_all(self.chat, new, self.rendering)
-            self._ids |= {prompt: one.ids for prompt, one in zip(new, encoded, strict=True)}
-        return [self._ids[prompt] for prompt in prompts]
-
-
 def _marked(ids: list[int], empty: list[int]) -> Encoded:
     start = next((i for i, (x, y) in enumerate(zip(ids, empty, strict=False)) if x != y), min(len(ids), len(empty)))
     same = zip(reversed(ids[start:]), reversed(empty[start:]), strict=False)

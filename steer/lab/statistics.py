@@ -152,28 +152,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> Estimate | None:
     """Agreement of two judges of the same answers beyond what their rates alone would give: 1 is full agreement and 0
-    that of chance. None where both gave every answer the same verdict, which leaves no chance to be better than.
-    Source: Cohen 1960."""
+    that of chance. None where both gave every answer the same verdict, which leaves no chance to be better than. The
+    interval is the middle of its values where the shares of the four pairs of verdicts are drawn from what is believed
+    of them after these pairs, with the prior of Jeffreys. It has a width also where all agree. Sources: Cohen 1960, and
+    Basu, Banerjee and Sen 2000, "Bayesian inference for kappa from single and multiple studies"."""
     _check_pairs(first, second)
-    if len({*map(bool, first), *map(bool, second)}) == 1:
+    pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
+    if len({verdict for pair in pairs for verdict in pair}) == 1:
         return None
-    return float(cohen_kappa_score(list(map(bool, first)), list(map(bool, second))))
-
-
-def kappa_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
-    """The 95 % interval of Cohen's kappa: the middle of its values where the shares of the four pairs of verdicts are
-    drawn from what is believed of them after these pairs, with the prior of Jeffreys. It has a width also where all
-    agree. Source: Basu, Banerjee and Sen 2000, "Bayesian inference for kappa from single and multiple studies"."""
-    _check_pairs(first, second)
-    pairs = list(zip(first, second, strict=True))
-    counts = [sum(pair == (a, b) for pair in pairs) + 0.5 for a in (False, True) for b in (False, True)]
+    kappa = float(cohen_kappa_score(*map(list, zip(*pairs, strict=True))))
+    counts = [pairs.count((a, b)) + 0.5 for a in (False, True) for b in (False, True)]
     neither, other, one, both = np.random.default_rng(0).dirichlet(counts, RESAMPLES).T
     chance = (one + both) * (other + both) + (neither + other) * (neither + one)
     low, high = np.quantile((neither + both - chance) / (1 - chance), (0.025, 0.975))
-    kappa = cohens_kappa(first, second)
-    return (float(low), float(high)) if kappa is None else (min(float(low), kappa), max(float(high), kappa))
+    return Estimate(kappa, min(float(low), kappa), max(float(high), kappa))
 
 
 def _check_pairs(first: Sized, second: Sized) -> None:

@@ -13,7 +13,6 @@ from steer.lab.statistics import (
     difference_of_means,
     difference_of_rates,
     holm,
-    kappa_interval,
     mcnemar,
     ratio_of_means,
     signed_rank,
@@ -136,34 +135,35 @@ def test_holm_is_between_no_correction_and_bonferroni_and_keeps_the_order(p_valu
 @given(pairs)
 def test_kappa_is_one_for_full_agreement_and_never_more(cells: list[tuple[bool, bool]]) -> None:
     first, second = outcomes(cells)
-    kappa = cohens_kappa(first, second)
-    assert kappa is None or -1 <= kappa <= 1 + 1e-12
-    assert cohens_kappa(first, first) in (None, pytest.approx(1))
+    kappa, full = cohens_kappa(first, second), cohens_kappa(first, first)
+    assert kappa is None or -1 <= kappa.value <= 1 + 1e-12
+    assert full is None or full.value == pytest.approx(1)
 
 
 def test_kappa_is_zero_by_chance_and_unknown_without_any() -> None:
-    assert cohens_kappa(*table(25, 25, 25, 25)) == pytest.approx(0)
-    assert cohens_kappa(*table(20, 5, 10, 15)) == pytest.approx(0.4)  # the usual worked example
+    chance, usual = cohens_kappa(*table(25, 25, 25, 25)), cohens_kappa(*table(20, 5, 10, 15))
+    assert chance is not None
+    assert usual is not None
+    assert (chance.value, usual.value) == pytest.approx((0, 0.4))  # the usual worked example
     assert cohens_kappa(*table(9, 0, 0, 0)) is None
 
 
 @given(pairs)
 def test_the_interval_of_kappa_holds_it_and_has_a_width(cells: list[tuple[bool, bool]]) -> None:
-    first, second = outcomes(cells)
-    kappa, (low, high) = cohens_kappa(first, second), kappa_interval(first, second)
-    assert -1 <= low < high <= 1
-    assert kappa is None or low <= kappa <= high
+    kappa = cohens_kappa(*outcomes(cells))
+    assert kappa is None or (-1 <= kappa.low < kappa.high <= 1 and kappa.low <= kappa.value <= kappa.high)
 
 
 def test_the_interval_of_kappa_narrows_with_more_answers_and_covers() -> None:
-    few, many = (kappa_interval(*table(20 * n, 5 * n, 10 * n, 15 * n)) for n in (1, 16))
-    assert many[1] - many[0] == pytest.approx((few[1] - few[0]) / 4, rel=0.1)
+    found = [cohens_kappa(*table(20 * n, 5 * n, 10 * n, 15 * n)) for n in (1, 16)]
+    few, many = (each.high - each.low for each in found if each)
+    assert many == pytest.approx(few / 4, rel=0.1)
     drawn = np.random.default_rng(0).multinomial(40, (0.4, 0.1, 0.2, 0.3), 200)  # a kappa of 0.4
-    held = [low <= 0.4 <= high for cells in drawn for low, high in [kappa_interval(*table(*cells))]]
+    held = [each.low <= 0.4 <= each.high for cells in drawn if (each := cohens_kappa(*table(*cells)))]
     assert sum(held) >= 0.9 * len(held)
 
 
-@pytest.mark.parametrize("function", [mcnemar, difference_of_rates, difference_of_means, cohens_kappa, kappa_interval])
+@pytest.mark.parametrize("function", [mcnemar, difference_of_rates, difference_of_means, cohens_kappa])
 def test_what_is_not_paired_is_refused(function) -> None:  # type: ignore[no-untyped-def]
     for first, second in (([True], [True, False]), ([], [])):
         with pytest.raises(ValueError, match="pairs"):

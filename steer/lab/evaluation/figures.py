@@ -161,8 +161,8 @@ def agreements(told: Iterable[Row]) -> tuple[Agreement, ...]:
     for first, second in itertools.combinations(raters, 2):
         one, other = _both_known(raters[first], raters[second])
         if one and (kappa := statistics.cohens_kappa(one, other)) is not None:
-            low, high = statistics.kappa_interval(one, other)
-            made.append(Agreement(first=first, second=second, count=len(one), kappa=kappa, low=low, high=high))
+            ends = {"kappa": kappa.value, "low": kappa.low, "high": kappa.high}
+            made.append(Agreement(first=first, second=second, count=len(one), **ends))
     return tuple(made)
 
 

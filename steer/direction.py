@@ -406,8 +406,7 @@ class Direction:
         """The file, which `from_bytes` reads. Raises DirectionError with every problem."""
         problems = self.problems()
         told = _told(self.meta, problems) if isinstance(self.meta, DirectionMeta) else ""
-        if problems:
-            raise DirectionError(problems)
+        DirectionError.check(problems)
         # copies, since two of them may share memory
         tensors = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in self.tensors().items()}
         return sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": told}))
@@ -463,8 +462,7 @@ def check_fits(direction: Direction, *, d_model: int, layers: int, architecture:
         problems.append(f"it was made for {meta.layers} layers, this model has {layers}")
     if _family(meta.architecture) != _family(architecture):
         problems.append(f"it was made for {meta.architecture}, this model is {architecture}")
-    if problems:
-        raise DirectionError(problems)
+    DirectionError.check(problems)
 
 
 def _family(architecture: str) -> str:

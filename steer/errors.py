@@ -226,6 +226,12 @@ class InvalidInput(SteerError, ValueError):
         self.param = param
         super().__init__("; ".join(self.problems))
 
+    @classmethod
+    def check(cls, problems: Iterable[str], param: str | None = None) -> None:
+        """Raise it with these problems, where there are any."""
+        if each := tuple(problems):
+            raise cls(each, param)
+
 
 @contextmanager
 def noted(problems: list[str], kind: type[InvalidInput] = InvalidInput) -> Iterator[None]:

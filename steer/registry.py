@@ -183,8 +183,7 @@ class Registry:
         if not then:
             return first
         merged = Spec((*(entry for entry in first.entries if entry not in then.entries), *then.entries))
-        if problems := self._too_much(merged.entries):
-            raise SpecError(problems, param="steer")
+        SpecError.check(self._too_much(merged.entries), "steer")
         return merged
 
     def _too_much(self, entries: Sequence[Entry]) -> list[str]:

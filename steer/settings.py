@@ -34,12 +34,13 @@ def check_directions_folder(folder: Path, default: str) -> None:
         wrong = "is a file" if folder.exists() else "does not exist; make it or name another"
         raise InvalidInput(f"the directions folder '{folder}' {wrong}")
     there = sorted(file.stem for file in folder.glob(f"*{SUFFIX}"))
-    if missing := [name for item in parse(default) for name in item.names if name not in there]:
-        raise InvalidInput(
-            f"--default-steer: direction '{name}' is not in the folder '{folder}'; there: {', '.join(there) or 'none'}"
-            + meant(name)
-            for name in missing
-        )
+    InvalidInput.check(
+        f"--default-steer: direction '{name}' is not in the folder '{folder}'; there: {', '.join(there) or 'none'}"
+        + meant(name)
+        for item in parse(default)
+        for name in item.names
+        if name not in there
+    )
 
 
 class ControlSettings(BaseSettings, env_prefix="STEER_", extra="forbid"):
@@ -117,8 +118,7 @@ class ModelSettings(ModelOrigin):
     def check_unused(self, names: Set[str] = frozenset({"device", "device_map"})) -> None:
         """Raise InvalidInput for those of `names` that are set: vLLM has options of its own for them."""
         unused = sorted(names & self.model_fields_set)
-        if unused:
-            raise InvalidInput([f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in unused])
+        InvalidInput.check(f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in unused)
 
 
 class ServeSettings(ControlSettings, ModelSettings):

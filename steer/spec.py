@@ -289,8 +289,7 @@ def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]
         if (item.direction, item.mode) in seen:
             problems.append(f"{param}: direction '{item.direction}' is named twice")
         seen.add((item.direction, item.mode))
-    if problems:
-        raise SpecError(problems, param=param)
+    SpecError.check(problems, param)
     return tuple(items)
 
 

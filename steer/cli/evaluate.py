@@ -92,8 +92,9 @@ class Applied:
 
     def doses(self) -> list[float]:
         found = opt.floats("--kl", self.kl or "")
-        if wrong := [dose for dose in found if not 0 < dose < inf]:
-            raise InvalidInput(f"--kl: {dose:g} is not accepted: a number of nats above 0" for dose in wrong)
+        InvalidInput.check(
+            f"--kl: {dose:g} is not accepted: a number of nats above 0" for dose in found if not 0 < dose < inf
+        )
         return list(dict.fromkeys(found))
 
     def files(self, files: Sequence[Path], arms: Sequence[Arm]) -> dict[Path, Direction]:
@@ -312,8 +313,7 @@ def _checked(
     for check in checks:
         with noted(problems):
             check()
-    if problems:
-        raise InvalidInput(problems)
+    InvalidInput.check(problems)
     return chats[0], found[0]
 
 

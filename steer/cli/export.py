@@ -88,8 +88,7 @@ def convert(
 
 def _refuse(what: str, **options: object) -> None:
     """Raise InvalidInput for each option that is given although `what` is written."""
-    if given := [name for name, value in options.items() if value is not None]:
-        raise InvalidInput(f"--{name}: is not for {what}" for name in given)
+    InvalidInput.check(f"--{name}: is not for {what}" for name, value in options.items() if value is not None)
 
 
 def bake(
@@ -121,8 +120,7 @@ def bake(
         problems.append(f"--mode: '{mode}' is not accepted: 'ablate', since weights can only lose the direction")
     if lora and preserve_norms:
         problems.append("--preserve-norms: is not an edit of low rank, so it cannot be an adapter (--lora)")
-    if problems:
-        raise InvalidInput(problems)
+    InvalidInput.check(problems)
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
     from steer.lab.merge.model import bake as write_model

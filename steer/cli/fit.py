@@ -166,8 +166,7 @@ def _check_condition(ctx: typer.Context, file: Path, output: Path | None, choice
         problems.append(f"--layer: '{choices.layer}' is not for --condition: auto, or the number of a layer")
     if output is not None and output.resolve() == file.resolve():
         problems.append(f"--output: {output} is the file of --condition, which is not changed: give another name")
-    if problems:
-        raise InvalidInput(problems)
+    InvalidInput.check(problems)
     check_name(file.stem)
 
 
@@ -292,12 +291,11 @@ def derive(
     meta = direction.meta
     if not {"one_sided", "rotate_one_sided"}.intersection(meta.modes):
         unread = [f"--{name}" for name, value in (("threshold", threshold), ("target", target)) if value is not None]
-        if unread:
-            raise InvalidInput(
-                f"{option}: is for one_sided and rotate_one_sided, and this direction's modes are "
-                f"{', '.join(meta.modes)}: leave it out"
-                for option in unread
-            )
+        InvalidInput.check(
+            f"{option}: is for one_sided and rotate_one_sided, and this direction's modes are "
+            f"{', '.join(meta.modes)}: leave it out"
+            for option in unread
+        )
     digest = direction.save(output)
     source = "each layer's own" if meta.source_layer is None else f"layer {meta.source_layer}"
     at = "" if set(meta.sites) == {"resid_post"} else f" at {', '.join(meta.sites)}"
@@ -375,8 +373,9 @@ def methods(
 
     from steer.lab.methods import METHODS
 
-    if unknown := [name for name in names or () if name not in METHODS]:
-        raise InvalidInput(f"method {name!r} is not known; accepted: {', '.join(METHODS)}" for name in unknown)
+    InvalidInput.check(
+        f"method {name!r} is not known; accepted: {', '.join(METHODS)}" for name in names or () if name not in METHODS
+    )
     chosen = {name: METHODS[name] for name in names or METHODS}
     if as_json:
         echo_json(

@@ -194,8 +194,7 @@ class Counted:
             for judge in local
             if (Path(judge).is_absolute() or judge.startswith(".")) and not Path(judge).is_dir()
         ]
-        if problems:
-            raise InvalidInput(problems)
+        InvalidInput.check(problems)
         return Behaviour.load(self.behaviour)
 
     def judges(self, behaviour: Behaviour, progress: Progress) -> list[Judge]:
@@ -244,8 +243,7 @@ class Rendered:
         problems = problems or [  # which imports transformers
             f"--template: '{name}' cannot be set: this command sets it itself" for name in set_by_rendering(variables)
         ]
-        if problems:
-            raise InvalidInput(problems)
+        InvalidInput.check(problems)
         return Rendering(self.system_prompt, variables, self.response_prefix)
 
 
@@ -495,8 +493,7 @@ class EngineOptions:
             for file, direction in files.items():
                 with noted(problems), prefixed(str(file)):
                     check_fits(direction, d_model=d_model, layers=layers, architecture=architecture)
-        if problems:
-            raise DirectionError(problems)
+        DirectionError.check(problems)
 
     def open(self, choices: SharedOptions, progress: Progress) -> Bench:
         """Load the model. What evaluators do, `progress` shows."""

@@ -258,13 +258,11 @@ def _check_output(number: int | None, output: Path | None) -> None:
 def _check_same(measured: Measurement, architecture: str, layers: int, d_model: int) -> None:
     """Raise InvalidInput where the measurement is of a model of another shape than this one."""
     known = measured.meta.model
-    wrong = [
+    InvalidInput.check(
         f"{name}: the measurement is of {getattr(known, name)}, the model has {value}"
         for name, value in (("architecture", architecture), ("d_model", d_model), ("layers", layers))
         if getattr(known, name) != value
-    ]
-    if wrong:
-        raise InvalidInput(wrong)
+    )
 
 
 def _has_t(name: str) -> bool:

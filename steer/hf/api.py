@@ -230,8 +230,7 @@ class Attached:
         for name, data in directions.items():
             with noted(problems, DirectionError):
                 self._registry.put(name, data)
-        if problems:
-            raise DirectionError(problems)
+        DirectionError.check(problems)
 
     def _check_attached(self) -> None:
         if not self.attached:
@@ -412,8 +411,7 @@ def _check_arguments(directions: object, sites: object, rows: object, rank: obje
     for name, number, most in (("rows", rows, MAX_ROWS), ("rank", rank, MAX_RANK)):
         if type(number) is not int or not 1 <= number <= most:
             problems.append(f"{name}: {brief(number, python=True)} is not accepted: a whole number from 1 to {most}")
-    if problems:
-        raise InvalidInput(problems)
+    InvalidInput.check(problems)
 
 
 def _read(directions: Mapping[str, DirectionLike]) -> dict[str, bytes]:
@@ -427,8 +425,7 @@ def _read(directions: Mapping[str, DirectionLike]) -> dict[str, bytes]:
                 raise DirectionError(f"{name}: {type(source).__name__} is not accepted: a Direction or a path")
             loaded[name] = source.to_bytes() if isinstance(source, Direction) else read_file(source)
             Direction.from_bytes(loaded[name], source=name if isinstance(source, Direction) else os.fspath(source))
-    if problems:
-        raise DirectionError(problems)
+    DirectionError.check(problems)
     return loaded
 
 

@@ -90,8 +90,7 @@ class Recipe:
             problems.append(f"mlp_weights needs the site 'writers', got {', '.join(self.sites)}")
         if "bootstrap" in sound and self.bootstrap == 1:
             problems.append("bootstrap must be 0, or at least 2 resamples, got 1")
-        if problems:
-            raise InvalidInput(problems)
+        InvalidInput.check(problems)
 
 
 @cache
@@ -308,8 +307,7 @@ def check_needs(measurement: Measurement, recipe: Recipe) -> None:
                 f"the method '{method.name}' needs at least {method.prompts} prompts of each class, {dataset.name} has "
                 f"{dataset.count}"
             )
-    if problems:
-        raise InvalidInput(problems)
+    InvalidInput.check(problems)
 
 
 def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> Tensor | None:

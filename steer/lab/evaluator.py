@@ -116,15 +116,13 @@ class Evaluator(ABC):
 
     def check_room(self, sets: Iterable[PromptSet]) -> None:
         """Raise InvalidInput with every prompt that does not fit the context with its answer."""
-        problems = [
+        InvalidInput.check(
             f"{each.named([prompt])}: has {len(ids)} tokens, and its answer may have {self.max_tokens}; the context is "
             f"{self.context}"
             for each in sets
             for prompt, ids in zip(each.prompts, self._ids(each.prompts), strict=True)
             if len(ids) + self.max_tokens > self.context
-        ]
-        if problems:
-            raise InvalidInput(problems)
+        )
 
     @property
     @abstractmethod

@@ -154,8 +154,7 @@ class Measurement:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file atomically. Raises InvalidInput for what could not be read again."""
-        if problems := self.problems():
-            raise InvalidInput(problems)
+        InvalidInput.check(self.problems())
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
         save_tensors(path, tensors, {"format": "pt", MEASUREMENT_KEY: self.meta.model_dump_json()})
 

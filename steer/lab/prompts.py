@@ -280,11 +280,11 @@ class Split:
         harmful, harmless = (
             one.distinct if limit is None else one.distinct.drawn(limit) for one in (harmful, harmless)
         )
-        if few := [one for one in (harmful, harmless) if len(one) < least]:
-            raise InvalidInput(
-                f"{one.name}: gives {len(one)} different prompts, at least {least} are needed (better 128)"
-                for one in few
-            )
+        InvalidInput.check(
+            f"{one.name}: gives {len(one)} different prompts, at least {least} are needed (better 128)"
+            for one in (harmful, harmless)
+            if len(one) < least
+        )
         if min(len(harmful), len(harmless)) < SMALL:
             log.warning(
                 "a set has fewer than %d prompts: candidates are tried on the prompts that they were made from, so "
@@ -392,8 +392,7 @@ def _conversation(messages: list[object]) -> Conversation:
         turns.append((str(role), _text(str(content), f"message {number}: ")))
     if not problems and turns[-1][0] == "system":
         problems.append("the last message must be the user's, or the beginning of the assistant's answer")
-    if problems:
-        raise InvalidInput(problems)
+    InvalidInput.check(problems)
     return Conversation(tuple(turns))
 
 
@@ -489,8 +488,10 @@ def encode_all(chat: Chat, prompts: Sequence[Prompt], rendering: Rendering | Non
         raise InvalidInput(
             f"--template: '{name}' cannot be set: it is no variable of a chat template" for name in taken
         )
-    if unread := chat.unread(rendering.template):
-        raise InvalidInput(f"--template: the chat template of this model does not mention '{name}'" for name in unread)
+    InvalidInput.check(
+        f"--template: the chat template of this model does not mention '{name}'"
+        for name in chat.unread(rendering.template)
+    )
 
     def ids_of(prompt: Prompt, **more: bool) -> list[int]:
         return chat.chat_ids(messages_of(prompt, rendering.system_prompt), **rendering.template, **more)

@@ -39,9 +39,11 @@ class Sets:
     borderline: tuple[Prompt, ...] = ()
 
     def __post_init__(self) -> None:
-        empty = [name for name in ("asked", "other") if not getattr(self, name)]
-        if empty:
-            raise InvalidInput([f"the prompt set '{name}' is empty: at least one prompt is needed" for name in empty])
+        InvalidInput.check(
+            f"the prompt set '{name}' is empty: at least one prompt is needed"
+            for name in ("asked", "other")
+            if not getattr(self, name)
+        )
 
     @classmethod
     def drawn(cls, asked: PromptSet, other: PromptSet, borderline: PromptSet | None = None, *, limit: int) -> Sets:

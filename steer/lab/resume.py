@@ -26,14 +26,14 @@ class ResultFile:
         if not isinstance(found[0], dict):
             raise InvalidInput(f"{path}: is no record of measurements")
         before, self.lines = found[0], found[1:]
-        if changed := [key for key in sorted(before.keys() | head.keys()) if before.get(key) != head.get(key)]:
-            raise InvalidInput(
-                [
-                    f"{path}: was measured with {key} = {json.dumps(before.get(key))}, this command has "
-                    f"{json.dumps(head.get(key))}: give another folder, or remove the file to measure again"
-                    for key in changed
-                ]
+        InvalidInput.check(
+            (
+                f"{path}: was measured with {key} = {json.dumps(before.get(key))}, this command has "
+                f"{json.dumps(head.get(key))}: give another folder, or remove the file to measure again"
             )
+            for key in sorted(before.keys() | head.keys())
+            if before.get(key) != head.get(key)
+        )
         self._head = head
         self.keep(len(self.lines))
 

@@ -308,10 +308,11 @@ class SearchSpace(BaseModel, frozen=True, extra="forbid"):
         layers = layers_of(measurement, Recipe(make_method(self.methods[0])))
         bounded = self.model_copy(update={"layers": layers, "depth": measurement.meta.model.layers})
         offered = derive(measurement, Recipe(make_method(self.methods[0]), layers[-1])).meta.modes
-        if missing := [mode for mode in self.modes if mode not in offered]:
-            raise InvalidInput(
-                [f"the mode '{mode}' needs means that this measurement does not have" for mode in missing]
-            )
+        InvalidInput.check(
+            f"the mode '{mode}' needs means that this measurement does not have"
+            for mode in self.modes
+            if mode not in offered
+        )
         return bounded
 
     def suggest(self, trial: BaseTrial) -> dict[str, Parameter]:

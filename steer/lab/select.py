@@ -73,8 +73,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         empty = [name for name in ("methods", "positions", "layers", "actions") if not getattr(self, name)]
-        if empty:
-            raise InvalidInput([f"{name}: at least one is needed" for name in empty])
+        InvalidInput.check(f"{name}: at least one is needed" for name in empty)
 
     def recipes(self, measurement: Measurement, recipe: Recipe) -> list[Recipe]:
         """All of it; what does not vary is as in `recipe`. Raises InvalidInput with all that the measurement does not

@@ -358,8 +358,11 @@ def read(data: bytes, name: str = "policy") -> InForce:
     """A policy from the bytes of its file. Raises PolicyError."""
     if len(data) > MAX_BYTES:
         raise PolicyError(f"{name}: over {MAX_BYTES} bytes")
-    if long := [str(n) for n, line in enumerate(data.split(b"\n"), 1) if len(line) > MAX_LINE]:
-        raise PolicyError([f"{name}:{n}: over {MAX_LINE} bytes in one line" for n in long])
+    PolicyError.check(
+        f"{name}:{n}: over {MAX_LINE} bytes in one line"
+        for n, line in enumerate(data.split(b"\n"), 1)
+        if len(line) > MAX_LINE
+    )
     try:
         text = data.decode("utf-8-sig")
         tree = tomllib.loads(text)

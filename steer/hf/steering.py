@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -209,8 +209,8 @@ class Steering:
             begin, end = _uncompiled(self._begin), _uncompiled(self._end)
             decoder = self.anatomy.decoder
             hung = [
-                decoder.register_forward_pre_hook(_Entrance(self, begin), with_kwargs=True),
-                decoder.register_forward_hook(_Exit(self, end), always_call=True),
+                decoder.register_forward_pre_hook(_Hung(self, begin), with_kwargs=True),
+                decoder.register_forward_hook(_Hung(self, end), always_call=True),
             ]
             self._handles = [(decoder, handle) for handle in hung]
             in_order = sorted(self._targets, key=lambda hooked: hooked.point.layer)
@@ -373,8 +373,8 @@ class Steering:
         for watcher in self.watchers:
             watcher.begin(tokens)
 
-    def _end(self, whole: bool) -> None:
-        """After each pass of the decoder, `whole` or broken off by an error."""
+    def _end(self, _args: object, output: object) -> None:
+        """After each pass of the decoder, whole or broken off by an error, which has no output."""
         if torch.is_grad_enabled():
             if going_backward():
                 return
@@ -382,7 +382,7 @@ class Steering:
         reached = self._pass.reached
         # the last layers may be left out (an assistant's early exit), and in training any (LayerDrop)
         right = reached and not reached & (reached + 1)
-        if right or not self.blocks or not whole or self.anatomy.decoder.training:
+        if right or not self.blocks or output is None or self.anatomy.decoder.training:
             return
         layers = sorted(h.point.layer for h in self._targets)
         missed = sorted({layer for number, layer in enumerate(layers) if not reached >> number & 1})
@@ -558,32 +558,20 @@ class _Pass(threading.local):
 
 
 class _Hung(hook_points.Hung):
-    """A hook on a decoder, by which a model knows who steers it."""
+    """A hook on a decoder, and on no copy of it, by which a model knows who steers it."""
 
     def __init__(self, steering: Steering, hook: Callable[..., None]) -> None:
         super().__init__(hook)
-        self.steering, self._decoder = steering, steering.anatomy.decoder
+        self.steering = steering
 
-
-class _Entrance(_Hung):
-    """Before each pass."""
-
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        if module is self._decoder:
-            self.hook(args, kwargs)
-
-
-class _Exit(_Hung):
-    """After it, also where it failed and there is no output."""
-
-    def __call__(self, module: nn.Module, _args: object, output: object) -> None:
-        if module is self._decoder:
-            self.hook(output is not None)
+    def __call__(self, module: nn.Module, *given: Any) -> None:
+        if module is self.steering.anatomy.decoder:
+            self.hook(*given)
 
 
 def _check_free(decoder: nn.Module) -> None:
     """Raise RuntimeError in a block of another steering, whose passes are not those of the model alone."""
-    others = (hook.steering for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Entrance))
+    others = (hook.steering for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Hung))
     if blocks := [block for other in others if other.anatomy.decoder is decoder for block in other.blocks]:
         raise RuntimeError(
             f"`with {blocks[-1]}:` of another steering is open on this model, which cannot be checked inside of it: "

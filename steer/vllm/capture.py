@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from steer.runtime.hook_points import Output
@@ -19,11 +19,9 @@ from steer.vllm.settings import CAPTURE
 from steer.vllm.steering_module import Form, stream
 
 
-class CaptureRequest(BaseModel):
+class CaptureRequest(BaseModel, extra="forbid", frozen=True):
     """Of the prompt numbered `number`: the vectors at token positions `at`, and the sum over those from `start` to
     `stop`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     number: int
     at: tuple[int, ...]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, UnsupportedModel
@@ -206,7 +207,7 @@ class Frontend:
         self.dtype = internals.config.dtype_of(config)
         self.context = internals.config.context_of(config)
         sites = frozenset(settings.sites)
-        dtype = internals.config.stream_dtype(config)
+        dtype = getattr(torch, self.dtype)
         self.shape = Shape(architecture, layers, d_model, sites, settings.rank, dtype, thinking)
         self.placement = VllmPlacement(self.shape, call)
         self.registry = Registry(self.placement, settings.directions)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from steer.errors import SpecError, UnsupportedModel, problems_of
 from steer.names import Site
@@ -30,10 +30,8 @@ SCORED = "steer.scored"
 OWN_BACKEND = {"max_requests", "drain", "max_body", "cache_tokens", "cors_origins"}
 
 
-class EngineSettings(BaseModel):
+class EngineSettings(BaseModel, extra="forbid", frozen=True):
     """All have a default, so `{"steer": {}}` switches steering on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     directions: Path | None = Field(
         None, description="folder of direction files; without one, directions come only by PUT"

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from steer.errors import UnsupportedModel
 from steer.hf.load import text_architecture
 
@@ -149,10 +147,6 @@ def dimensions_of(config: VllmConfig) -> tuple[str, int, int]:
     architectures = getattr(model.hf_config, "architectures", None) or [model.architecture]
     architecture = text_architecture(text.model_type, str(architectures[0]))
     return architecture, int(text.num_hidden_layers), int(model.get_hidden_size())
-
-
-def stream_dtype(config: VllmConfig) -> torch.dtype:
-    return getattr(torch, dtype_of(config))
 
 
 def dtype_of(config: VllmConfig) -> str:

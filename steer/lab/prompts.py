@@ -194,17 +194,12 @@ def read_prompts(source: str) -> PromptSet:
     """Read a contrast set. Raises InvalidInput naming the file, the line and what would be accepted."""
     if source.startswith(HUB):
         return _from_hub(source)
-    file, only = _column(source)
+    file, _, only = source.rpartition(":")
+    if not (file and only) or Path(source).exists() or not Path(file).is_file():  # else FILE:COLUMN
+        file, only = source, ""
     path, data = _fetched(source) if source.startswith(("https://", "http://")) else _read(file)
-    name = path.name if only is None else f"{path.name}:{only}"
+    name = f"{path.name}:{only}" if only else path.name
     return _set(source, name, hashlib.sha256(data).hexdigest(), _parse(path, data, only))
-
-
-def _column(source: str) -> tuple[str, str | None]:
-    """The file that `source` names, and its column where there is FILE of FILE:COLUMN."""
-    file, _, column = source.rpartition(":")
-    named = bool(file and column) and not Path(source).exists() and Path(file).is_file()
-    return (file, column) if named else (source, None)
 
 
 def _kind(name: str) -> tuple[str, int]:
@@ -296,7 +291,7 @@ class Split:
         return cls(harmful.without(tried[0]), harmless.without(tried[1]), *tried)
 
 
-def _parse(path: Path, data: bytes, only: str | None = None) -> Sequence[Prompt | None]:
+def _parse(path: Path, data: bytes, only: str) -> Sequence[Prompt | None]:
     """The prompts of a file, those of the column `only` where one is given; None stands for a blank line."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -407,7 +402,7 @@ def _turn(message: object) -> tuple[object, object]:
 
 
 def _from_table(
-    columns: Collection[str], column: Callable[[str], Iterable[object]], where: str, only: str | None = None
+    columns: Collection[str], column: Callable[[str], Iterable[object]], where: str, only: str | None
 ) -> list[Prompt]:
     """The prompts of a table, row by row as those of JSON lines."""
     accepted = (only,) if only else (*COLUMNS, *CONVERSATIONS)
@@ -421,7 +416,7 @@ def _from_table(
     return each(where, "row", items, partial(prompt_of, names=names))
 
 
-def _from_csv(path: Path, text: str, only: str | None) -> list[Prompt]:
+def _from_csv(path: Path, text: str, only: str) -> list[Prompt]:
     """Of a table in text whose first row names its columns. The sign between them is the one by which that row has a
     column that is looked for, or else the most."""
 
@@ -449,7 +444,7 @@ def _from_csv(path: Path, text: str, only: str | None) -> list[Prompt]:
     return _from_table(names, lambda name: (row[name] for row in table), str(path), only)
 
 
-def _from_parquet(path: Path, data: bytes, only: str | None = None) -> list[Prompt]:
+def _from_parquet(path: Path, data: bytes, only: str) -> list[Prompt]:
     parquet = imported("pyarrow.parquet", f"{path}: reading parquet", "'steer-llm[data]'")
     try:
         table = parquet.read_table(io.BytesIO(data))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import socket
 from asyncio import TimerHandle
 from contextlib import suppress
@@ -174,9 +175,8 @@ def check_address(host: str, port: int) -> None:
             socket.create_server(address, family=family).close()
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                raise InvalidInput(
-                    f"--port {port}: {error.strerror}; give another (--port 0 takes a free one)"
-                ) from error
+                said = os.strerror(error.errno)
+                raise InvalidInput(f"--port {port}: {said}; give another (--port 0 takes a free one)") from error
             refused.append(error)  # of a family that this machine does not have
     if len(refused) == len(found):
         raise InvalidInput(f"--host {host}: {refused[0].strerror}; accepted: an address of this machine")

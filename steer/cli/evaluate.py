@@ -6,10 +6,9 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import inf
@@ -297,24 +296,21 @@ def _checked(
         "--shifts: names none: give one, or leave the option out": not applied.shifts and applied.shifts is not None,
     }
     problems = [told for told, holds in wrong.items() if holds]
-    chats: list[Rendering] = []
-    found: list[Behaviour] = []
-    checks: list[Callable[[], object]] = [
-        lambda: chats.append(rendered.rendering()),
-        lambda: found.append(counted.loaded(several=True)),
-        applied.given,
-        applied.moved,
-        applied.doses,
-    ]
-    if report is not None:
-        checks.append(partial(opt.check_folder, report, "--report"))
-    if applied.calibrate is not None:
-        checks.append(partial(opt.check_direction_file, applied.calibrate, "--calibrate"))
-    for check in checks:
+    with noted(problems):
+        rendering = rendered.rendering()
+    with noted(problems):
+        behaviour = counted.loaded(several=True)
+    for read in (applied.given, applied.moved, applied.doses):
         with noted(problems):
-            check()
+            read()
+    with noted(problems):
+        if report is not None:
+            opt.check_folder(report, "--report")
+    with noted(problems):
+        if applied.calibrate is not None:
+            opt.check_direction_file(applied.calibrate, "--calibrate")
     InvalidInput.check(problems)
-    return chats[0], found[0]
+    return rendering, behaviour
 
 
 def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:

@@ -229,22 +229,30 @@ class Rendered:
     def rendering(self) -> Rendering:
         """A VALUE that is JSON is parsed. Raises InvalidInput with every variable that cannot be set."""
         variables: dict[str, object] = {}
-        problems = []
-        for item in self.template or ():
-            name, equals, value = item.partition("=")
-            if not equals or not name.isidentifier():
-                problems.append(f"--template: '{item}' is not NAME=VALUE")
-            elif name in variables:
-                problems.append(f"--template: '{name}' is given twice")
+        for name, value in _assigned("--template", self.template).items():
             try:
                 variables[name] = json.loads(value)
             except (ValueError, RecursionError):
                 variables[name] = value
-        problems = problems or [  # which imports transformers
+        InvalidInput.check(
             f"--template: '{name}' cannot be set: this command sets it itself" for name in set_by_rendering(variables)
-        ]
-        InvalidInput.check(problems)
+        )
         return Rendering(self.system_prompt, variables, self.response_prefix)
+
+
+def _assigned(option: str, items: Iterable[str] | None) -> dict[str, str]:
+    """What the NAME=VALUE of a repeatable option say. Raises InvalidInput with every problem."""
+    found: dict[str, str] = {}
+    problems = []
+    for item in items or ():
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            problems.append(f"{option}: '{item}' is not NAME=VALUE")
+        elif name in found:
+            problems.append(f"{option}: '{name}' is given twice")
+        found[name] = value
+    InvalidInput.check(problems)
+    return found
 
 
 class SharedOptions(BaseModel):
@@ -275,19 +283,10 @@ class DerivedChoices(SharedOptions):
 
 
 def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> Method:
-    given: dict[str, object] = {}
-    for item in parameters or []:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise InvalidInput(f"--parameter: '{item}' is not NAME=VALUE")
-        if key in given:
-            raise InvalidInput(f"--parameter: '{key}' is given twice")
-        given[key] = value
-    if t is not None:
-        if "t" in given:
-            raise InvalidInput("--t and --parameter t=… set the same value: give one of them")
-        given["t"] = t
-    return make_method(name, given)
+    given = _assigned("--parameter", parameters)
+    if t is not None and "t" in given:
+        raise InvalidInput("--t and --parameter t=… set the same value: give one of them")
+    return make_method(name, given if t is None else {**given, "t": t})
 
 
 def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) -> tuple[PromptSet, PromptSet]:

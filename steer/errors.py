@@ -228,8 +228,8 @@ class InvalidInput(SteerError, ValueError):
 
     @classmethod
     def check(cls, problems: Iterable[str], param: str | None = None) -> None:
-        """Raise it with these problems, where there are any."""
-        if each := tuple(problems):
+        """Raise it with these problems, where there are any, each told once."""
+        if each := tuple(dict.fromkeys(problems)):
             raise cls(each, param)
 
 

@@ -173,8 +173,7 @@ class Registry:
             if np.float32(entry.strength):  # strength 0 does nothing, so it is not part of what is applied
                 entries.append(entry)
         problems += self._too_much(entries)
-        if problems:
-            raise (UnknownDirection if unknown else SpecError)(problems, param="steer")
+        (UnknownDirection if unknown else SpecError).check(problems, "steer")
         return Spec(tuple(entries))
 
     def merge(self, first: Spec, then: Spec) -> Spec:

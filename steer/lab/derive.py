@@ -122,16 +122,15 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
         nothing = torch.zeros(ranks.pop(), d_model, dtype=torch.float64)
         rows = torch.stack([nothing if own is None else own for own in each])
         rows = torch.cat([rows, nothing.expand(facts.layers - measurement.layers, *nothing.shape)])
-        missing = list(range(measurement.layers, facts.layers))
+        if measurement.layers < facts.layers:
+            last = facts.layers - 1
+            log.warning("layers %d to %d were not measured and stay unsteered", measurement.layers, last)
     else:
         source = source_layer(measurement, recipe)
         found, agreement = find(measurement, recipe, source)
         rows = spread(measurement, recipe, source, found)
-        missing = []
         if acts_on_terms(recipe.sites) and recipe.weights is None and recipe.mlp_weights is None:
             embedding = found.float()
-    if missing:
-        log.warning("layers %d to %d were not measured and stay unsteered", missing[0], missing[-1])
     sided = _sided(measurement, recipe, rows, source)
     reference = _reference(measurement, recipe, rows, source) if sided else None
     target = None if recipe.target is None else _between(measurement, recipe, rows, recipe.target)

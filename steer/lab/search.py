@@ -303,8 +303,7 @@ class SearchSpace(BaseModel, frozen=True, extra="forbid"):
         for name in self.methods:
             with noted(problems):
                 check_needs(measurement, Recipe(make_method(name)))
-        if problems:
-            raise InvalidInput(list(dict.fromkeys(problems)))
+        InvalidInput.check(problems)
         layers = layers_of(measurement, Recipe(make_method(self.methods[0])))
         bounded = self.model_copy(update={"layers": layers, "depth": measurement.meta.model.layers})
         offered = derive(measurement, Recipe(make_method(self.methods[0]), layers[-1])).meta.modes

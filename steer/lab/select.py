@@ -99,8 +99,7 @@ class Grid:
                     for layer in sources
                     for action in self.actions
                 ]
-        if problems:
-            raise InvalidInput(list(dict.fromkeys(problems)))
+        InvalidInput.check(problems)
         if not found:
             raise DegenerateError(undefined)
         return found
@@ -278,14 +277,12 @@ def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Ent
         # the weights of a direction for `add` are its own
         shared = replace(recipe, mode="add" if recipe.mode == "add" else "ablate", strength=1.0)
         with noted(problems), noted(undefined, DegenerateError):
-            check_needs(measurement, shared)
             direction = made[shared] = made.get(shared) or derive(measurement, shared)
             if recipe.mode not in (modes := direction.meta.modes):
                 told = f"the mode '{recipe.mode}' cannot be used with '{recipe.method.name}', but: {', '.join(modes)}"
                 raise InvalidInput(told)
             found.append(Entrant(recipe, Candidate.of(direction, recipe.mode, recipe.strength)))
-    if problems:
-        raise InvalidInput(list(dict.fromkeys(problems)))
+    InvalidInput.check(problems)
     if not found:
         raise DegenerateError(list(dict.fromkeys(undefined)))
     return found

@@ -69,7 +69,6 @@ def arms_of(
             places += parse(said | {"shift": shift, "if": condition}, "")
         except SpecError as error:
             problems += [_option(problem) for problem in error.problems]
-    problems = list(dict.fromkeys(problems))
     probed = None
     if condition is not None and places and places[0].condition is not None:
         name = places[0].condition.direction

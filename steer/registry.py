@@ -278,7 +278,8 @@ class Registry:
                     old = self._point(name, version)
                     self.failures.pop(name, None)
             except Exception as error:
-                self._fail(name, error, keep=not store or self._offered(name))
+                offered = name in self._names or (self.folder and (self.folder / f"{name}{SUFFIX}").exists())
+                self._fail(name, error, keep=not store or bool(offered))
                 raise
             finally:
                 if version is not None:
@@ -292,10 +293,6 @@ class Registry:
                     log.info("direction '%s' is now %s%s", name, version.digest[:12], before)
                 self.on_move(Move(name, old, version.digest, time.perf_counter() - started))
             return version
-
-    def _offered(self, name: str) -> bool:
-        """Is there anything under `name` that could be served, or deleted?"""
-        return name in self._names or (self.folder is not None and (self.folder / f"{name}{SUFFIX}").exists())
 
     def _fail(self, name: str, error: Exception, *, keep: bool = True) -> None:
         """Say why the newest content for `name` is not served, once, however often it is met. Not kept is what was sent

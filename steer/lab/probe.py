@@ -239,7 +239,10 @@ class HFEvaluator(Evaluator):
             kept = torch.arange(min(start for start, _ in spans), max(stop for _, stop in spans), device=anatomy.device)
             with self._entries(prompts, mine) as steers:
                 if any(spec is not None and spec.decided_once for spec in mine):
-                    self._decide(prompts, steers)
+                    # by the prompts alone: a pass that reads answers too would have run past the tokens that decide
+                    alone = right_padded(prompts, self._pad, anatomy.device)
+                    with self.steering.laid(steers, [range(len(prompt)) for prompt in prompts], alone):
+                        anatomy.decoder(input_ids=alone, use_cache=False)
                 with self.steering.laid(steers, [range(shared, len(whole[i])) for i in indices], ids):
                     logits = anatomy.model(
                         input_ids=ids,
@@ -256,13 +259,6 @@ class HFEvaluator(Evaluator):
 
         size = min(self.batch_size or fitting, fitting)
         return in_batches(whole, run, batch_size=size, progress=progress, longest=self._longest)
-
-    def _decide(self, prompts: Sequence[Sequence[int]], steers: Sequence[RequestSteer | None]) -> None:
-        """Decide the conditions by a pass of the prompts alone: one pass that reads answers too would have run past the
-        tokens that decide."""
-        ids = right_padded(prompts, self._pad, self.steering.anatomy.device)
-        with self.steering.laid(steers, [range(len(prompt)) for prompt in prompts], ids):
-            self.steering.anatomy.decoder(input_ids=ids, use_cache=False)
 
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Spec | None) -> list[Floats]:
         anatomy = self.steering.anatomy

@@ -61,7 +61,8 @@ class Outgoing:
                     await self._send(start)
                     await self._send({"type": "http.response.body", "body": told.body})
                 elif self.streams:
-                    await self._send({"type": "http.response.body", "body": errors.last_event(error)})
+                    last = f"event: error\n{errors.error_event(error)}data: [DONE]\n\n"
+                    await self._send({"type": "http.response.body", "body": last.encode()})
 
 
 async def answered(

@@ -309,8 +309,10 @@ class Audit:
     def _previous(self) -> Path | None:
         """The file beside this one whose last line is the chain's."""
         for path in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.{self.head.seq}*")):
-            with suppress(OSError, ValueError):
-                if unseal(_last_line(path))["hash"] == self.head.hash:
+            with suppress(OSError, ValueError), path.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LINE))
+                last = file.read(MAX_LINE).removesuffix(b"\n").rpartition(b"\n")[2]
+                if unseal(last + b"\n")["hash"] == self.head.hash:
                     return path
         return None
 
@@ -411,12 +413,6 @@ def _opened(path: Path) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "it is not a regular file")
     return fd
-
-
-def _last_line(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LINE))
-        return file.read(MAX_LINE).removesuffix(b"\n").rpartition(b"\n")[2] + b"\n"
 
 
 def _same(path: Path, fd: int) -> bool:

@@ -152,7 +152,8 @@ def traces(body: object, headers: Headers, served: Sequence[str], query: bytes =
                 elif isinstance(inner, dict | list):
                     places.append(((place, key), inner))
                 elif isinstance(inner, str) and plain in _QUOTING:  # as a form's field has it, or who quoted the whole
-                    left -= _structure(inner, left)
+                    if inner.lstrip()[:1] in ("{", "["):
+                        left -= check_structure(inner.encode(errors="surrogatepass"), left)
                     unwrapped = _unwrapped(inner)
                     if plain in _VEHICLES and isinstance(unwrapped, str) and mentions(unwrapped):
                         yield _name((place, key))
@@ -173,11 +174,6 @@ def _name(place: _Place | None) -> str:
         place, key = place
         parts.append(f'"{key[:40]}"' if isinstance(key, str) and "." in key else str(key)[:40])
     return ".".join(reversed(parts))
-
-
-def _structure(value: str, most: int) -> int:
-    """How many values a text has as JSON. Raises HTTPProblem for more than `most`."""
-    return check_structure(value.encode(errors="surrogatepass"), most) if value.lstrip()[:1] in ("{", "[") else 0
 
 
 def _unwrapped(value: str) -> object:

@@ -176,11 +176,6 @@ def error_event(error: Exception) -> str:
     return f"data: {bytes(of(error).body).decode()}\n\n"
 
 
-def last_event(error: Exception) -> bytes:
-    """The end of a stream that is broken off for `error`."""
-    return f"event: error\n{error_event(error)}data: [DONE]\n\n".encode()
-
-
 async def on_steer_error(_request: Request, error: Exception) -> JSONResponse:
     return of(error)
 

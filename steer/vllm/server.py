@@ -113,7 +113,8 @@ def install(app: FastAPI) -> None:
     for needed in (*READ_ROUTES, MODELS_ROUTE):
         if needed not in wrapped:
             raise UnsupportedModel(f"vLLM {internals.version()} serves no route {needed}")
-    control = app.state.steer_control = Control(control_settings(app))
+    found = settings_of(getattr(app.state.args, "additional_config", None))  # what the engine was told, or will be
+    control = app.state.steer_control = Control(found.control if found else ControlSettings())
     check_door(control, app.state.args)
     app.include_router(directions_router(control))
     app.include_router(operation.router(control))
@@ -272,13 +273,6 @@ def control_of(app: FastAPI) -> Control:
     return app.state.steer_control
 
 
-def control_settings(app: FastAPI) -> ControlSettings:
-    """What the engine was told; before there is one, what its arguments say."""
-    config = getattr(app.state.args, "additional_config", None)
-    found = settings_of(config)
-    return found.control if found else ControlSettings()
-
-
 def check_door(control: Control, args: Namespace) -> None:
     """Raises InvalidInput where the server must not listen: without keys for others, or with two kinds of keys."""
     keys = args.api_key or os.environ.get("VLLM_API_KEY")
@@ -318,7 +312,11 @@ class Generation:
                     if body.get(field):
                         raise errors.unsupported(f"'{field}' needs a key with the managing role: {KEPT[field]}", field)
             if admission.readout:
-                check_one_answer(body)
+                counts = (body.get("n"), body.get("best_of"))
+                several = prompt_count(body) > 1 or any(count not in (None, 1) for count in counts)
+                if several or body.get("use_beam_search"):
+                    told = f"{FIELD}: on this server one answer is read at a time: one prompt, and n = 1"
+                    raise SpecError(told, param=FIELD)
             elif not admission.spec:
                 return
             for field in self.dropping:
@@ -478,13 +476,6 @@ def check_text(body: object, size: int, front: Frontend) -> None:
         raise HTTPProblem(
             Code.BODY_TOO_LARGE, f"the texts of the body have more than {most} characters, the limit here"
         )
-
-
-def check_one_answer(body: dict[str, object]) -> None:
-    """Raise SpecError for a request that is to be read and makes several answers, or none that is generated."""
-    counts = (body.get("n"), body.get("best_of"))
-    if prompt_count(body) > 1 or any(count not in (None, 1) for count in counts) or body.get("use_beam_search"):
-        raise SpecError(f"{FIELD}: on this server one answer is read at a time: one prompt, and n = 1", param=FIELD)
 
 
 async def _run(

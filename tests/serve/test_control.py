@@ -904,7 +904,7 @@ def test_a_killed_server_leaves_a_log_that_goes_on(tiny_folder: Path, tmp_path: 
         assert receipt(ask(server, "all", steer="refusal"))
     report = verify([tmp_path / "audit.jsonl"])
     assert report.problems == []
-    assert "a crash or a full disk" in report.notes[0]
+    assert any("a crash or a full disk" in note for note in report.notes)
     assert [line["event"] for line in events(tmp_path)].count("start") == 3
 
 

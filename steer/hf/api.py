@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from steer import readout
 from steer.direction import Direction, read_file
@@ -23,8 +23,8 @@ from steer.hf.internals import Call
 from steer.hf.steering import Steering
 from steer.names import MAX_RANK, MAX_ROWS, SITES, Site, check_name
 from steer.registry import Admission, Registry
-from steer.runtime.readout import Reading, components
-from steer.spec import OFF_TEXTS, Line, Readout, Spec, parse
+from steer.runtime.readout import Reading, Recorder
+from steer.spec import OFF_TEXTS, Line, Spec, parse
 
 if TYPE_CHECKING:
     from transformers import Pipeline
@@ -300,9 +300,6 @@ class Steered:
         return f"steering({', '.join(map(repr, self._specs))})"
 
 
-_Found = tuple[Tensor, Tensor, Tensor]
-
-
 class Readings:
     """What `with steering.read(...)` has read, complete when the block ends.
 
@@ -354,44 +351,6 @@ class Readings:
         if not (found := [values for one in self.passes if (values := side(one)) is not None]):
             raise ValueError("angles were not read: ask for them with `read(..., angle=True)`")
         return np.concatenate(found, axis=positions)
-
-
-class Recorder:
-    """A watcher of passes (`steer.hf.steering`). rows: the bank rows `[k]` int64 of `read`. What it finds stays on the
-    device until `collect`."""
-
-    def __init__(self, rows: NDArray[np.int64], read: Readout) -> None:
-        self._rows, self._read = torch.from_numpy(rows), read
-        self._passes: list[tuple[int, int, dict[int, _Found]]] = []  # rows, positions, by layer
-
-    def begin(self, tokens: tuple[int, int] | None) -> None:
-        self._passes.append((*(tokens or (0, 0)), {}))
-
-    @torch.no_grad()
-    def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
-        if layer not in self._read.layers:
-            return
-        rows, positions, found = self._passes[-1]
-        x, y = (side.detach().flatten(0, -2) for side in (before, after))
-        lines = vectors[self._rows.to(vectors.device)].expand(len(x), -1, -1)
-        norms = torch.linalg.vector_norm(x.float(), dim=-1)
-        new = [t.unflatten(0, (rows, -1)) for t in (components(x, lines), components(y, lines), norms)]
-        # a block may be called for some positions after the others
-        whole = [torch.cat(parts, 1) for parts in zip(found[layer], new, strict=True)] if layer in found else new
-        if whole[-1].shape[1] > positions:
-            raise UnsupportedModel(f"block {layer} is called more than once in a pass, and what is read is not known")
-        found[layer] = (whole[0], whole[1], whole[2])
-
-    def collect(self) -> list[Reading]:
-        """Of each pass that went through all layers, in order."""
-        layers = self._read.layers
-        whole = [found for *_, found in self._passes if len(found) == len(layers)]
-        return [
-            Reading.of(
-                self._read, *(torch.stack([found[n][side] for n in layers], 2).cpu().numpy() for side in range(3))
-            )
-            for found in whole
-        ]
 
 
 _LOAD = "load it first, with transformers.AutoModelForCausalLM.from_pretrained"

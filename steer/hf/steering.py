@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from steer.runtime.bank import (
     operate,
 )
 from steer.runtime.memory import lasting
-from steer.runtime.readout import ReadIndex
+from steer.runtime.readout import ReadIndex, Recorder
 from steer.runtime.token_index import RequestSteer, TokenIndex, Tokens
 from steer.shape import Shape
 from steer.spec import Spec
@@ -127,16 +127,6 @@ class Anatomy:
             self.probe()
 
 
-class Watcher(Protocol):
-    """Who is told of every forward pass of an attached model, in its order."""
-
-    def begin(self, tokens: tuple[int, int] | None) -> None:
-        """A pass over `tokens` (rows, positions) begins; None where what the decoder was given does not say."""
-
-    def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
-        """The output of block `layer`, `[..., d_model]`, before and after the operation; the hook point's bank rows."""
-
-
 class Steering:
     """Hooks on every hook point of one model, reading one bank through one token index.
 
@@ -183,7 +173,7 @@ class Steering:
         self._pass = _Pass()
         #: How many passes went through the hooks.
         self.passes = 0
-        self.watchers: list[Watcher] = []
+        self.watchers: list[Recorder] = []
         #: What acts at each hook point, until the next `fill`: a batch is many passes.
         self._kept: dict[HookPoint, list[Operands]] = {}
         #: Every batch that has not ended, the last of which is in force, and whose they are.

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.errors import UnsupportedModel
 from steer.runtime.memory import lasting
 from steer.spec import Readout
 
@@ -142,3 +143,43 @@ class ReadIndex:
             out.append(Reading.of(read, mine[BEFORE], mine[AFTER], norms[list(read.layers), i]))
         self.clear()
         return out
+
+
+class Recorder:
+    """Reads all tokens of every forward pass of an attached model. rows: the bank rows `[k]` int64 of `read`. What it
+    finds stays on the device until `collect`."""
+
+    def __init__(self, rows: NDArray[np.int64], read: Readout) -> None:
+        self._rows, self._read = torch.from_numpy(rows), read
+        self._passes: list[tuple[int, int, dict[int, tuple[Tensor, Tensor, Tensor]]]] = []  # rows, positions, by layer
+
+    def begin(self, tokens: tuple[int, int] | None) -> None:
+        """A pass over `tokens` (rows, positions) begins; None where what the decoder was given does not say."""
+        self._passes.append((*(tokens or (0, 0)), {}))
+
+    @torch.no_grad()
+    def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
+        """The output of block `layer`, `[..., d_model]`, before and after the operation; the hook point's bank rows."""
+        if layer not in self._read.layers:
+            return
+        rows, positions, found = self._passes[-1]
+        x, y = (side.detach().flatten(0, -2) for side in (before, after))
+        lines = vectors[self._rows.to(vectors.device)].expand(len(x), -1, -1)
+        norms = torch.linalg.vector_norm(x.float(), dim=-1)
+        new = [t.unflatten(0, (rows, -1)) for t in (components(x, lines), components(y, lines), norms)]
+        # a block may be called for some positions after the others
+        whole = [torch.cat(parts, 1) for parts in zip(found[layer], new, strict=True)] if layer in found else new
+        if whole[-1].shape[1] > positions:
+            raise UnsupportedModel(f"block {layer} is called more than once in a pass, and what is read is not known")
+        found[layer] = (whole[0], whole[1], whole[2])
+
+    def collect(self) -> list[Reading]:
+        """Of each pass that went through all layers, in order."""
+        layers = self._read.layers
+        whole = [found for *_, found in self._passes if len(found) == len(layers)]
+        return [
+            Reading.of(
+                self._read, *(torch.stack([found[n][side] for n in layers], 2).cpu().numpy() for side in range(3))
+            )
+            for found in whole
+        ]

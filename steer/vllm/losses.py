@@ -28,11 +28,11 @@ KEPT = 64
 
 @dataclass(slots=True)
 class SteeredRun:
-    """A steered request: what steers it, its prompt (empty where that came as embeddings), and the position of its
-    first lost token."""
+    """A steered request: what steers it, what stands at each position of its prompt (`internals.worker.prompt_of`), and
+    the position of its first lost token."""
 
     spec: str
-    prompt: Sequence[int]
+    prompt: Sequence[object]
     length: int
     lost: int | None = None
 
@@ -41,9 +41,7 @@ class SteeredRun:
         if other.lost is None or self.spec != other.spec or other.lost >= self.length:
             return False
         common = min(other.lost + 1, len(other.prompt))
-        if bool(self.prompt) != bool(other.prompt) or self.prompt[:1] != other.prompt[:1]:
-            return False
-        return list(self.prompt[:common]) == list(other.prompt[:common])
+        return self.prompt[:1] == other.prompt[:1] and list(self.prompt[:common]) == list(other.prompt[:common])
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,7 +225,7 @@ class SteeringWorker:
         steer = self._residents.steer(new.req_id, spec, asked, spec.phase(self._thinking, prompt[:asked]))
         if new.req_id in self._running:  # with what it has decided
             return
-        run = SteeredRun(internals.worker.adapter_of(new) + spec.key(asked), prompt, length)
+        run = SteeredRun(internals.worker.adapter_of(new) + spec.key(asked), internals.worker.prompt_of(new), length)
         self._lost_runs.meet(new.req_id, run)
         if steer.decides:
             self._conditional[new.req_id] = steer = self._index.decisions.take(steer)

@@ -17,6 +17,7 @@ from steer.shared import Shared
 from steer.spec import Entry, Spec
 from steer.vllm.frontend import GROUPS, SALT, Salts, parted, salt
 from steer.vllm.internals.base import ABOVE, news_of
+from steer.vllm.internals.worker import prompt_of
 from steer.vllm.losses import KEPT, SteeredRun, SteeredRuns, Step
 from steer.vllm.settings import RESOLVED
 
@@ -64,6 +65,35 @@ def test_who_has_the_tokens_up_to_a_lost_one_and_the_same_steering_falls_with_it
         made = runs.tell(output("y"), None)
     falls = same and second[: position + 1] == first[: position + 1]
     assert told(made) == ({"x": position} if not later else {}) | ({"y": position} if falls else {})
+
+
+def test_another_embedding_or_image_is_another_prompt() -> None:
+    """Their token ids are the same, or there are none; and a loss is remembered for longer than its request."""
+
+    def asking(embeds: torch.Tensor | None = None, image: str = "", ids: list[int] | None = None) -> Any:
+        place = SimpleNamespace(offset=1, length=2)
+        features = [SimpleNamespace(identifier=image, mm_position=place)] if image else []
+        return SimpleNamespace(prompt_token_ids=ids, prompt_embeds=embeds, mm_features=features)
+
+    def falls(first: Any, second: Any) -> bool:
+        one, other = (SteeredRun("a", prompt_of(new), 4) for new in (first, second))
+        one.lost = 2
+        return other.falls_with(one)
+
+    rows = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    after, before = rows.clone(), rows.clone()
+    after[3], before[1] = 0, 0
+    ids = [1, 5, 5, 2]
+    for mixed in (None, ids):
+        assert [falls(asking(rows, ids=mixed), asking(each, ids=mixed)) for each in (rows, after, before)] == [
+            True,
+            True,
+            False,
+        ]
+    assert not falls(asking(rows), asking(ids=ids))
+    assert not falls(asking(rows, ids=ids), asking(rows, ids=[2, *ids[1:]]))
+    assert falls(asking(ids=ids, image="cat"), asking(ids=ids, image="cat"))
+    assert not falls(asking(ids=ids, image="cat"), asking(ids=ids, image="dog"))
 
 
 def test_a_loss_is_told_with_each_output_until_its_request_ends() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -210,6 +211,19 @@ def new_prompt_length(new: NewRequest) -> int:
     """Prompt tokens of a request that the scheduler sends for the first time, or again after preemption."""
     ids = getattr(new, "prompt_token_ids", None)
     return len(ids if ids is not None else seam(new, "prompt_embeds"))
+
+
+def prompt_of(new: NewRequest) -> Sequence[object]:
+    """What stands at each position of the prompt of such a request: a token, or what tells an embedding, or a part of
+    an image, from any other."""
+    found: list[object] = list(new.prompt_token_ids or [])
+    if (embeds := getattr(new, "prompt_embeds", None)) is not None:
+        rows = embeds.contiguous().view(torch.uint8).numpy()
+        found = [hash((token, row.tobytes())) for token, row in zip_longest(found, rows)]
+    for feature in getattr(new, "mm_features", None) or ():
+        place = seam(feature, "mm_position")
+        found[place.offset : place.offset + place.length] = [(feature.identifier, i) for i in range(place.length)]
+    return found
 
 
 def adapter_of(new: NewRequest) -> str:

@@ -258,6 +258,10 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
     given = args.additional_config or {}
     if not isinstance(given, dict):
         raise InvalidInput(f"--additional-config: must be a JSON object, got {brief(given)}")
+    if KEY in given:
+        raise InvalidInput(f"--additional-config: '{KEY}' is said here by the options of `steer serve`")
+    if args.worker_cls not in ("auto", internals.WORKER):
+        raise InvalidInput(f"--worker-cls: {brief(args.worker_cls)} does not steer; leave it out")
     # before the minute that the engine takes to start
     control = Control(settings.control)
     check_door(control, args)
@@ -271,7 +275,8 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
     args.worker_cls = internals.WORKER
     args.additional_config = given | {KEY: settings.model_dump(mode="json")}
     args.shutdown_timeout = args.shutdown_timeout or SHUTDOWN  # or what runs breaks off, and several close no log
-    args.middleware = [*args.middleware, f"{Middleware.__module__}.{Middleware.__name__}"]
+    ours = f"{Middleware.__module__}.{Middleware.__name__}"
+    args.middleware = [*(each for each in args.middleware if each != ours), ours]
     internals.server.run_server(args, keep_alive=KEEP_ALIVE)
     if Middleware.failed is not None:
         raise Middleware.failed

@@ -4,6 +4,7 @@ several ranks and several engines."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import pytest
 
 from steer.errors import InvalidInput
 from steer.vllm.internals.server import server_arguments
+from steer.vllm.plugin import serve
+from steer.vllm.settings import EngineSettings
 from tests import models
 from tests.servers import Server, front_ends, receipt, text
 from tests.vllm import device
@@ -96,6 +99,18 @@ def test_a_wrong_option_of_vllms_is_one_line(options: Sequence[str], says: str, 
     with pytest.raises(InvalidInput) as caught:
         server_arguments(str(tmp_path), options)
     assert str(caught.value) == says
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--additional-config", '{"steer": {"default": "refusal"}}'), "--additional-config: 'steer' is said here by"),
+        (("--worker-cls", "somebody.Else"), "--worker-cls: 'somebody.Else' does not steer"),
+    ],
+)
+def test_what_steer_serve_would_overwrite_is_refused(options: Sequence[str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(says)):
+        serve(str(tmp_path), EngineSettings(), options)
 
 
 def test_a_server_that_would_ignore_the_field_does_not_start(tmp_path: Path) -> None:

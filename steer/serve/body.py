@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Literal, TypeVar
@@ -53,8 +53,10 @@ MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
 #: Bytes of a body for which one token of prompt is taken in advance, and the most tokens that are.
 BYTES_PER_TOKEN, MAX_TOKENS = 4, 10**9
-#: Fields that hold what is no text.
-MEDIA = frozenset({"url", "image_url", "data", "file_data", "image", "audio", "video", "prompt_embeds"})
+#: Fields of a message, or of a part of one, that hold what is no text. Elsewhere, as in the schemas of tools, a field
+#: of such a name is anything.
+MEDIA = ("image_url", "audio_url", "video_url", "input_audio", "file", "file_data", "source", "data")
+MEDIA += ("image", "audio", "video", "image_embeds", "audio_embeds", "video_embeds")
 #: Prompts × n of one request, on any engine.
 MAX_ANSWERS = 16_384
 
@@ -219,16 +221,31 @@ def _answers(body: dict[str, object]) -> int:
 
 def text_length(body: object) -> int:
     """Characters of all texts of a body that may be tokenized: of images, sounds and embeddings there are none."""
+    return _characters(body) - (sum(map(_characters, _media(body))) if isinstance(body, dict) else 0)
+
+
+def _media(body: dict[str, object]) -> Iterator[object]:
+    """What is no text in it."""
+    yield body.get("prompt_embeds")
+    parts = [body.get("messages"), body.get("input")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            yield from map(part.get, MEDIA)
+            parts += map(part.get, ("content", "output"))
+
+
+def _characters(value: object) -> int:
     length = 0
-    values = [body]
+    values = [value]
     while values:
         value = values.pop()
         if isinstance(value, str):
             length += len(value)
-        elif isinstance(value, list):
-            values += value
-        elif isinstance(value, dict):
-            values += (each for name, each in value.items() if name not in MEDIA)
+        elif isinstance(value, list | dict):
+            values += value.values() if isinstance(value, dict) else value
     return length
 
 

@@ -291,11 +291,21 @@ def test_what_would_be_tokenized_is_bounded_and_images_are_not(
     client: TestClient, asked: list[str | None], path: str
 ) -> None:
     long = "a " * 2**20
-    for body in ({"prompt": long + "a"}, {"messages": [{"content": [{"type": "text", "text": long + "a"}]}]}):
+    schema = {"properties": {"url": {"description": long}, "content": {"data": long}}}
+    bodies: list[dict[str, Any]] = [
+        {"prompt": long + "a"},
+        {"messages": [{"content": [{"type": "text", "text": long + "a"}]}]},
+        {"tools": [{"type": "function", "function": {"name": "a", "parameters": schema}}]},
+        {"messages": [{"content": [{"type": "tool_use", "name": "a", "input": {"url": long, "data": long}}]}]},
+        {"chat_template_kwargs": {"image": long + "a"}},
+    ]
+    for body in bodies:
         told = client.post(path, json={"model": "tiny"} | body)
         assert (told.status_code, told.json()["error"]["code"], asked) == (413, "body_too_large", []), told.text
     image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{long}"}}
-    assert client.post(path, json={"model": "tiny", "messages": [{"content": [image]}]}).status_code == 200
+    output = {"type": "tool_result", "content": [{"type": "image", "source": {"type": "base64", "data": long}}]}
+    for content in (image, output):
+        assert client.post(path, json={"model": "tiny", "messages": [{"content": [content]}]}).status_code == 200
 
 
 def test_a_form_needs_its_right_whoever_makes_it(engine: Engine) -> None:

@@ -376,6 +376,11 @@ class Frontend:
             else:
                 wanted = parse(asked, KEY) if KEY in extra else self.default
             ticket = Ticket(Admission.of(self.registry, wanted))
+                if internals.engine.of_beam(params) and any(item.tokens for item in wanted):
+                    raise SpecError(
+                        "beam search asks for each token as if those before it were the prompt, so steering that acts "
+                        "at some tokens, or under a condition that one token decides, would act at others"
+                    )
         call, admission = _Call(ticket), ticket.admission
         admission.hold(call)  # the server may let go before the call has ended: of a client that left
         if own:

@@ -9,6 +9,7 @@ import sys
 import types
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -306,6 +307,25 @@ def test_what_would_be_tokenized_is_bounded_and_images_are_not(
     output = {"type": "tool_result", "content": [{"type": "image", "source": {"type": "base64", "data": long}}]}
     for content in (image, output):
         assert client.post(path, json={"model": "tiny", "messages": [{"content": [content]}]}).status_code == 200
+
+
+def test_beams_of_a_program_are_steered_at_all_tokens_or_refused(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They carry no spec, so they have the default: where this acts at the answer alone, the beams so far would be a
+    prompt."""
+    from vllm import SamplingParams
+
+    monkeypatch.setattr(engine.steer, "serves", False)
+    step = SamplingParams(max_tokens=1, logprobs=4, skip_clone=True)
+    for default in ("off", "refusal", "refusal?each:refusal@0>0", "refusal@answer", "refusal?refusal@0>0"):
+        monkeypatch.setattr(engine.steer, "default", parse_spec(default))
+        acts_at_some = default in ("refusal@answer", "refusal?refusal@0>0")
+        with nullcontext() if not acts_at_some else pytest.raises(SpecError, match="beam search"):
+            with engine.steer.admitted(step):
+                pass
+        with engine.steer.admitted(SamplingParams(max_tokens=1)):
+            pass
 
 
 def test_a_form_needs_its_right_whoever_makes_it(engine: Engine) -> None:

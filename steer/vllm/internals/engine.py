@@ -233,6 +233,12 @@ def has_form(params: SamplingParams | None) -> bool:
     return form is not None and not (form.json_object and form.whitespace_pattern is None)
 
 
+def of_beam(params: SamplingParams) -> bool:
+    """Are these of one step of a beam in `LLM.beam_search`, which alone gives an LLM parameters that it does not
+    copy?"""
+    return bool(getattr(params, "skip_clone", False) and getattr(params, "max_tokens", None) == 1)
+
+
 def prompt_length(request: EngineRequest) -> int:
     """Tokens of the prompt of an EngineCoreRequest; 0 where it came as embeddings."""
     return len(getattr(request, "prompt_token_ids", None) or ())

@@ -401,7 +401,7 @@ class Frontend:
         if call is not None:
             call.made += 1
             if call.made == 1:  # n answers are n requests of the engine with one prompt
-                metrics.current_usage().read(internals.engine.prompt_length(request))
+                metrics.current_usage().read(internals.engine.positions_of(request))
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (call and call.ticket.admission.spec):
             return

@@ -354,6 +354,25 @@ def test_a_form_needs_its_right_whoever_makes_it(engine: Engine) -> None:
         ask(StructuredOutputsParams(json_object=True, whitespace_pattern="((a*)*)*"))
 
 
+def test_a_prompt_of_embeddings_is_counted(engine: Engine) -> None:
+    """By which a key's tokens in a minute are, and the audit log."""
+    import torch
+    from vllm import SamplingParams
+
+    from steer.serve.metrics import counting_usage
+    from steer.vllm.frontend import Passage, passage
+
+    token = passage.set(Passage(True))
+    for ids, embeds in ((None, torch.zeros(5, 8)), ([1, 2, 3, 4, 5], torch.zeros(5, 8)), ([1, 2, 3, 4, 5], None)):
+        request: Any = types.SimpleNamespace(
+            sampling_params=SamplingParams(), prompt_token_ids=ids, prompt_embeds=embeds, priority=0
+        )
+        with counting_usage() as usage, engine.steer.admitted(request.sampling_params):
+            engine.steer.check_added(request)
+        assert usage.prompt == 5
+    passage.reset(token)
+
+
 def test_what_comes_after_the_end_of_its_request_is_made_no_more(engine: Engine) -> None:
     """And what is read is counted until the engine has let it go, which is later than its answer was ended."""
     from vllm import SamplingParams

@@ -244,6 +244,12 @@ def prompt_length(request: EngineRequest) -> int:
     return len(getattr(request, "prompt_token_ids", None) or ())
 
 
+def positions_of(request: EngineRequest) -> int:
+    """Positions of the prompt of an EngineCoreRequest, whatever it came as."""
+    embeds = getattr(request, "prompt_embeds", None)
+    return prompt_length(request) or (0 if embeds is None else len(embeds))
+
+
 def image_spans(request: EngineRequest) -> list[tuple[int, int]]:
     """(first token, tokens) of each image, sound or video in the prompt of an EngineCoreRequest."""
     places = (seam(feature, "mm_position") for feature in getattr(request, "mm_features", None) or ())

@@ -157,13 +157,14 @@ class _Call:
 class Passage:
     """What the engine may be asked for in the context of one network request, beside what has a ticket.
 
-    `plain`: may it be plain. `forms`: may answers be held to a form. `asked`: was the engine asked. `over`: a ticket
-    let it pass, and its answer has ended. `refused`: why something was refused, once it was. A raw spec is never taken
-    here: it would pass by keys, policy and audit log.
+    `plain`: may it be plain. `forms`: may answers be held to a form. `manages`: has it the managing role. `asked`: was
+    the engine asked. `over`: a ticket let it pass, and its answer has ended. `refused`: why something was refused, once
+    it was. A raw spec is never taken here: it would pass by keys, policy and audit log.
     """
 
     plain: bool = False
     forms: bool = True
+    manages: bool = True
     asked: bool = False
     over: bool = False
     refused: HTTPProblem | None = None
@@ -375,12 +376,12 @@ class Frontend:
                 wanted: tuple[RequestedDirection, ...] = ()
             else:
                 wanted = parse(asked, KEY) if KEY in extra else self.default
-            ticket = Ticket(Admission.of(self.registry, wanted))
                 if internals.engine.of_beam(params) and any(item.tokens for item in wanted):
                     raise SpecError(
                         "beam search asks for each token as if those before it were the prompt, so steering that acts "
                         "at some tokens, or under a condition that one token decides, would act at others"
                     )
+            ticket = Ticket(Admission.of(self.registry, wanted))
         call, admission = _Call(ticket), ticket.admission
         admission.hold(call)  # the server may let go before the call has ended: of a client that left
         if own:
@@ -398,6 +399,8 @@ class Frontend:
         admitted."""
         text = receipt_of(request.sampling_params)
         call = _adding.get()
+        if (way := passage.get()) is not None and not way.manages and request.priority:
+            check_priority(way)
         if call is not None:
             call.made += 1
             if call.made == 1:  # n answers are n requests of the engine with one prompt
@@ -476,6 +479,15 @@ def check_passage(way: Passage | None, *, raw: bool) -> None:
         way.refused = unsupported("this route cannot be steered, and requests without steering are not allowed here")
     if way.refused:
         raise SpecError(str(way.refused), param=KEY)
+
+
+def check_priority(way: Passage) -> None:
+    """Raise SpecError: the request has another priority than all others. Fields and headers of vLLM's give it one."""
+    from steer.serve.errors import unsupported
+
+    said = "needs a key with the managing role: a request of another priority may run before those of other keys"
+    way.refused = unsupported(f"'priority' {said}", "priority")
+    raise SpecError(str(way.refused), param="priority")
 
 
 def over() -> asyncio.CancelledError:

@@ -81,7 +81,6 @@ GENERATION_ROUTES: Mapping[str, tuple[str, ...]] = {
 KEPT: Mapping[str, str] = {
     "background": "what runs on without its request is in no key's limits",
     "previous_response_id": "a stored answer may be another key's",
-    "priority": "a request of another priority may run before those of other keys",
 }
 #: Where answers have choices, which the read-out and `steer_applied` go into. A server without one of these is none of
 #: ours.
@@ -344,7 +343,8 @@ class Generation:
                 send = with_fields(send, partial(front.met, ticket), fetch if admission.readout else None)
             used = None if ticket is None else lambda: ticket.used
             try:
-                way = Passage(not admission.spec and not admission.readout, control.caller(scope).forms)
+                caller = control.caller(scope)
+                way = Passage(not admission.spec and not admission.readout, caller.forms, caller.manages)
                 await _run(self.app, control, way, scope[BODY], scope, receive, send, used)
             except Exception:
                 if ticket is None or not ticket.lost:
@@ -413,7 +413,7 @@ class Other(_Layer):
         except SteerError as error:
             await self._refuse(error, scope, receive, send)
             return
-        way = Passage(body is not None and _may_be_plain(scope), run.caller.forms)
+        way = Passage(body is not None and _may_be_plain(scope), run.caller.forms, run.caller.manages)
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:

@@ -334,6 +334,8 @@ def test_what_vllm_generates_without_its_arguments_is_refused(server: Server, ro
             answer = ask(server, "reader", route, **{field: value})
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
             assert "needs a key with the managing role" in answer.json()["error"]["message"]
+        answer = server.client.post(route, json=BODIES[route], headers=bearer("reader") | {"X-Vllm-Priority": "-1"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority"), answer.text
     else:
         assert receipt(ask(server, "all", route, **more)) == []
 

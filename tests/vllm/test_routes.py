@@ -354,6 +354,28 @@ def test_a_form_needs_its_right_whoever_makes_it(engine: Engine) -> None:
         ask(StructuredOutputsParams(json_object=True, whitespace_pattern="((a*)*)*"))
 
 
+def test_another_priority_needs_the_managing_role_whatever_gives_it(engine: Engine) -> None:
+    """A header of vLLM's does too."""
+    from vllm import SamplingParams
+
+    from steer.vllm.frontend import Passage, passage
+
+    for priority, manages in ((0, False), (-1, True), (-1, False), (1, False)):
+        request: Any = types.SimpleNamespace(sampling_params=SamplingParams(), prompt_token_ids=[1], priority=priority)
+        way = Passage(True, manages=manages)
+        token = passage.set(way)
+        try:
+            with engine.steer.admitted(request.sampling_params):
+                engine.steer.check_added(request)
+            assert manages or not priority
+        except SpecError as error:
+            assert (error.param, manages) == ("priority", False)
+            assert "needs a key with the managing role" in str(way.refused)
+            assert priority
+        finally:
+            passage.reset(token)
+
+
 def test_a_prompt_of_embeddings_is_counted(engine: Engine) -> None:
     """By which a key's tokens in a minute are, and the audit log."""
     import torch

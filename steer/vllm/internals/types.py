@@ -55,6 +55,7 @@ class EngineRequest(Protocol):
     request_id: str
     sampling_params: SamplingParams | None
     cache_salt: str | None
+    priority: int
 
 
 class NewRequest(Protocol):

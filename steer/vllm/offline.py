@@ -30,6 +30,8 @@ from steer.vllm.settings import CAPTURE, KEY, SCORED
 
 #: How many of the likeliest tokens of a place the engine is asked for; it gives no more than 20 by default.
 TOP_LOGPROBS = 20
+#: What it must give: of the model's own distribution, whatever is drawn.
+LOGPROBS = "raw_logprobs"
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import LLM, CompletionOutput, Logprob, RequestOutput
@@ -42,6 +44,10 @@ def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("r
 
     plugin.register()
     arguments = internals.engine.engine_arguments(model, options)
+    if arguments.logprobs_mode != LOGPROBS:
+        raise InvalidInput(
+            f"--logprobs-mode {arguments.logprobs_mode}: what is compared here are {LOGPROBS}; leave it out"
+        )
     given = {"enforce_eager": True, "enable_prefix_caching": False, "worker_cls": internals.WORKER}
     steering = {KEY: {"sites": list(sites), "rank": rank, "rows": 16 * rank}}
     return internals.engine.start_offline(arguments, given, steering)

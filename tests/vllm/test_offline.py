@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from steer.errors import NoRoom, SpecError
+from steer.errors import InvalidInput, NoRoom, SpecError
 from steer.hf.load import load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import Behaviour
@@ -260,6 +260,13 @@ def test_phases_begin_and_end_with_what_a_scored_answer_says(
                 logits = probe.loaded.model(torch.tensor([one.ids])).logits[0].log_softmax(-1)
             assert found == pytest.approx(estimates(one, logits), abs=1e-3)
             assert one is not plain[0] or (found > 1e-6).any(), "it acts in the first answer"
+
+
+def test_other_numbers_than_log_probabilities_of_the_model_are_not_compared(folder: Path) -> None:
+    from steer.vllm.offline import start
+
+    with pytest.raises(InvalidInput, match="--logprobs-mode processed_logits: what is compared are"):
+        start(str(folder), ["--logprobs-mode", "processed_logits"])
 
 
 def test_too_many_at_once_leave_nothing_behind(evaluator: Any, probe: HFEvaluator, candidates: list[Candidate]) -> None:

@@ -224,6 +224,12 @@ def text_length(body: object) -> int:
     return _characters(body) - (sum(map(_characters, _media(body))) if isinstance(body, dict) else 0)
 
 
+def repeated_size(body: dict[str, object], size: int) -> int:
+    """Bytes of a body of `size` bytes, images and sounds left out, as often as it has answers to each prompt: where
+    each of these is a request of its own, with the prompt."""
+    return _answers(body) * (size - sum(map(_characters, _media(body))))
+
+
 def _media(body: dict[str, object]) -> Iterator[object]:
     """What is no text in it."""
     yield body.get("prompt_embeds")

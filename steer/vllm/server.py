@@ -49,6 +49,7 @@ from steer.serve.body import (
     parse_body,
     prompt_count,
     read_body,
+    repeated_size,
     replay,
     text_length,
     understood,
@@ -304,6 +305,13 @@ class Generation:
         def forward(body: dict[str, object], admission: Admission) -> None:
             nonlocal ticket
             check_text(body, scope[SIZE], front)
+            if (repeated := repeated_size(body, scope[SIZE])) > MAX_BODY:
+                raise HTTPProblem(
+                    Code.BODY_TOO_LARGE,
+                    f"n: each answer is a request to the engine with the whole prompt, together {repeated} bytes, and "
+                    f"the limit is {MAX_BODY}",
+                    param="n",
+                )
             xargs = body.get(carriers.XARGS) or {}
             check_absent(xargs, served=True)
             if control.in_force is not None and not control.caller(scope).manages:

@@ -309,6 +309,17 @@ def test_what_would_be_tokenized_is_bounded_and_images_are_not(
         assert client.post(path, json={"model": "tiny", "messages": [{"content": [content]}]}).status_code == 200
 
 
+def test_many_answers_to_a_long_prompt_are_bounded_together(client: TestClient, asked: list[str | None]) -> None:
+    """The engine keeps and hashes the prompt for each of them."""
+    ids = {"model": "tiny", "prompt": [123] * 2**15}
+    told = client.post("/v1/completions", json=ids | {"n": 1024})
+    assert (told.status_code, told.json()["error"]["param"], asked) == (413, "n", []), told.text
+    assert client.post("/v1/completions", json=ids | {"n": 128}).status_code == 200
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "a" * 2**20}}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [image]}], "n": 128}
+    assert client.post("/v1/completions", json=body).status_code == 200
+
+
 def test_beams_of_a_program_are_steered_at_all_tokens_or_refused(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import Literal, TypeVar
 
@@ -226,8 +227,19 @@ def text_length(body: object) -> int:
 
 def repeated_size(body: dict[str, object], size: int) -> int:
     """Bytes of a body of `size` bytes, images and sounds left out, as often as it has answers to each prompt: where
-    each of these is a request of its own, with the prompt."""
-    return _answers(body) * (size - sum(map(_characters, _media(body))))
+    each of these is a request of its own, with the prompt; and as often as it has log-probabilities of each token of
+    that."""
+    asked = [body.get("prompt_logprobs"), body.get("logprobs") if body.get("echo") else None]
+    each = 1 + max(map(_whole, asked))
+    return _answers(body) * each * (size - sum(map(_characters, _media(body))))
+
+
+def _whole(value: object) -> int:
+    """A number as lenient engines read it; of a whole vocabulary for a negative one, and 0 for none."""
+    with suppress(TypeError, ValueError, OverflowError):
+        number = int(value)  # type: ignore[call-overload]
+        return number if number >= 0 else MAX_VALUES
+    return 0
 
 
 def _media(body: dict[str, object]) -> Iterator[object]:

@@ -403,8 +403,11 @@ class Frontend:
             check_priority(way)
         if call is not None:
             call.made += 1
+            usage, tokens = metrics.current_usage(), internals.engine.positions_of(request)
             if call.made == 1:  # n answers are n requests of the engine with one prompt
-                metrics.current_usage().read(internals.engine.positions_of(request))
+                usage.read(tokens)
+            elif getattr(request.sampling_params, "skip_reading_prefix_cache", False):
+                usage.again += tokens
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (call and call.ticket.admission.spec):
             return

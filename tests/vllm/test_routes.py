@@ -310,11 +310,13 @@ def test_what_would_be_tokenized_is_bounded_and_images_are_not(
 
 
 def test_many_answers_to_a_long_prompt_are_bounded_together(client: TestClient, asked: list[str | None]) -> None:
-    """The engine keeps and hashes the prompt for each of them."""
+    """The engine keeps and hashes the prompt for each of them, and gives the log-probabilities of it with each."""
     ids = {"model": "tiny", "prompt": [123] * 2**15}
-    told = client.post("/v1/completions", json=ids | {"n": 1024})
-    assert (told.status_code, told.json()["error"]["param"], asked) == (413, "n", []), told.text
-    assert client.post("/v1/completions", json=ids | {"n": 128}).status_code == 200
+    for more in ({"n": 1024}, {"n": 64, "prompt_logprobs": "20"}, {"n": 64, "logprobs": 20, "echo": True}):
+        told = client.post("/v1/completions", json=ids | more)
+        assert (told.status_code, told.json()["error"]["param"], asked) == (413, "n", []), told.text
+    for more in ({"n": 96}, {"prompt_logprobs": 20}, {"n": 64, "logprobs": 20}):
+        assert client.post("/v1/completions", json=ids | more).status_code == 200
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "a" * 2**20}}
     body = {"model": "tiny", "messages": [{"role": "user", "content": [image]}], "n": 128}
     assert client.post("/v1/completions", json=body).status_code == 200
@@ -402,7 +404,11 @@ def test_a_prompt_of_embeddings_is_counted(engine: Engine) -> None:
         )
         with counting_usage() as usage, engine.steer.admitted(request.sampling_params):
             engine.steer.check_added(request)
-        assert usage.prompt == 5
+            engine.steer.check_added(request)  # a second answer finds it in the cache
+            assert (usage.prompt, usage.again) == (5, 0)
+            request.sampling_params = SamplingParams(prompt_logprobs=1)  # for which no cache is read
+            engine.steer.check_added(request)
+        assert (usage.prompt, usage.again) == (5, 5)
     passage.reset(token)
 
 

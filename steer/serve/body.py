@@ -52,6 +52,9 @@ MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 
 #: Of `stop` and of `bad_words`: texts, which are looked for in every piece of an answer, and their characters in all.
 MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
+#: Tokens that one request may name of those that end its answers, or have a bias, for all of these together: some
+#: engines write them into the logits of every step.
+MAX_LISTED = 65_536
 #: Bytes of a body for which one token of prompt is taken in advance, and the most tokens that are.
 BYTES_PER_TOKEN, MAX_TOKENS = 4, 10**9
 #: Fields of a message, or of a part of one, that hold what is no text. Elsewhere, as in the schemas of tools, a field
@@ -172,6 +175,10 @@ def check_size(body: dict[str, object]) -> None:
         texts = [text for text in as_list(body.get(name)) if isinstance(text, str)]
         if wrong := too_many(texts):
             raise RequestError(f"{name}: {wrong}", param=name)
+    for name in ("stop_token_ids", "logit_bias"):
+        tokens = len(value) if isinstance(value := body.get(name), list | dict) else 0
+        if (listed := tokens * _answers(body)) > MAX_LISTED:
+            raise RequestError(f"{name}: {tokens} tokens × n are {listed}, over {MAX_LISTED}", param=name)
     for name in ("n", "best_of"):  # engines also take '16' and 16.0 for a number
         if (value := body.get(name)) is not None and type(value) is not int:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)

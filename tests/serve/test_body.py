@@ -104,6 +104,8 @@ def test_keys_that_stand_twice_are_found_in_one_pass() -> None:
         ({"n": "16"}, "n"),  # which engines take for 16
         ({"n": 16.0}, "n"),
         ({"best_of": True}, "best_of"),
+        ({"stop_token_ids": [1] * 100_000}, "stop_token_ids"),
+        ({"logit_bias": {str(i): 1 for i in range(20_000)}, "n": 4}, "logit_bias"),
     ],
 )
 def test_what_is_too_much_for_any_engine_is_refused_at_the_door(asked: dict[str, Any], param: str) -> None:
@@ -117,7 +119,8 @@ def test_what_is_not_too_much_is_left_to_the_app() -> None:
         {"stop": ["a"] * 64, "bad_words": "a" * 8192, "prompt": ["a"] * 256, "n": 64},
         {"prompt": [1] * 100_000, "n": 64},
         {"prompt": [], "n": -1, "best_of": 10**30, "stop": 7, "bad_words": {"x": 1}},
-        {"prompt": None, "stop": None},
+        {"prompt": None, "stop": None, "stop_token_ids": 5, "logit_bias": None},
+        {"stop_token_ids": [1] * 1024, "logit_bias": {"1": 5}, "n": 64},
     ]
     for asked in bodies:
         check_size(asked)

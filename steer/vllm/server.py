@@ -39,7 +39,7 @@ from steer.serve import carriers, errors, html, metrics, operation, origin
 from steer.serve.access import PUBLIC, REQUEST_ID, Access
 from steer.serve.answers import ReadReport, report
 from steer.serve.asgi import Change, Outgoing, rewriting, with_headers
-from steer.serve.authorise import NO_READOUT, resolve
+from steer.serve.authorise import NO_READOUT, Caller, resolve
 from steer.serve.body import (
     BODY,
     LARGE,
@@ -78,10 +78,15 @@ GENERATION_ROUTES: Mapping[str, tuple[str, ...]] = {
     "/v1/responses": ("background",),
     "/v1/messages": (),
 }
-#: What vLLM keeps after a request of the Responses API, where it keeps it, knows no keys.
-KEPT: Mapping[str, str] = {
+#: Fields that need the managing role, where there are keys. What vLLM keeps after a request of the Responses API, where
+#: it keeps it, knows no keys.
+RESERVED: Mapping[str, str] = {
     "background": "what runs on without its request is in no key's limits",
     "previous_response_id": "a stored answer may be another key's",
+    "mm_processor_kwargs": "an image of any size can be made of a small one by it",
+    "media_io_kwargs": "any number of pictures can be made of a video by it",
+    "kv_transfer_params": "it says from which host keys and values are taken, which others may then be given",
+    "ec_transfer_params": "it says from which host what an encoder made is taken",
 }
 #: Where answers have choices, which the read-out and `steer_applied` go into. A server without one of these is none of
 #: ours.
@@ -317,10 +322,7 @@ class Generation:
                 )
             xargs = body.get(carriers.XARGS) or {}
             check_absent(xargs, served=True)
-            if control.in_force is not None and not control.caller(scope).manages:
-                for field in KEPT:
-                    if body.get(field):
-                        raise errors.unsupported(f"'{field}' needs a key with the managing role: {KEPT[field]}", field)
+            check_reserved(body, control.caller(scope))
             if admission.readout:
                 counts = (body.get("n"), body.get("best_of"))
                 several = prompt_count(body) > 1 or any(count not in (None, 1) for count in counts)
@@ -412,6 +414,7 @@ class Other(_Layer):
             body = await _understood(scope, data)
             check_text(body, len(data), front_end_of(app))
             run.caller = control.renewed(scope)
+            check_reserved(body, run.caller)
             served = internals.server.served_names(app)
             traces = carriers.traces(body, Headers(scope=scope), served, scope["query_string"])
             found = await understood(lambda: next(traces, None), len(data))
@@ -487,6 +490,16 @@ def check_text(body: object, size: int, front: Frontend) -> None:
         raise HTTPProblem(
             Code.BODY_TOO_LARGE, f"the texts of the body have more than {most} characters, the limit here"
         )
+
+
+def check_reserved(body: object, caller: Caller) -> None:
+    """Raise HTTPProblem for a field that this caller may not use."""
+    if caller.manages or not isinstance(body, dict):
+        return
+    xargs = body.get(carriers.XARGS)
+    for field, why in RESERVED.items():
+        if body.get(field) or (isinstance(xargs, dict) and xargs.get(field)):
+            raise errors.unsupported(f"'{field}' needs a key with the managing role: {why}", field)
 
 
 async def _run(

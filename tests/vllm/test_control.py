@@ -336,6 +336,10 @@ def test_what_vllm_generates_without_its_arguments_is_refused(server: Server, ro
             assert "needs a key with the managing role" in answer.json()["error"]["message"]
         answer = server.client.post(route, json=BODIES[route], headers=bearer("reader") | {"X-Vllm-Priority": "-1"})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority"), answer.text
+        for path in (*BODIES, "/tokenize"):
+            enlarged = BODIES.get(path, BODIES["/v1/completions"]) | {"mm_processor_kwargs": {"min_pixels": 10**9}}
+            answer = server.client.post(path, json=enlarged, headers=bearer("reader"))
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "mm_processor_kwargs"), answer.text
     else:
         assert receipt(ask(server, "all", route, **more)) == []
 

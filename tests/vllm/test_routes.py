@@ -23,6 +23,7 @@ from steer.errors import NoRoom, SpecError, UnsupportedModel
 from steer.registry import Registry
 from steer.serve.authorise import Caller, Refusal, admit
 from steer.serve.carriers import Carried
+from steer.serve.errors import HTTPProblem
 from steer.serve.policy import KeyRules
 from steer.spec import parse as parse_spec
 from steer.vllm import internals
@@ -365,6 +366,20 @@ def test_a_form_needs_its_right_whoever_makes_it(engine: Engine) -> None:
         ask(StructuredOutputsParams(**form), forms=True)
     with pytest.raises(Refusal):
         ask(StructuredOutputsParams(json_object=True, whitespace_pattern="((a*)*)*"))
+
+
+def test_some_fields_need_the_managing_role() -> None:
+    from steer.vllm.server import RESERVED, check_reserved
+
+    ordinary, managing = (Caller("a", KeyRules.model_construct(hash="", manage=manages)) for manages in (False, True))
+    for field in RESERVED:
+        check_reserved({field: {"min_pixels": 1}}, managing)
+        check_reserved({field: None}, ordinary)
+        for body in ({field: {"min_pixels": 1}}, {"vllm_xargs": {field: "x"}}):
+            with pytest.raises(HTTPProblem, match="needs a key with the managing role") as caught:
+                check_reserved(body, ordinary)
+            assert caught.value.param == field
+    check_reserved(None, ordinary)
 
 
 def test_another_priority_needs_the_managing_role_whatever_gives_it(engine: Engine) -> None:

@@ -234,10 +234,10 @@ def text_length(body: object) -> int:
 
 def repeated_size(body: dict[str, object], size: int) -> int:
     """Bytes of a body of `size` bytes, images and sounds left out, as often as it has answers to each prompt: where
-    each of these is a request of its own, with the prompt; and as often as it has log-probabilities of each token of
-    that."""
+    each of these is a request of its own, with the prompt; and four times as often for each log-probability that it
+    asks for of every token of that."""
     asked = [body.get("prompt_logprobs"), body.get("logprobs") if body.get("echo") else None]
-    each = 1 + max(map(_whole, asked))
+    each = 1 + 4 * max(map(_whole, asked))
     return _answers(body) * each * (size - sum(map(_characters, _media(body))))
 
 

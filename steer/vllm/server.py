@@ -95,8 +95,6 @@ NOT_READ = f"this route gives no read-out: ask {' or '.join(READ_ROUTES)}"
 MODELS_ROUTE = "/v1/models"
 HEALTH_ROUTE = "/health"
 MAX_BODY = 64 * 2**20
-#: Bytes of the prompts of all answers to one request, and of what is told of their tokens.
-MAX_REPEATED = 16 * 2**20
 #: Characters of text in one request: so many for each token of the context, and the least that this comes to. vLLM
 #: tokenizes one request after the other, and on some routes whatever their length, so all others wait for a long one.
 TEXT_PER_TOKEN, MIN_TEXT = 16, 2 * 2**20
@@ -312,12 +310,11 @@ class Generation:
         def forward(body: dict[str, object], admission: Admission) -> None:
             nonlocal ticket
             check_text(body, scope[SIZE], front)
-            most = max(MAX_REPEATED, 4 * scope[SIZE])
-            if (repeated := repeated_size(body, scope[SIZE])) > most:
+            if (repeated := repeated_size(body, scope[SIZE])) > MAX_BODY:
                 raise HTTPProblem(
                     Code.BODY_TOO_LARGE,
                     "n: each answer is a request to the engine with the whole prompt, and with log-probabilities of it "
-                    f"where these are asked for: together {repeated} bytes and more, and the limit is {most}",
+                    f"where these are asked for: together {repeated} bytes, and the limit is {MAX_BODY}",
                     param="n",
                 )
             xargs = body.get(carriers.XARGS) or {}

@@ -316,7 +316,7 @@ def test_many_answers_to_a_long_prompt_are_bounded_together(client: TestClient, 
     for more in ({"n": 1024}, {"n": 64, "prompt_logprobs": "20"}, {"n": 64, "logprobs": 20, "echo": True}):
         told = client.post("/v1/completions", json=ids | more)
         assert (told.status_code, told.json()["error"]["param"], asked) == (413, "n", []), told.text
-    for more in ({"n": 96}, {"prompt_logprobs": 20}, {"n": 64, "logprobs": 20}):
+    for more in ({"n": 256}, {"prompt_logprobs": 20}, {"n": 64, "logprobs": 20}):
         assert client.post("/v1/completions", json=ids | more).status_code == 200
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "a" * 2**20}}
     body = {"model": "tiny", "messages": [{"role": "user", "content": [image]}], "n": 128}

@@ -59,8 +59,10 @@ MAX_LISTED = 65_536
 BYTES_PER_TOKEN, MAX_TOKENS = 4, 10**9
 #: Fields of a message, or of a part of one, that hold what is no text. Elsewhere, as in the schemas of tools, a field
 #: of such a name is anything.
-MEDIA = ("image_url", "audio_url", "video_url", "input_audio", "file", "file_data", "source", "data")
-MEDIA += ("image", "audio", "video", "image_embeds", "audio_embeds", "video_embeds")
+MEDIA = [
+    *("image_url", "audio_url", "video_url", "input_audio", "file", "file_data", "source", "data"),
+    *("image", "audio", "video", "image_embeds", "audio_embeds", "video_embeds"),
+]
 #: Prompts × n of one request, on any engine.
 MAX_ANSWERS = 16_384
 

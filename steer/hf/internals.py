@@ -12,6 +12,8 @@ Tested with transformers 5.19.0 and 5.24.0. What is relied on:
   parameter a tensor of a file becomes, and make it of it, also where the files hold experts one by one;
 * the hooks that record `output_hidden_states` are of the module `_RECORDERS`. A model that was asked for these once has
   such hooks for good;
+* a pass of continuous batching is called with its `cache`, whose `use_prefix_sharing` tells of shared blocks; a manager
+  that is kept for later calls is the model's `_cached_continuous_batching_manager`;
 * `generate(custom_generate=...)` hands over the cache and the inputs as it prepared them, whatever the model calls
   them; `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation` go on from there.
 
@@ -227,6 +229,19 @@ def move_back(cache: DynamicCache, by: Sequence[int]) -> None:
         at = (at % count)[:, None, :, None]
         layer.keys = torch.take_along_dim(layer.keys, at, dim=2)
         layer.values = torch.take_along_dim(layer.values, at, dim=2)
+
+
+def shared_cache(cache: object) -> object | None:
+    """`cache`, where it is paged and requests find in it what others have computed of the same first tokens."""
+    return cache if getattr(cache, "use_prefix_sharing", False) else None
+
+
+def forget_manager(model: PreTrainedModel) -> None:
+    """Have the next `generate_batch` begin with an empty cache, also where `persistent_manager=True` has left one. A
+    manager that runs is not touched."""
+    manager = vars(model).get("_cached_continuous_batching_manager")
+    if manager is not None and not manager.is_running():
+        model.destroy_cached_continuous_batching_manager()
 
 
 def logits_in_pieces(model: Any, ids: Tensor, size: int) -> Generator[Tensor]:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, assert_never
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ KEPT = 64
 
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Anatomy:
@@ -171,6 +173,8 @@ class Steering:
         #: Rows and positions of the pass that runs, as its decoder was called.
         self._tokens: tuple[int, int] | None = None
         self._pass = _Pass()
+        #: Under which of them the caches were filled in which requests find what others have computed.
+        self._filled = WeakKeyDictionary[object, Sequence[RequestSteer | None]]()
         #: How many passes went through the hooks.
         self.passes = 0
         self.watchers: list[Recorder] = []
@@ -196,7 +200,7 @@ class Steering:
         """Put the hooks on, if they are not on yet. The caller must discard what `torch.compile` made before: it would
         run without them."""
         if not self._handles:
-            begin, end = _uncompiled(self._begin), _uncompiled(self._end)
+            begin, end = _uncompiled(self._kept_error(self._begin)), _uncompiled(self._kept_error(self._end))
             decoder = self.anatomy.decoder
             hung = [
                 decoder.register_forward_pre_hook(_Hung(self, begin), with_kwargs=True),
@@ -206,7 +210,8 @@ class Steering:
             in_order = sorted(self._targets, key=lambda hooked: hooked.point.layer)
             for number, hooked in enumerate(in_order):
                 hang = hook_points.on_input if hooked.before else hook_points.on_output
-                handle = hang(hooked.module, _uncompiled(self._transform(hooked.point, 1 << number)))
+                transform = self._kept_error(self._transform(hooked.point, 1 << number))
+                handle = hang(hooked.module, _uncompiled(transform))
                 self._handles.append((hooked.module, handle))
                 internals.record_last(hooked.module)
             self._list = hook_points.find_list(self.anatomy.decoder, self.anatomy.layers)
@@ -302,6 +307,8 @@ class Steering:
                 self._batches = [other for other in self._batches if other is not own]
                 self._lay(self._batches[-1] if self._batches else _Batch(()))
                 self._owner = self._owner if self._batches else None
+        if own.error is not None:
+            raise own.error
         if own.lost is not None and own.lost.any():
             lost = ", ".join(map(str, own.lost.nonzero().flatten().tolist()))
             raise NotFinite(f"spec {lost} of {len(rows)}" if len(rows) > 1 and lengths is None else "")
@@ -334,6 +341,20 @@ class Steering:
         self._kept.clear()
         self.index.fill_with(steers, lengths, starts, tokens)
 
+    def _kept_error(self, hook: Callable[P, T]) -> Callable[P, T]:
+        """`hook`, of which an error on another thread than the batch's is also the batch's: what runs passes there, as
+        `generate_batch`, may go on without the answers that it cost."""
+
+        def kept(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return hook(*args, **kwargs)
+            except Exception as error:
+                if self._batches and self._owner and self._owner[0] != threading.get_ident():
+                    self._batches[-1].error = error
+                raise
+
+        return kept
+
     def _begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
         if torch.is_grad_enabled():  # or nothing is made that autograd could go back through
@@ -346,12 +367,20 @@ class Steering:
             self.owed.clear()
             raise RuntimeError(f"{first!r} was called without `with` and steers nothing: write `with {first!r}: ...`")
         if self.blocks:
-            if torch.compiler.is_exporting():
+            if torch.compiler.is_exporting() or torch._C._is_tracing():
                 raise RuntimeError(
                     f"`with {self.blocks[-1]}:` is open, and a program that torch.export makes of the model would not "
-                    "have its steering: export the plain model outside of the block, or what `steer bake` has written"
+                    "have its steering, and that of torch.jit.trace would have it for good: make it of the plain model "
+                    "outside of the block, or of what `steer bake` has written"
                 )
             self.check_intact()
+        acting = self._rows if any(row is not None for row in self._rows) else ()
+        cache = internals.shared_cache(kwargs.get("cache"))
+        if cache is not None and self._filled.setdefault(cache, acting) is not acting:
+            raise InvalidInput(
+                "this pass would take beginnings of prompts from a cache that was filled under another steering: use a "
+                "manager for each steering, or one with `allow_block_sharing=False` in its ContinuousBatchingConfig"
+            )
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1
         self._pass.reached = 0
@@ -419,6 +448,7 @@ class Steering:
             self._batch.lose(self.index.lost[: self.index.used])
             self.index.keep()
         self._batch = batch
+        internals.forget_manager(self.anatomy.model)
         lengths = [1] * len(batch.rows) if batch.lengths is None else batch.lengths
         self.resize(sum(lengths))
         self._rows = batch.rows if batch.lengths is None else ()
@@ -460,7 +490,11 @@ class Steering:
             return x
         shape = x.shape if operands[0].strengths.dim() == 1 else (count, -1, x.shape[-1])
         moved, lost = operate(x.reshape(shape), operands)
-        self.index.lost[:count].logical_or_(lost.reshape(count, -1).any(-1))
+        lost = lost.reshape(count, -1).any(-1)
+        if not _transformed(lost):
+            self.index.lost[:count].logical_or_(lost)
+        elif bool(torch.func.debug_unwrap(lost).any()):  # within a transform nothing outside of it is written to
+            self._batch.error = NotFinite("")
         return moved.reshape(x.shape)
 
     def _gathered(self, point: HookPoint, count: int) -> list[Operands]:
@@ -469,7 +503,7 @@ class Steering:
             if self._rows:  # a backward pass may come when the index, which is written in place, says other things
                 acting = acting._replace(strengths=acting.strengths.clone())
             operands = gather(self.bank.slices[point], *acting, everywhere=everywhere, turning=turning)
-        if acting.rows.shape[1] <= KEPT:
+        if acting.rows.shape[1] <= KEPT and not any(_transformed(each.vectors) for each in operands):
             self._kept[point] = operands
         return operands
 
@@ -572,13 +606,14 @@ def _check_free(decoder: nn.Module) -> None:
 @dataclass(eq=False, slots=True)
 class _Batch:
     """Rows of passes, or, with `lengths`, requests of a packed one, where they start and its tokens; and which rows or
-    tokens are lost, `[…]` bool on the device, None before any is looked at."""
+    tokens are lost, `[…]` bool on the device, None before any is looked at; and an error that another thread had."""
 
     rows: Sequence[RequestSteer | None]
     lengths: Sequence[int] | None = None
     starts: Sequence[int] | None = None
     tokens: Tokens | None = None
     lost: Tensor | None = None
+    error: Exception | None = None
 
     def lose(self, flags: Tensor) -> None:
         self.lost = flags.clone() if self.lost is None else self.lost | flags
@@ -637,6 +672,11 @@ def _tokens_of(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int
         if isinstance(given, Tensor) and given.dim() >= 2:
             return int(given.shape[0]), int(given.shape[1])
     return None
+
+
+def _transformed(tensor: Tensor) -> bool:
+    """Is it of a transform of torch.func (`grad`, `vjp`, `jvp`, `vmap`), beyond which it has no value?"""
+    return torch.func.debug_unwrap(tensor) is not tensor
 
 
 def _uncompiled(hook: Callable[..., T]) -> Callable[..., T]:

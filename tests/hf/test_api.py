@@ -30,6 +30,7 @@ import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import steer
 from steer.errors import DirectionError, InvalidInput, NoRoom, NotFinite, SpecError, UnknownDirection, UnsupportedModel
@@ -322,6 +323,91 @@ def test_a_block_is_not_exported_without_its_steering(d: steer.Direction, what: 
             logits(model)
             with pytest.raises(Exception, match=r"would not have its steering|torch\.compiler\.disable"):
                 torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, strict=strict)
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop.*batching rule:UserWarning")
+def test_transforms_of_functions_are_steered(d: steer.Direction) -> None:
+    model = models.tiny("llama")
+    embedded = model.get_input_embeddings()(IDS)
+
+    def of(embeddings: Tensor) -> Tensor:
+        out: Tensor = model(inputs_embeds=embeddings, use_cache=False).logits
+        return out
+
+    with steer.attach(model, {"d": d}) as steering, steering("d:one_sided=0.7"):
+        with torch.enable_grad():
+            given = embedded.clone().requires_grad_()
+            (wanted,) = torch.autograd.grad(of(given)[:, -1].square().sum(), given)
+            found = torch.func.grad(lambda x: of(x)[:, -1].square().sum())(embedded)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.vmap(lambda x: of(x[None])[0])(embedded), of(embedded))
+        torch.testing.assert_close(of(embedded), logits(model))
+    wild = replace(d, weights=torch.full_like(d.weights, 1e12))
+    with steer.attach(model, {"wild": wild}) as steering, pytest.raises(NotFinite), steering("wild=-10"):
+        torch.vmap(lambda x: of(x[None])[0])(embedded)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_block_is_not_traced_with_its_steering_for_good(d: steer.Direction) -> None:
+    model = models.tiny("llama")
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return logits(self.model, ids)
+
+    with steer.attach(model, {"d": d}) as steering, steering("d"):
+        logits(model)
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.trace would have it for good"):
+            torch.jit.trace(Logits(), (IDS,), check_trace=False)
+
+
+def batched(model: Any, **options: Any) -> list[list[int]]:
+    """Greedy answers by continuous batching."""
+    config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=64)
+    greedy = tf.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found = model.generate_batch(IDS[:2].tolist(), greedy, config, **options)
+    return [one.generated_tokens for one in found.values()]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_no_answer_begins_with_what_was_computed_under_another_steering(d: steer.Direction, kept: bool) -> None:
+    """Requests of continuous batching share the blocks of equal beginnings, also with those of an earlier call."""
+    model = models.tiny("llama")
+    plain = batched(model, persistent_manager=kept)
+    with steer.attach(model, {"d": d}) as steering:
+        with steering("d"):
+            steered = batched(model)
+        assert steered != plain
+        for _ in range(2):
+            with steering("d"):
+                assert batched(model, persistent_manager=kept) == batched(model, persistent_manager=kept) == steered
+            assert batched(model, persistent_manager=kept) == plain
+        with steering("d"):
+            batched(model, persistent_manager=kept)
+    assert batched(model, persistent_manager=kept) == plain
+
+
+def test_a_pass_that_fails_on_another_thread_ends_its_block_with_the_error(d: steer.Direction) -> None:
+    """`generate_batch` gives no answers then, and raises nothing."""
+    model = models.tiny("llama")
+    with steer.attach(model, {"d": d}) as steering:
+        with pytest.raises(InvalidInput, match="2 specs for a pass of 1 rows"), steering("off", "d"):
+            assert batched(model) == [[], []]
+        config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=64)
+        greedy = tf.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        with model.continuous_batching_context_manager(greedy, continuous_batching_config=config) as manager:
+
+            def asked() -> Any:
+                manager.add_request(IDS[0].tolist())
+                return manager.get_result(timeout=60)
+
+            assert asked().generated_tokens
+            with pytest.raises(InvalidInput, match="filled under another steering"), steering("d"):
+                assert asked().error
 
 
 @pytest.mark.parametrize("sites", [("resid_post",), ("resid_post", "writers")])

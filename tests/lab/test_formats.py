@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import gguf
 import pytest
@@ -482,6 +483,17 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.
     with pytest.raises(InvalidInput, match="anything else in it is refused"):
         formats.read(tmp_path / "m.pt", FOREIGN)
     assert "must not run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [b"\x80\x02.", b"\x80\x020.", b"\x80\x02K\x01Q.", b"\x80\x02cbuiltins\n"])
+def test_a_pickle_that_is_broken_is_refused(tmp_path: Path, program: bytes) -> None:
+    """It takes from a stack that is empty, or names what is none: torch has an error of its own for each."""
+    torch.save(torch.ones(D), tmp_path / "whole.pt")
+    with ZipFile(tmp_path / "whole.pt") as whole, ZipFile(tmp_path / "direction.pt", "w") as broken:
+        for name in whole.namelist():
+            broken.writestr(name, program if name.endswith("data.pkl") else whole.read(name))
+    with pytest.raises(InvalidInput, match="cannot be read as a file of tensors"):
+        formats.read(tmp_path / "direction.pt", FOREIGN)
 
 
 def test_our_own_files_go_through_unchanged_and_unknown_ones_are_named(model: Any, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def _beside(
     ratios = {
         name: Difference.of(ratio_of_means(kls[other], kls[name]), signed_rank(np.log(kls[other]), np.log(kls[name])))
         for name, other in pairs.items()
-        if kls
+        if kls and kls[other].max() > ROUNDING  # a multiple of rounding says nothing
     }
     ratios = figures.corrected(ratios)
     return tuple(

@@ -206,6 +206,7 @@ def test_arms_are_compared_with_each_other_prompt_by_prompt(
     assert "Arms beside each other" in page
     paired = Evaluation(probe, replace(wanted, against="d:ablate"), Cache(tmp_path, {})).run().comparisons
     assert [(one.arm, one.against) for one in paired] == [(b.name, a.name) for a, b in zip(arms, same, strict=True)]
+    assert [one.kl is None for one in paired] == [True, False, False], "strength 0 costs nothing to be a multiple of"
     dosed = replace(plan([arms[2], same[2]], loaded), doses=(0.01, 0.02), against="d:ablate")
     found = Evaluation(probe, dosed, Cache(tmp_path, {})).run()
     strengths = {(one.way, one.kl): one.strength for one in found.doses}

@@ -24,6 +24,7 @@ from steer.lab.evaluator import Candidate, Evaluator, Floats, each_row, named
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, Rendering
+from steer.lab.source import apart, looks_ahead
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
 
@@ -40,11 +41,6 @@ MOST = 512
 LOGIT_BYTES, KEPT_BYTES = 2**29, 2**30
 #: Tokens of such a pass on a CPU, at most: what it works on stays in the processor's cache.
 CPU_TOKENS = 4096
-
-
-#: How far the logits of a padded row may be from those of the row alone, by their spread: rounding is far less. By the
-#: stream's dtype, and in 16 bits.
-APART, APART_16 = {torch.float32: 0.01}, 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +95,8 @@ class HFEvaluator(Evaluator):
                 f"{type(anatomy.model).__name__}: a pass over a padded batch fails ({short(error)}), so that it cannot "
                 "be tried in batches; accepted: a model that transformers runs with a mask and a cache"
             ) from error
-        ids = right_padded([long, long[:5]], self._pad, anatomy.device)
-        right = anatomy.model(input_ids=ids, use_cache=False).logits[1, 4]
-        size = (alone[0].float() - alone[0].float().mean()).norm()
-        apart = APART.get(anatomy.dtype, APART_16)
-        for side, found in (("in front", left[1]), ("at the end", right)):
-            if not bool((found.float() - alone[0].float()).norm() <= apart * size):
+        for side, seen in (("in front", apart(left[1], alone[0], anatomy.dtype)), ("at the end", looks_ahead(anatomy))):
+            if seen:
                 raise UnsupportedModel(
                     f"{type(anatomy.model).__name__}: padding {side} of a row changes its answer, so that it cannot be "
                     "tried in batches"

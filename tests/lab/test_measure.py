@@ -284,6 +284,18 @@ def test_a_padded_batch_is_read_without_its_padding() -> None:
     torch.testing.assert_close(read.own[0], own, rtol=1e-6, atol=1e-6)
 
 
+def test_a_model_that_looks_ahead_sees_no_padding() -> None:
+    """PaliGemma without an image takes all of a text for its prefix."""
+    gemma = tf.GemmaConfig(**models._SHAPE)
+    seeing = models.wrappers()["gemma3_vision"].vision_config
+    torch.manual_seed(0)
+    model = tf.PaliGemmaForConditionalGeneration(tf.PaliGemmaConfig(text_config=gemma, vision_config=seeing)).eval()
+    source = TransformersSource(Loaded("tiny", None, model, models.tokenizer()))
+    alone, together = (measure(source, HARMFUL, HARMLESS, batch_size=size) for size in (1, None))
+    torch.testing.assert_close(together.harmful.mean, alone.harmful.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together.harmful.mean_all, alone.harmful.mean_all, rtol=1e-4, atol=1e-4)
+
+
 def gemma3n() -> Any:
     """A stream of four vectors for each token."""
     shape = models._shape(

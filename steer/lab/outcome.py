@@ -228,7 +228,8 @@ def fault(answer: Answer, beside: Answer | None, limit: int | None, prompt: Prom
     ids, said = answer.ids, after_thinking(answer.text) or ""
     if looped(ids):
         return "looped"
-    if not any(letter.isalnum() or unicodedata.category(letter)[0] == "S" or letter in "[]{}()*#" for letter in said):
+    signs = said.replace("```", "")
+    if not any(letter.isalnum() or unicodedata.category(letter)[0] == "S" or letter in "[]{}()*#" for letter in signs):
         return "empty"
     if prompt is not None and echoed(said, question(prompt)):
         return "echoed"

@@ -49,7 +49,7 @@ def test_repetition_is_the_share_of_4_grams_seen_before() -> None:
     assert fault(answer(many[-20:]), None, None) is None, "too short to tell"
 
 
-@pytest.mark.parametrize("text", ["", "  \n", "...!?", "—"])
+@pytest.mark.parametrize("text", ["", "  \n", "...!?", "—", "```", "```\n```"])
 def test_nothing_is_empty(text: str) -> None:
     assert fault(answer([1, 2, 3], text), None, None) == "empty"
 
@@ -208,6 +208,12 @@ def test_precision_and_recall_do_not_fall(label: str, precision: float, recall: 
     right = sum(told and true for told, true in found)
     assert right / sum(told for told, _ in found) >= precision
     assert right / sum(true for _, true in found) >= recall
+
+
+def test_what_the_rules_were_tuned_on_is_told() -> None:
+    tuned = [item for item in LABELLED if not item["held_out"] and item["label"] != "deflected"]
+    wrong = [item["answer"] for item in tuned if tell(REFUSAL, Answer.of(item["answer"])).outcome != item["label"]]
+    assert len(wrong) <= 0.03 * len(tuned), wrong
 
 
 def test_the_set_is_what_it_says() -> None:

@@ -330,6 +330,8 @@ def test_the_slider_has_the_range_and_the_words_of_its_mode(demo: Server, visit:
         expect(opened.page.locator("#strength")).to_have_value("1")
     opened.set("#number", "7")
     expect(opened.page.locator("#strength")).to_have_value("7")  # it goes as far as what is asked for
+    opened.set("#number", "")
+    expect(opened.page.locator("#number")).to_have_value("7")  # nothing is not 0
     expect(opened.page.locator("#colours")).to_contain_text("Orange: it leans the way")
 
 
@@ -749,6 +751,10 @@ def test_the_profile_shows_every_layer_and_picks_one(demo: Server, visit: Open) 
     assert box
     charts.nth(0).click(position={"x": box["width"] * 2.5 / 8, "y": 30})
     expect(opened.page.locator("#layer-text")).to_have_text("2")
+    gap = "([title, value]) => value.getBoundingClientRect().left - title.getBoundingClientRect().right"
+    for layer in range(len(profile)):
+        opened.page.fill("#layer", str(layer))
+        assert all(chart.locator("text").evaluate_all(gap) > 0 for chart in charts.all()), "no text lies on another"
     expect(opened.page.locator("#facts")).to_contain_text(digest(DEMO.read_bytes()))
 
 
@@ -956,15 +962,17 @@ HOSTILE = "# Title\n\n- **one** `two`\n- <img src=x onerror=alert(1)>\n\n[go](ja
 def test_chats_are_kept_exported_and_linked_without_asking(demo: Server, visit: Open) -> None:
     opened = visit(demo)
     page = opened.page
-    opened.send()
+    message = f"{QUESTION} It comes back, whatever I do, and I have tried for hours."
+    opened.send(message)
     assert page.evaluate("localStorage.length") == 0, "nothing is kept unless it is wanted"
     page.set_checked("#keep", True)
     texts = [opened.text(side) for side in ("plain", "steered")]
     page.reload()
     expect(page.locator("#chats li")).to_have_count(1)
+    assert opened.wider() == 0, "everything is seen, however long the message"
     assert not page.locator(".side").count()
     before = len(opened.asked())
-    page.locator("#chats").get_by_role("button", name=QUESTION, exact=True).click()
+    page.locator("#chats").get_by_role("button", name=message, exact=True).click()
     assert [opened.text(side) for side in ("plain", "steered")] == texts
     with page.expect_download() as download:
         page.click("#export")
@@ -975,7 +983,7 @@ def test_chats_are_kept_exported_and_linked_without_asking(demo: Server, visit: 
     link = page.input_value("#link")
     page.click("#forget")
     expect(page.locator("#chats li")).to_have_count(0)
-    assert QUESTION not in page.evaluate("JSON.stringify(localStorage)")
+    assert message not in page.evaluate("JSON.stringify(localStorage)")
     page.set_checked("#keep", False)
     assert page.evaluate("localStorage.length") == 0
     other = visit(demo)
@@ -986,7 +994,7 @@ def test_chats_are_kept_exported_and_linked_without_asking(demo: Server, visit: 
     assert not other.asked(), "a link asks nothing"
     assert len(opened.asked()) == before
     other.send("Hello!")
-    assert [m["content"] for m in other.asked()[0]["messages"]] == [QUESTION, texts[0], "Hello!"]
+    assert [m["content"] for m in other.asked()[0]["messages"]] == [message, texts[0], "Hello!"]
 
 
 def test_what_is_left_while_it_is_answered_is_kept_and_nothing_empty(demo: Server, visit: Open) -> None:

@@ -5,7 +5,7 @@ import { el, shown, svg } from "./dom.js";
 const WIDTH = 308, HEIGHT = 62, LEFT = 4, RIGHT = 4;
 const PLOTS = [
   { title: "Angle between the class means", unit: "°", lines: [["angle", ""]], from: 0 },
-  { title: "Components: harmful ─, harmless ╌", lines: [["component_harmful", ""], ["component_harmless", "other"]], from: 0 },
+  { title: "Harmful ─, harmless ╌", lines: [["component_harmful", ""], ["component_harmless", "other"]], from: 0 },
   { title: "Cosine to the next layer", lines: [["cosine_next", ""]], range: [-1, 1] },
 ];
 

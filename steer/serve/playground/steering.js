@@ -25,7 +25,7 @@ export class Steering {
     for (const field of FIELDS) $(field).addEventListener("change", () => this.set({ [field]: $(field).value.trim() || this.where(this.listed)[field] }));
     $("strength").addEventListener("input", () => this.set({ strength: Number($("strength").value) }, false));
     $("strength").addEventListener("change", () => this.set({ strength: Number($("strength").value) }));
-    $("number").addEventListener("change", () => this.set({ strength: Number($("number").value) }));
+    $("number").addEventListener("change", () => this.set({ strength: $("number").value === "" ? this.entry.strength : Number($("number").value) }));
     $("default").addEventListener("click", () => this.set(this.defaults(this.entry.direction, this.at)));
     $("add").addEventListener("click", () => {
       this.at = this.entries.push(this.defaults(this.free[0])) - 1;

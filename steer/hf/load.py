@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -90,20 +91,19 @@ def load(
     options = {**source.options, "trust_remote_code": trust_remote_code}
     config = _config(name, source, trust_remote_code)
     check_causal(name, config)
-    try:
+    of_tokenizer = (
+        "it has no tokenizer that transformers can read (tokenizer.json and tokenizer_config.json, as "
+        "`save_pretrained` writes them): "
+    )
+    with _reading(name, of_tokenizer):
         tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UnsupportedModel(
-            f"cannot load the model '{name}': it has no tokenizer that transformers can read (tokenizer.json and "
-            f"tokenizer_config.json, as `save_pretrained` writes them): {first_line(error)}"
-        ) from error
     if chat_template:
         tokenizer.chat_template = chat_template.read_text("utf-8")
     elif not tokenizer.chat_template:
         tokenizer.chat_template = _template_of_processor(source)
     # packed weights cannot be moved: what unpacks them puts them where they belong
     placed = device_map or ({"": device} if getattr(config, "quantization_config", None) else None)
-    try:
+    with _reading(name):
         model, told = auto_class(name, config, trust_remote_code=trust_remote_code).from_pretrained(
             source.name,
             dtype=wanted,
@@ -112,8 +112,6 @@ def load(
             **options,
             **({"device_map": placed} if placed else {}),
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UnsupportedModel(f"cannot load the model '{name}': {error}") from error
     if missing := sorted(told["missing_keys"]):
         raise UnsupportedModel(
             f"cannot load the model '{name}': its files lack {len(missing)} weights of {type(model).__name__}, which "
@@ -154,7 +152,7 @@ def load_classifier(name: str) -> tuple[Any, Any]:
 
     try:
         return AutoModelForSequenceClassification.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any class, as in `_reading`
         raise UnsupportedModel(f"'{name}' is no sequence classifier that can be loaded: {error}") from error
 
 
@@ -166,16 +164,30 @@ def read_config(name: str, revision: str | None = None, *, trust_remote_code: bo
 def _config(name: str, source: ModelLocation, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    try:
+    with _reading(name):
         return AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.options)
-    except (OSError, ValueError, ImportError) as error:
-        said = str(error)
+
+
+@contextmanager
+def _reading(name: str, what: str = "") -> Iterator[None]:
+    """What transformers raises over the files of a model, which may be of any class, as an UnsupportedModel."""
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
         if "trust_remote_code" in said:
             said = (
                 "it needs Python code that comes with it, which is not run unasked; accepted: --trust-remote-code "
                 "(trust_remote_code=True in Python), if you trust its authors with this machine"
             )
-        raise UnsupportedModel(f"cannot load the model '{name}': {said}") from error
+        elif not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
+            said = (
+                f"a file of it cannot be read ({type(error).__name__}: {said[:200]}): fetch it again if the download "
+                "broke off, or if it is a pointer of Git LFS"
+            )
+        raise UnsupportedModel(f"cannot load the model '{name}': {what}{said}") from error
 
 
 def auto_class(name: str, config: PreTrainedConfig, *, whole: bool = False, trust_remote_code: bool = False) -> Any:

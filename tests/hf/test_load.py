@@ -138,6 +138,24 @@ class Packed(torch.nn.Linear):
         return x @ (self.weight.to(x.dtype) * self.scale.to(x.dtype)).T
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1"),
+        ("model.safetensors", ""),
+        ("tokenizer.json", "{}"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "32"}'),
+    ],
+)
+def test_a_file_that_is_damaged_is_said_whatever_transformers_raises(
+    tiny_folder: Path, tmp_path: Path, file: str, content: str
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / file).write_text(content)
+    with pytest.raises(UnsupportedModel, match=r"a file of it cannot be read \(.*fetch it again"):
+        load(str(folder))
+
+
 @pytest.mark.parametrize("packed", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("site", ["resid_post", "writers"])
 def test_the_dtype_is_that_of_the_stream_and_not_of_packed_weights(packed: torch.dtype, site: Site) -> None:

@@ -781,13 +781,19 @@ def test_a_file_that_cannot_be_written_is_an_error_and_no_traceback(
     tiny_folder: Path, sets: tuple[str, str], tmp_path: Path
 ) -> None:
     """A limit on the size of files stands for a full disk."""
-    output = tmp_path / "m.safetensors"
-    given = ["measure", str(tiny_folder), "--harmful", sets[0], "--harmless", sets[1], "-o", str(output)]
-    done = subprocess.run([sys.executable, "-c", FULL, *given], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
-    for words in (f"error: {output}: ", "File too large", "give the same command again to go on from here"):
-        assert words in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    output, direction = tmp_path / "m.safetensors", tmp_path / "d.safetensors"
+    derived(tiny_folder, sets, direction, "--layer", "1")
+    before = set(tmp_path.iterdir())
+    measure = ["measure", str(tiny_folder), "--harmful", sets[0], "--harmless", sets[1], "-o", str(output)]
+    bake = ["bake", str(tiny_folder), "--direction", str(direction), "--mode", "ablate", "-o", str(tmp_path / "baked")]
+    for given, start, end in (
+        (measure, f"error: {output}: ", "File too large (os error 27): give the same command again to go on from here"),
+        (bake, f"error: {tmp_path}/.baked.tmp/", "] File too large"),
+    ):
+        done = subprocess.run([sys.executable, "-c", FULL, *given], capture_output=True, text=True, timeout=300)
+        last = done.stderr.splitlines()[-1]
+        assert (done.returncode, last.startswith(start), last.endswith(end)) == (2, True, True), done.stderr
+        assert set(tmp_path.iterdir()) == before
 
 
 def test_a_model_that_is_nowhere_is_looked_for_once(sets: tuple[str, str], tmp_path: Path) -> None:

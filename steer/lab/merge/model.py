@@ -112,7 +112,11 @@ def _write(planned: RemovalPlan, output: Path, preserve_norms: bool, progress: P
     writers = {writer.name: writer for writer in planned.writers}
     untied = None if planned.removal.at(EMBEDDING) is None else streamed.tied
     ignored = shutil.ignore_patterns(*_NOT_COPIED)
-    shutil.copytree(checkpoint.folder, output, ignore=ignored, dirs_exist_ok=True)
+    try:
+        shutil.copytree(checkpoint.folder, output, ignore=ignored, dirs_exist_ok=True)
+    except shutil.Error as error:  # all files that could not be copied, in one list
+        _, target, why = error.args[0][0]
+        raise OSError(f"{target}: {why.partition(': ')[0]}") from error
     weight_map: dict[str, str] = {}
     count = size = 0
     progress.plan(MERGING, len(checkpoint.map))

@@ -28,6 +28,7 @@ from steer.runtime.bank import (
     operate_before_norm,
 )
 from steer.runtime.op import GATE, amount, coefficients, component, embedding_coefficients
+from steer.runtime.selfcheck import same_norm
 from steer.runtime.token_index import TokenIndex, slot, slots_of
 from steer.spec import Condition, Entry, Spec
 from tests import models
@@ -461,6 +462,22 @@ def test_what_a_norm_reads_next_is_the_operation_with_its_mean_square(rank: int,
     kept, before, after = ~lost & steered, *(v.double().square().mean(-1, keepdim=True) for v in (x, y))
     allowed = 16 * torch.finfo(torch.float32).eps * (before + after)
     assert bool(((mean_square - after).abs() <= allowed)[kept].all())
+
+
+@given(st.integers(0, 2**32))
+@law
+def test_a_norm_of_streams_as_real_models_have_passes_the_self_check(seed: int) -> None:
+    """They are long, and a few of their dimensions and of the norm's weights are most of them."""
+    t, index, generator = bank(rank=1, rows=8), TokenIndex(1, 64, "cpu"), torch.Generator().manual_seed(seed)
+    t.load("a", DIRECTIONS["a"])
+    index.fill_with([t.steer(spec(("a", "ablate", 1.0)))], [64])
+    scale, weight = torch.randn(2, models.D_MODEL, generator=generator).mul(2).exp()
+    x = 1e4 * scale * torch.randn(64, models.D_MODEL, generator=generator)
+    y, _, mean_square = operate_before_norm(x, gather(t.slices[POINTS[1]], *index.first(64)), torch.float32)
+    due = weight * y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)
+    for eps in (torch.finfo(torch.float32).eps, torch.finfo(torch.bfloat16).eps):
+        assert same_norm(weight * y * torch.rsqrt(mean_square + 1e-6), due, eps)
+        assert not same_norm(due * (1 + 3 * eps + 1e-5), due, eps)
 
 
 @given(st.integers(0, 2**32), st.integers(-12, 12), st.sampled_from(DTYPES))

@@ -362,10 +362,6 @@ class Steering:
                 self._check_again()
                 return
             self._graphs.begins()
-        if self.owed:
-            first, *_ = self.owed
-            self.owed.clear()
-            raise RuntimeError(f"{first!r} was called without `with` and steers nothing: write `with {first!r}: ...`")
         if self.blocks:
             if torch.compiler.is_exporting() or torch._C._is_tracing():
                 raise RuntimeError(
@@ -389,6 +385,10 @@ class Steering:
                 f"{len(self._rows)} specs for a pass of {tokens[0]} rows: give one spec for all rows, or a number of "
                 "specs that divides the rows (a spec for each row; beams and several answers follow their row)"
             )
+        if self.owed:
+            first, *_ = self.owed
+            self.owed.clear()
+            raise RuntimeError(f"{first!r} was called without `with` and steers nothing: write `with {first!r}: ...`")
         for watcher in self.watchers:
             watcher.begin(tokens)
 

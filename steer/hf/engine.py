@@ -10,13 +10,7 @@ import abc
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    aclosing,
-    closing,
-    contextmanager,
-)
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, closing, contextmanager
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 

@@ -24,16 +24,7 @@ from steer.hf.load import text_architecture
 from steer.hf.recomputation import Passes, going_backward
 from steer.names import Site
 from steer.runtime import hook_points, selfcheck
-from steer.runtime.bank import (
-    EMBEDDING,
-    DirectionBank,
-    HookPoint,
-    LocalPlacement,
-    Operands,
-    decide,
-    gather,
-    operate,
-)
+from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint, LocalPlacement, Operands, decide, gather, operate
 from steer.runtime.memory import lasting
 from steer.runtime.readout import ReadIndex, Recorder
 from steer.runtime.token_index import RequestSteer, TokenIndex, Tokens

@@ -97,6 +97,7 @@ class Attached:
                 f"{type(model).__name__}: its decoder {type(self._steering.anatomy.decoder).__name__} is not called "
                 "when the model is, so that no pass would be noticed"
             )
+        self._steering.caches_are_users = True
         self._registry = Registry(self._steering.placement(), quiet=True)
         self._load(directions)
         self._attach()

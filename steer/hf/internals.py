@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, core_model_loading
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -234,6 +234,12 @@ def move_back(cache: DynamicCache, by: Sequence[int]) -> None:
 def shared_cache(cache: object) -> object | None:
     """`cache`, where it is paged and requests find in it what others have computed of the same first tokens."""
     return cache if getattr(cache, "use_prefix_sharing", False) else None
+
+
+def past_of(given: Mapping[str, object]) -> Cache | None:
+    """The cache that a pass goes on from, among what its decoder is called with."""
+    found = (given.get(name) for name in ("past_key_values", "cache_params"))
+    return next((cache for cache in found if isinstance(cache, Cache)), None)
 
 
 def forget_manager(model: PreTrainedModel) -> None:

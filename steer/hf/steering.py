@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -164,7 +165,9 @@ class Steering:
         #: Rows and positions of the pass that runs, as its decoder was called.
         self._tokens: tuple[int, int] | None = None
         self._pass = _Pass()
-        #: Under which of them the caches were filled in which requests find what others have computed.
+        #: Whether who calls the model may bring a cache along; ours go from one steering to another on purpose.
+        self.caches_are_users = False
+        #: Under which of them caches were filled last.
         self._filled = WeakKeyDictionary[object, Sequence[RequestSteer | None]]()
         #: How many passes went through the hooks.
         self.passes = 0
@@ -361,13 +364,7 @@ class Steering:
                     "outside of the block, or of what `steer bake` has written"
                 )
             self.check_intact()
-        acting = self._rows if any(row is not None for row in self._rows) else ()
-        cache = internals.shared_cache(kwargs.get("cache"))
-        if cache is not None and self._filled.setdefault(cache, acting) is not acting:
-            raise InvalidInput(
-                "this pass would take beginnings of prompts from a cache that was filled under another steering: use a "
-                "manager for each steering, or one with `allow_block_sharing=False` in its ContinuousBatchingConfig"
-            )
+        self._check_cache(kwargs)
         self._tokens = tokens = _tokens_of(args, kwargs)
         self.passes += 1
         self._pass.reached = 0
@@ -382,6 +379,26 @@ class Steering:
             raise RuntimeError(f"{first!r} was called without `with` and steers nothing: write `with {first!r}: ...`")
         for watcher in self.watchers:
             watcher.begin(tokens)
+
+    def _check_cache(self, given: dict[str, object]) -> None:
+        """Raise InvalidInput, or warn where it is one request's own, for a cache that was filled under another steering
+        than the pass has: what is in it is not computed again."""
+        acting = self._rows if any(row is not None for row in self._rows) else ()
+        cache = internals.shared_cache(given.get("cache"))
+        if cache is not None and self._filled.setdefault(cache, acting) is not acting:
+            raise InvalidInput(
+                "this pass would take beginnings of prompts from a cache that was filled under another steering: use a "
+                "manager for each steering, or one with `allow_block_sharing=False` in its ContinuousBatchingConfig"
+            )
+        if self.caches_are_users and (past := internals.past_of(given)) is not None:
+            if self._filled.get(past, acting) is not acting and past.get_seq_length():
+                warnings.warn(
+                    "a pass goes on from a cache that was filled under another steering: the tokens in it stay as they "
+                    "were; begin with an empty cache for what is to be steered, or plain, as a whole",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            self._filled[past] = acting
 
     def _end(self, _args: object, output: object) -> None:
         """After each pass of the decoder, whole or broken off by an error, which has no output."""

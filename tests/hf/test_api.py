@@ -391,6 +391,28 @@ def test_no_answer_begins_with_what_was_computed_under_another_steering(d: steer
     assert batched(model, persistent_manager=kept) == plain
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_that_goes_from_one_steering_to_another_is_told(d: steer.Direction, static: bool) -> None:
+    model = models.tiny("llama")
+
+    def made() -> Any:
+        return tf.StaticCache(model.config, 64) if static else tf.DynamicCache(config=model.config)
+
+    with steer.attach(model, {"d": d}) as steering:
+        cache = made()
+        with steering("d"):
+            model(IDS[:, :6], past_key_values=cache)
+            model(IDS[:, 6:], past_key_values=cache)
+        with pytest.warns(RuntimeWarning, match="filled under another steering"):
+            model(IDS[:, 6:], past_key_values=cache)
+        model(IDS[:, 6:], past_key_values=cache)  # told once
+        with steering("off"):  # plain as well
+            model(IDS[:, 6:], past_key_values=cache)
+        for spec in ("d", "off", "d"):
+            with steering(spec):
+                model.generate(IDS, **GREEDY, **({"cache_implementation": "static"} if static else {}))
+
+
 def test_a_pass_that_fails_on_another_thread_ends_its_block_with_the_error(d: steer.Direction) -> None:
     """`generate_batch` gives no answers then, and raises nothing."""
     model = models.tiny("llama")

@@ -434,7 +434,7 @@ def test_derive_weighs_layers(
         run(*base, *options)
         return Direction.load(output).weights.tolist()
 
-    listed.write_text("[0, 1.25, -0.5]")
+    listed.write_text("\ufeff[0, 1.25, -0.5]", "utf-8")
     assert weights("--layers", "1-2") == [0, 1, 1]
     assert weights("--layers", "0") == [1, 0, 0]
     assert weights("--weights", str(listed)) == [0, 1.25, -0.5]
@@ -446,13 +446,15 @@ def test_derive_weighs_layers(
         (("--layers", "1-3"), "--layers: '1-3' is not accepted"),
         (("--weights", "peak=1,broad=2"), "--weights: broad: "),
         (("--weights", "peak=3,width=1"), "the layers are 0 to 2"),
+        (("--weights", "peak=1,width=1,peak=2"), "'peak=1,width=1,peak=2' gives a parameter twice"),
         (("--weights", str(measured)), "cannot be read as JSON"),
         (("--weights", "1,0.5"), "accepted: peak=LAYER,width=LAYERS,least=SHARE,most=WEIGHT, or a JSON file"),
         (("--weights", str(listed), "--layers", "0"), "nothing would be steered"),
     ):
         assert says in run(*base, *options, code=2).stderr
-    at_writers = ("--sites", "writers", "--layers", "1-2", "--mlp-weights", str(listed))
+    at_writers = ("--sites", "writers,writers", "--layers", "1-2", "--mlp-weights", str(listed))
     assert weights(*at_writers) == [0, 1, 1]
+    assert Direction.load(output).meta.sites == ("writers",), "said once"
     made = json.loads(run("inspect", str(output), "--json").stdout)["profile"]
     assert [layer["mlp_weight"] for layer in made] == [0, 1.25, -0.5]
     table = run("inspect", str(output)).stdout.splitlines()

@@ -338,8 +338,11 @@ class Bell(BaseModel, extra="forbid"):
 def _kernel(option: str, text: str, depth: int) -> list[float]:
     from steer.lab.derive import layer_weights
 
+    pairs = [part.partition("=")[::2] for part in opt.split(text)]
+    if len(given := dict(pairs)) < len(pairs):
+        raise InvalidInput(f"{option}: '{text}' gives a parameter twice")
     try:
-        bell = Bell.model_validate(dict(part.partition("=")[::2] for part in opt.split(text)))
+        bell = Bell.model_validate(given)
     except ValidationError as error:
         raise InvalidInput(f"{option}: {problem}" for problem in problems_of(error, "the bell", Bell)) from error
     if bell.peak >= depth:
@@ -351,7 +354,7 @@ def _listed(option: str, file: str) -> list[float]:
     import json
 
     try:
-        numbers = json.loads(Path(file).read_text("utf-8"))
+        numbers = json.loads(Path(file).read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(
             f"{option}: {file}: cannot be read as JSON: {getattr(error, 'strerror', error)}; accepted: "

@@ -271,6 +271,11 @@ class SharedOptions(BaseModel):
         """They may be one text, separated by commas."""
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
+    @field_validator("sites")
+    @classmethod
+    def _once(cls, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        return tuple(dict.fromkeys(sites))
+
     @property
     def batch(self) -> int | None:
         return None if self.batch_size == "auto" else self.batch_size

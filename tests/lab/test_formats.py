@@ -277,6 +277,11 @@ def test_an_exported_control_vector_adds_what_add_adds_and_another_mode_is_warne
         formats.write(tmp_path / "v.gguf", models.direction(model, k=2))
     with pytest.raises(InvalidInput, match="no length to add with"):
         formats.write(tmp_path / "v.gguf", models.direction(model).with_meta(modes=("ablate",)))
+    made.weights[1:] = 0
+    for name in ("none.gguf", "none.glp.gguf"):
+        with pytest.raises(InvalidInput, match="acts at layer 0 alone"):
+            formats.write(tmp_path / name, made.with_meta(strength=1.0))
+        assert not (tmp_path / name).exists()
 
 
 def test_bad_control_vectors_are_refused(tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def write(path: Path, direction: Direction) -> list[str]:
 def _written(path: Path, direction: Direction, rows: Tensor) -> Iterator[Any]:
     """Write the file with `rows` `[layers, k, d_model]`; what describes them is added to the writer meanwhile."""
     meta = direction.meta
+    if not rows[1:].any():
+        raise InvalidInput(f"{path}: it would be empty: this direction acts at layer 0 alone, which has no name there")
     with replacing(path) as temporary:
         writer = imported("gguf", f"{path}: GGUF", "'steer-llm[gguf]'").GGUFWriter(temporary, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", re.sub(r"For[A-Z].*", "", meta.architecture).lower())

@@ -183,6 +183,7 @@ def _wrap_processors(engine: types.LLMEngine | types.AsyncLLM, frontend: Fronten
 
 def _fold_salt(request: types.EngineRequest) -> None:
     """A steered request's blocks are found by requests of the same spec alone; a plain request is left as it is."""
+    internals.engine.check_numbers(request)
     if SALT in (request.cache_salt or ""):
         raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
     text = receipt_of(request.sampling_params)

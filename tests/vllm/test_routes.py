@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from steer import readout
-from steer.errors import NoRoom, SpecError, UnsupportedModel
+from steer.errors import InvalidInput, NoRoom, SpecError, UnsupportedModel
 from steer.registry import Registry
 from steer.serve.authorise import Caller, Refusal, admit
 from steer.serve.carriers import Carried
@@ -402,6 +402,34 @@ def test_another_priority_needs_the_managing_role_whatever_gives_it(engine: Engi
             assert priority
         finally:
             passage.reset(token)
+
+
+def test_no_request_brings_what_no_model_computes_with() -> None:
+    """It would be in blocks of the cache that others get later."""
+    import torch
+
+    from steer.vllm.plugin import _fold_salt
+
+    def asking(embeds: torch.Tensor | None = None, **fields: Any) -> Any:
+        data = {name: types.SimpleNamespace(data=value) for name, value in fields.items()}
+        features = [types.SimpleNamespace(data=data or None)]
+        return types.SimpleNamespace(
+            prompt_embeds=embeds, mm_features=features, cache_salt=None, sampling_params=None, prompt_token_ids=[1]
+        )
+
+    fine, image = torch.full((5, 8), 100.0, dtype=torch.bfloat16), torch.rand(3, 4, 4)
+    _fold_salt(asking())
+    _fold_salt(asking(fine, pixel_values=image, sizes=[torch.tensor([1e6])], grid=torch.tensor([1, 2])))
+    for wrong in (float("nan"), float("inf"), 1e5):
+        spoilt = fine.clone()
+        spoilt[3, 2] = wrong
+        with pytest.raises(InvalidInput, match="prompt_embeds: numbers are accepted"):
+            _fold_salt(asking(spoilt))
+        with pytest.raises(InvalidInput, match="image_embeds"):
+            _fold_salt(asking(fine, image_embeds=[fine, spoilt]))
+    image[0, 0, 0] = float("nan")
+    with pytest.raises(InvalidInput, match="pixel_values"):
+        _fold_salt(asking(pixel_values=image))
 
 
 def test_a_prompt_of_embeddings_is_counted(engine: Engine) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.runtime.selfcheck import tensors_in
 from steer.serve import metrics
 from steer.tokenization import Thinking, Tokenizer, thinking_of
 from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, T, news_of, seam, version
@@ -248,6 +249,22 @@ def positions_of(request: EngineRequest) -> int:
     """Positions of the prompt of an EngineCoreRequest, whatever it came as."""
     embeds = getattr(request, "prompt_embeds", None)
     return prompt_length(request) or (0 if embeds is None else len(embeds))
+
+
+#: The largest number in an embedding that a request brings: a model's own are hundreds of times smaller.
+MAX_EMBEDDING = 1e4
+
+
+def check_numbers(request: EngineRequest) -> None:
+    """Raise InvalidInput for embeddings, or what was made of images and sounds, that a model computes no numbers of:
+    they stay in blocks of the cache, and get from there to requests that have these blocks next."""
+    given: list[tuple[str, object]] = [("prompt_embeds", getattr(request, "prompt_embeds", None))]
+    for feature in getattr(request, "mm_features", None) or ():
+        given += [(name, element.data) for name, element in (feature.data or {}).items()]
+    for name, value in given:
+        most = MAX_EMBEDDING if name.endswith("embeds") else sys.float_info.max
+        if not all(float(each.abs().max()) <= most for each in tensors_in(value)):
+            raise InvalidInput(f"{name}: numbers are accepted that are finite, and in embeddings at most {most:g}")
 
 
 def image_spans(request: EngineRequest) -> list[tuple[int, int]]:

@@ -265,7 +265,7 @@ def test_phases_begin_and_end_with_what_a_scored_answer_says(
 def test_other_numbers_than_log_probabilities_of_the_model_are_not_compared(folder: Path) -> None:
     from steer.vllm.offline import start
 
-    with pytest.raises(InvalidInput, match="--logprobs-mode processed_logits: what is compared are"):
+    with pytest.raises(InvalidInput, match="--logprobs-mode processed_logits: what is compared here are"):
         start(str(folder), ["--logprobs-mode", "processed_logits"])
 
 

@@ -167,8 +167,8 @@ class Steering:
         self._pass = _Pass()
         #: Whether who calls the model may bring a cache along; ours go from one steering to another on purpose.
         self.caches_are_users = False
-        #: Under which of them caches were filled last.
-        self._filled = WeakKeyDictionary[object, Sequence[RequestSteer | None]]()
+        #: What was asked for when caches were filled last.
+        self._filled = WeakKeyDictionary[object, tuple[object, ...]]()
         #: How many passes went through the hooks.
         self.passes = 0
         self.watchers: list[Recorder] = []
@@ -293,6 +293,8 @@ class Steering:
                 )
             self._owner = owner
             self._batches.append(own := _Batch(rows, lengths, starts, tokens))
+            if lengths is None and any(specs):
+                own.asked = tuple(spec if isinstance(spec, Spec) else spec and id(spec) for spec in specs)
             self._lay(own)
         try:
             yield
@@ -383,15 +385,15 @@ class Steering:
     def _check_cache(self, given: dict[str, object]) -> None:
         """Raise InvalidInput, or warn where it is one request's own, for a cache that was filled under another steering
         than the pass has: what is in it is not computed again."""
-        acting = self._rows if any(row is not None for row in self._rows) else ()
+        acting = self._batch.asked
         cache = internals.shared_cache(given.get("cache"))
-        if cache is not None and self._filled.setdefault(cache, acting) is not acting:
+        if cache is not None and self._filled.setdefault(cache, acting) != acting:
             raise InvalidInput(
                 "this pass would take beginnings of prompts from a cache that was filled under another steering: use a "
                 "manager for each steering, or one with `allow_block_sharing=False` in its ContinuousBatchingConfig"
             )
         if self.caches_are_users and (past := internals.past_of(given)) is not None:
-            if self._filled.get(past, acting) is not acting and past.get_seq_length():
+            if self._filled.get(past, acting) != acting and past.get_seq_length():
                 warnings.warn(
                     "a pass goes on from a cache that was filled under another steering: the tokens in it stay as they "
                     "were; begin with an empty cache for what is to be steered, or plain, as a whole",
@@ -622,6 +624,8 @@ class _Batch:
     tokens: Tokens | None = None
     lost: Tensor | None = None
     error: Exception | None = None
+    #: Equal for batches that steer alike; empty where all is plain.
+    asked: tuple[object, ...] = ()
 
     def lose(self, flags: Tensor) -> None:
         self.lost = flags.clone() if self.lost is None else self.lost | flags

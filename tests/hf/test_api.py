@@ -400,9 +400,10 @@ def test_a_cache_that_goes_from_one_steering_to_another_is_told(d: steer.Directi
 
     with steer.attach(model, {"d": d}) as steering:
         cache = made()
-        with steering("d"):
-            model(IDS[:, :6], past_key_values=cache)
-            model(IDS[:, 6:], past_key_values=cache)
+        for turn in (IDS[:, :6], IDS[:, 6:]):
+            with steering("d"):  # a block for each turn of a chat
+                model(turn[:, :2], past_key_values=cache)
+                model(turn[:, 2:], past_key_values=cache)
         with pytest.warns(RuntimeWarning, match="filled under another steering"):
             model(IDS[:, 6:], past_key_values=cache)
         model(IDS[:, 6:], past_key_values=cache)  # told once

@@ -61,7 +61,8 @@ def parse(value: object) -> RequestedReadout | None:
     names = _names(value, problems)
     if names is not None and len(names) > MAX_DIRECTIONS:
         problems.append(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once")
-    SpecError.check(problems, FIELD)
+    if problems:
+        SpecError.check(problems, FIELD)
     return None if names == () else RequestedReadout(names, layers, angle)
 
 
@@ -129,7 +130,8 @@ def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:
             sites = ", ".join(version.direction.meta.sites)
             can = ", ".join(f"'{site}'" for site in SITES if SITE_RULES[site].readable)
             problems.append(f"{FIELD}: direction '{name}' acts at the site '{sites}'; what is read is {can}")
-    SpecError.check(problems, FIELD)
+    if problems:
+        SpecError.check(problems, FIELD)
     return tuple(lines)
 
 

@@ -173,7 +173,8 @@ class Registry:
             if np.float32(entry.strength):  # strength 0 does nothing, so it is not part of what is applied
                 entries.append(entry)
         problems += self._too_much(entries)
-        (UnknownDirection if unknown else SpecError).check(problems, "steer")
+        if problems:
+            (UnknownDirection if unknown else SpecError).check(problems, "steer")
         return Spec(tuple(entries))
 
     def merge(self, first: Spec, then: Spec) -> Spec:
@@ -182,7 +183,8 @@ class Registry:
         if not then:
             return first
         merged = Spec((*(entry for entry in first.entries if entry not in then.entries), *then.entries))
-        SpecError.check(self._too_much(merged.entries), "steer")
+        if problems := self._too_much(merged.entries):
+            raise SpecError(problems, "steer")
         return merged
 
     def _too_much(self, entries: Sequence[Entry]) -> list[str]:

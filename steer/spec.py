@@ -289,7 +289,8 @@ def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]
         if (item.direction, item.mode) in seen:
             problems.append(f"{param}: direction '{item.direction}' is named twice")
         seen.add((item.direction, item.mode))
-    SpecError.check(problems, param)
+    if problems:
+        SpecError.check(problems, param)
     return tuple(items)
 
 

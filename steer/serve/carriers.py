@@ -100,7 +100,8 @@ def read(body: dict[str, object], headers: Headers, served: Sequence[str], query
             param = param or "model"
             accepted = f"'{model}', or with directions after it, as {model}+refusal"
             problems.append(f"model: {brief(body['model'])} names no direction; accepted: {accepted}")
-    SpecError.check(problems, param)
+    if problems:
+        SpecError.check(problems, param)
     return Carried(found, model if isinstance(model, str) else None, has_tools(body))
 
 

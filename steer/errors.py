@@ -214,13 +214,13 @@ class SteerError(Exception):
 
 
 class InvalidInput(SteerError, ValueError):
-    """Input that breaks rules: all of them are in `problems`, joined in the message.
+    """Input that breaks rules: all of them are in `problems`, each once, joined in the message.
 
     `param` names the field of a request or file that is at fault, if there is one.
     """
 
     def __init__(self, problems: str | Iterable[str], param: str | None = None) -> None:
-        each = (problems,) if isinstance(problems, str) else tuple(problems)
+        each = (problems,) if isinstance(problems, str) else tuple(dict.fromkeys(problems))
         more = [f"and {len(each) - MAX_PROBLEMS} more"] if len(each) > MAX_PROBLEMS else []
         self.problems: tuple[str, ...] = (*map(printable, each[:MAX_PROBLEMS]), *more)
         self.param = param
@@ -228,8 +228,8 @@ class InvalidInput(SteerError, ValueError):
 
     @classmethod
     def check(cls, problems: Iterable[str], param: str | None = None) -> None:
-        """Raise it with these problems, where there are any, each told once."""
-        if each := tuple(dict.fromkeys(problems)):
+        """Raise it with these problems, where there are any."""
+        if each := tuple(problems):
             raise cls(each, param)
 
 

@@ -62,7 +62,7 @@ def parse(value: object) -> RequestedReadout | None:
     if names is not None and len(names) > MAX_DIRECTIONS:
         problems.append(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once")
     if problems:
-        SpecError.check(problems, FIELD)
+        raise SpecError(problems, FIELD)
     return None if names == () else RequestedReadout(names, layers, angle)
 
 
@@ -131,7 +131,7 @@ def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:
             can = ", ".join(f"'{site}'" for site in SITES if SITE_RULES[site].readable)
             problems.append(f"{FIELD}: direction '{name}' acts at the site '{sites}'; what is read is {can}")
     if problems:
-        SpecError.check(problems, FIELD)
+        raise SpecError(problems, FIELD)
     return tuple(lines)
 
 

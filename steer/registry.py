@@ -174,7 +174,7 @@ class Registry:
                 entries.append(entry)
         problems += self._too_much(entries)
         if problems:
-            (UnknownDirection if unknown else SpecError).check(problems, "steer")
+            raise (UnknownDirection if unknown else SpecError)(problems, "steer")
         return Spec(tuple(entries))
 
     def merge(self, first: Spec, then: Spec) -> Spec:

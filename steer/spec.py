@@ -290,7 +290,7 @@ def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]
             problems.append(f"{param}: direction '{item.direction}' is named twice")
         seen.add((item.direction, item.mode))
     if problems:
-        SpecError.check(problems, param)
+        raise SpecError(problems, param)
     return tuple(items)
 
 

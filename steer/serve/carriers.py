@@ -101,7 +101,7 @@ def read(body: dict[str, object], headers: Headers, served: Sequence[str], query
             accepted = f"'{model}', or with directions after it, as {model}+refusal"
             problems.append(f"model: {brief(body['model'])} names no direction; accepted: {accepted}")
     if problems:
-        SpecError.check(problems, param)
+        raise SpecError(problems, param)
     return Carried(found, model if isinstance(model, str) else None, has_tools(body))
 
 

@@ -321,8 +321,8 @@ class Steering:
         for steer, span in zip(steers, spans, strict=True):
             own, padding = (steer, len(span), span.start), (None, width - len(span), 0)
             parts += (padding, own) if left else (own, padding)
-        at = torch.cat([torch.arange(start, start + length, device=ids.device) for _, length, start in parts])
-        tokens = ids.flatten(), at
+        at = torch.cat([torch.arange(start, start + length) for _, length, start in parts])
+        tokens = ids.flatten(), at.to(ids.device)
         return self.batch([s for s, *_ in parts], [n for _, n, _ in parts], [start for *_, start in parts], tokens)
 
     def fill(

@@ -46,7 +46,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from steer._version import TOOL, made_at
-from steer.errors import DirectionError, brief, once, problems_of
+from steer.errors import DirectionError, brief, problems_of, unique_keys
 from steer.geometry import angle
 from steer.names import MAX_STRENGTH, MEASUREMENT_KEY, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
 
@@ -406,7 +406,7 @@ class Direction:
         """The file, which `from_bytes` reads. Raises DirectionError with every problem."""
         problems = self.problems()
         told = _told(self.meta, problems) if isinstance(self.meta, DirectionMeta) else ""
-        DirectionError.check(problems)
+        DirectionError.raise_for(problems)
         # copies, since two of them may share memory
         tensors = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in self.tensors().items()}
         return sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": told}))
@@ -462,7 +462,7 @@ def check_fits(direction: Direction, *, d_model: int, layers: int, architecture:
         problems.append(f"it was made for {meta.layers} layers, this model has {layers}")
     if _family(meta.architecture) != _family(architecture):
         problems.append(f"it was made for {meta.architecture}, this model is {architecture}")
-    DirectionError.check(problems)
+    DirectionError.raise_for(problems)
 
 
 def _family(architecture: str) -> str:
@@ -626,7 +626,7 @@ def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
     """The `steer` metadata of bytes that safetensors has already accepted (its API gives metadata of paths only)."""
     length = int.from_bytes(data[:8], "little")
     try:
-        found = json.loads(data[8 : 8 + length], object_pairs_hook=once).get("__metadata__") or {}
+        found = json.loads(data[8 : 8 + length], object_pairs_hook=unique_keys).get("__metadata__") or {}
     except ValueError as error:
         problems.append(f"metadata: {error}")
         return None
@@ -643,7 +643,7 @@ def _parsed(text: str, problems: list[str]) -> DirectionMeta | None:
     try:
         meta = DirectionMeta.model_validate_json(text, strict=True)
         _check_numbers(meta)
-        json.loads(text, object_pairs_hook=once)
+        json.loads(text, object_pairs_hook=unique_keys)
         return meta
     except ValidationError as error:
         problems += [f"metadata: {problem}" for problem in problems_of(error, "steer", DirectionMeta)]

@@ -73,14 +73,14 @@ def brief(value: object, *, python: bool = False) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON. Raises ValueError where a key stands twice: readers differ in which they take."""
-    if (twice := repeated(pairs)) is not None:
+    if (twice := first_duplicate(pairs)) is not None:
         raise ValueError(f"the key {brief(twice)} stands twice")
     return dict(pairs)
 
 
-def repeated(pairs: Iterable[tuple[str, object]]) -> str | None:
+def first_duplicate(pairs: Iterable[tuple[str, object]]) -> str | None:
     """The first key that stands twice."""
     seen: set[str] = set()
     for key, _ in pairs:
@@ -227,7 +227,7 @@ class InvalidInput(SteerError, ValueError):
         super().__init__("; ".join(self.problems))
 
     @classmethod
-    def check(cls, problems: Iterable[str], param: str | None = None) -> None:
+    def raise_for(cls, problems: Iterable[str], param: str | None = None) -> None:
         """Raise it with these problems, where there are any."""
         if each := tuple(problems):
             raise cls(each, param)

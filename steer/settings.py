@@ -34,7 +34,7 @@ def check_directions_folder(folder: Path, default: str) -> None:
         wrong = "is a file" if folder.exists() else "does not exist; make it or name another"
         raise InvalidInput(f"the directions folder '{folder}' {wrong}")
     there = sorted(file.stem for file in folder.glob(f"*{SUFFIX}"))
-    InvalidInput.check(
+    InvalidInput.raise_for(
         f"--default-steer: direction '{name}' is not in the folder '{folder}'; there: {', '.join(there) or 'none'}"
         + meant(name)
         for item in parse(default)
@@ -92,8 +92,8 @@ class ModelSettings(ModelOrigin):
         try:
             if value is not None:
                 value.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{str(value)!r}: cannot be read as text: {error}; accepted: a Jinja file") from None
+        except (OSError, UnicodeDecodeError):
+            raise ValueError(f"{str(value)!r}: cannot be read as text; accepted: a Jinja template in UTF-8") from None
         return value
 
     @property
@@ -118,7 +118,7 @@ class ModelSettings(ModelOrigin):
     def check_unused(self, names: Set[str] = frozenset({"device", "device_map"})) -> None:
         """Raise InvalidInput for those of `names` that are set: vLLM has options of its own for them."""
         unused = sorted(names & self.model_fields_set)
-        InvalidInput.check(f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in unused)
+        InvalidInput.raise_for(f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in unused)
 
 
 class ServeSettings(ControlSettings, ModelSettings):

@@ -58,7 +58,7 @@ class Shape:
                 f"component {growth:.3g} times larger, more than {str(self.dtype).removeprefix('torch.')} can hold; "
                 "weights from -2 to 2 are always accepted"
             )
-        DirectionError.check(problems)
+        DirectionError.raise_for(problems)
 
     def after_condition(self, probe: Direction, entry: Entry) -> Entry:
         """`entry` with the layers at which it acts under its condition, on `probe`: all after it, where it names none.
@@ -83,7 +83,7 @@ class Shape:
                 f"it is decided at the output of layer {layer}, and '{entry.direction}' is to act at the layers "
                 f"{entry.layers}: layers from {layer + 1} on are accepted"
             )
-        SpecError.check((f"the condition {condition}: {problem}" for problem in problems), "steer.if")
+        SpecError.raise_for((f"the condition {condition}: {problem}" for problem in problems), "steer.if")
         return entry if entry.layers else replace(entry, layers=layer_range(f"{layer + 1}-{last}"))
 
     def check_entry(self, direction: Direction, entry: Entry) -> None:

@@ -30,7 +30,7 @@ from functools import lru_cache
 from itertools import chain, islice
 from numbers import Integral, Real
 
-from steer.errors import DirectionError, SpecError, brief, once
+from steer.errors import DirectionError, SpecError, brief, unique_keys
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.tokenization import Phase, Thinking
 
@@ -375,7 +375,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         return []
     if stripped[:1] in ("{", "["):
         try:
-            loaded = json.loads(stripped, object_pairs_hook=once)
+            loaded = json.loads(stripped, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:  # a plain ValueError for an integer of thousands of digits
             problems.append(f"{param}: not JSON: {error}")
             return []

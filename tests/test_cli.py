@@ -170,7 +170,7 @@ def test_a_base_model_is_measured_with_a_template_that_is_given(
     command = ("measure", str(base), "--harmful", sets[0], "--harmless", sets[1], "-o", str(tmp_path / "m.safetensors"))
     assert "has no chat template" in (told := run(*command, code=2).stderr)
     assert "give it with --chat-template FILE" in " ".join(told.split())
-    assert "accepted: a Jinja file" in run(*command, "--chat-template", str(bad), code=2).stderr
+    assert "accepted: a Jinja template" in run(*command, "--chat-template", str(bad), code=2).stderr
     run(*command, "--chat-template", str(template))
     run("measure", str(tiny_folder), *command[2:-1], str(tmp_path / "own.safetensors"))
     given, own = (Measurement.load(tmp_path / f"{name}.safetensors") for name in ("m", "own"))

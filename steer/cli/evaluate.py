@@ -91,7 +91,7 @@ class Applied:
 
     def doses(self) -> list[float]:
         found = opt.floats("--kl", self.kl or "")
-        InvalidInput.check(
+        InvalidInput.raise_for(
             f"--kl: {dose:g} is not accepted: a number of nats above 0" for dose in found if not 0 < dose < inf
         )
         return list(dict.fromkeys(found))
@@ -309,7 +309,7 @@ def _checked(
     with noted(problems):
         if applied.calibrate is not None:
             opt.check_direction_file(applied.calibrate, "--calibrate")
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     return rendering, behaviour
 
 

@@ -88,7 +88,7 @@ def convert(
 
 def _refuse(what: str, **options: object) -> None:
     """Raise InvalidInput for each option that is given although `what` is written."""
-    InvalidInput.check(f"--{name}: is not for {what}" for name, value in options.items() if value is not None)
+    InvalidInput.raise_for(f"--{name}: is not for {what}" for name, value in options.items() if value is not None)
 
 
 def bake(
@@ -120,7 +120,7 @@ def bake(
         problems.append(f"--mode: '{mode}' is not accepted: 'ablate', since weights can only lose the direction")
     if lora and preserve_norms:
         problems.append("--preserve-norms: is not an edit of low rank, so it cannot be an adapter (--lora)")
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     quiet_libraries()
     from steer.direction import Direction, digest, read_file
     from steer.lab.merge.model import bake as write_model

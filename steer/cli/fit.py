@@ -166,7 +166,7 @@ def _check_condition(ctx: typer.Context, file: Path, output: Path | None, choice
         problems.append(f"--layer: '{choices.layer}' is not for --condition: auto, or the number of a layer")
     if output is not None and output.resolve() == file.resolve():
         problems.append(f"--output: {output} is the file of --condition, which is not changed: give another name")
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     check_name(file.stem)
 
 
@@ -291,7 +291,7 @@ def derive(
     meta = direction.meta
     if not {"one_sided", "rotate_one_sided"}.intersection(meta.modes):
         unread = [f"--{name}" for name, value in (("threshold", threshold), ("target", target)) if value is not None]
-        InvalidInput.check(
+        InvalidInput.raise_for(
             f"{option}: is for one_sided and rotate_one_sided, and this direction's modes are "
             f"{', '.join(meta.modes)}: leave it out"
             for option in unread
@@ -376,7 +376,7 @@ def methods(
 
     from steer.lab.methods import METHODS
 
-    InvalidInput.check(
+    InvalidInput.raise_for(
         f"method {name!r} is not known; accepted: {', '.join(METHODS)}" for name in names or () if name not in METHODS
     )
     chosen = {name: METHODS[name] for name in names or METHODS}

@@ -194,7 +194,7 @@ class Counted:
             for judge in local
             if (Path(judge).is_absolute() or judge.startswith(".")) and not Path(judge).is_dir()
         ]
-        InvalidInput.check(problems)
+        InvalidInput.raise_for(problems)
         return Behaviour.load(self.behaviour)
 
     def judges(self, behaviour: Behaviour, progress: Progress) -> list[Judge]:
@@ -234,7 +234,7 @@ class Rendered:
                 variables[name] = json.loads(value)
             except (ValueError, RecursionError):
                 variables[name] = value
-        InvalidInput.check(
+        InvalidInput.raise_for(
             f"--template: '{name}' cannot be set: this command sets it itself" for name in set_by_rendering(variables)
         )
         return Rendering(self.system_prompt, variables, self.response_prefix)
@@ -251,7 +251,7 @@ def _assigned(option: str, items: Iterable[str] | None) -> dict[str, str]:
         elif name in found:
             problems.append(f"{option}: '{name}' is given twice")
         found[name] = value
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     return found
 
 
@@ -497,7 +497,7 @@ class EngineOptions:
             for file, direction in files.items():
                 with noted(problems), prefixed(str(file)):
                     check_fits(direction, d_model=d_model, layers=layers, architecture=architecture)
-        DirectionError.check(problems)
+        DirectionError.raise_for(problems)
 
     def open(self, choices: SharedOptions, progress: Progress) -> Bench:
         """Load the model. What evaluators do, `progress` shows."""

@@ -258,7 +258,7 @@ def _check_output(number: int | None, output: Path | None) -> None:
 def _check_same(measured: Measurement, architecture: str, layers: int, d_model: int) -> None:
     """Raise InvalidInput where the measurement is of a model of another shape than this one."""
     known = measured.meta.model
-    InvalidInput.check(
+    InvalidInput.raise_for(
         f"{name}: the measurement is of {getattr(known, name)}, the model has {value}"
         for name, value in (("architecture", architecture), ("d_model", d_model), ("layers", layers))
         if getattr(known, name) != value

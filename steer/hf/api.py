@@ -97,7 +97,7 @@ class Attached:
                 f"{type(model).__name__}: its decoder {type(self._steering.anatomy.decoder).__name__} is not called "
                 "when the model is, so that no pass would be noticed"
             )
-        self._steering.caches_are_users = True
+        self._steering.warns_of_stale_caches = True
         self._registry = Registry(self._steering.placement(), quiet=True)
         self._load(directions)
         self._attach()
@@ -231,7 +231,7 @@ class Attached:
         for name, data in directions.items():
             with noted(problems, DirectionError):
                 self._registry.put(name, data)
-        DirectionError.check(problems)
+        DirectionError.raise_for(problems)
 
     def _check_attached(self) -> None:
         if not self.attached:
@@ -371,7 +371,7 @@ def _check_arguments(directions: object, sites: object, rows: object, rank: obje
     for name, number, most in (("rows", rows, MAX_ROWS), ("rank", rank, MAX_RANK)):
         if type(number) is not int or not 1 <= number <= most:
             problems.append(f"{name}: {brief(number, python=True)} is not accepted: a whole number from 1 to {most}")
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
 
 
 def _read(directions: Mapping[str, DirectionLike]) -> dict[str, bytes]:
@@ -385,7 +385,7 @@ def _read(directions: Mapping[str, DirectionLike]) -> dict[str, bytes]:
                 raise DirectionError(f"{name}: {type(source).__name__} is not accepted: a Direction or a path")
             loaded[name] = source.to_bytes() if isinstance(source, Direction) else read_file(source)
             Direction.from_bytes(loaded[name], source=name if isinstance(source, Direction) else os.fspath(source))
-    DirectionError.check(problems)
+    DirectionError.raise_for(problems)
     return loaded
 
 

@@ -135,7 +135,7 @@ class Engine(abc.ABC):
         steer = decisions.take(steer)
         tokens: list[Token] = []
         try:
-            laid = self.steering.laid([steer], [range(tensor.shape[1])], tensor)
+            laid = self.steering.padded_batch([steer], [range(tensor.shape[1])], tensor)
             with laid, closing(logits_in_pieces(model, tensor, SCORED_AT_ONCE)) as pieces:
                 for logits in pieces:
                     if not torch.isfinite(logits.amax(-1)).all():
@@ -187,7 +187,7 @@ class SequentialEngine(Engine):
             inputs = decoding.inputs()
         ids = inputs["input_ids"]
         length = ids.shape[1]
-        with _failing(), self.steering.laid([steer], [range(decoding.length - length, decoding.length)], ids):
+        with _failing(), self.steering.padded_batch([steer], [range(decoding.length - length, decoding.length)], ids):
             self.steering.reads.fill([read], [length])
             logits = decoding.logits(inputs)
             readings = self.steering.reads.collect()

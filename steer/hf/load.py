@@ -118,11 +118,11 @@ def load(
             f"would be random: {', '.join(missing[:4])}"
         )
     if "gguf_file" in source.options:
-        _keep_ends_of_gguf(source, tokenizer, model)
+        _apply_gguf_special_tokens(source, tokenizer, model)
     return Loaded(name, revision, (model if placed else model.to(device)).eval(), tokenizer)
 
 
-def _keep_ends_of_gguf(source: ModelLocation, tokenizer: Any, model: PreTrainedModel) -> None:
+def _apply_gguf_special_tokens(source: ModelLocation, tokenizer: Any, model: PreTrainedModel) -> None:
     """Let texts begin and turns end as a GGUF file says; transformers 5.19 reads neither.
 
     A tokenizer of the kind "llama" begins with BOS unless the file says otherwise, as in llama.cpp.

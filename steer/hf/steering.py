@@ -166,7 +166,7 @@ class Steering:
         self._tokens: tuple[int, int] | None = None
         self._pass = _Pass()
         #: Whether who calls the model may bring a cache along; ours go from one steering to another on purpose.
-        self.caches_are_users = False
+        self.warns_of_stale_caches = False
         #: What was asked for when caches were filled last.
         self._filled = WeakKeyDictionary[object, tuple[object, ...]]()
         #: How many passes went through the hooks.
@@ -194,7 +194,10 @@ class Steering:
         """Put the hooks on, if they are not on yet. The caller must discard what `torch.compile` made before: it would
         run without them."""
         if not self._handles:
-            begin, end = _uncompiled(self._kept_error(self._begin)), _uncompiled(self._kept_error(self._end))
+            begin, end = (
+                _uncompiled(self._reporting_errors(self._begin)),
+                _uncompiled(self._reporting_errors(self._end)),
+            )
             decoder = self.anatomy.decoder
             hung = [
                 decoder.register_forward_pre_hook(_Hung(self, begin), with_kwargs=True),
@@ -204,7 +207,7 @@ class Steering:
             in_order = sorted(self._targets, key=lambda hooked: hooked.point.layer)
             for number, hooked in enumerate(in_order):
                 hang = hook_points.on_input if hooked.before else hook_points.on_output
-                transform = self._kept_error(self._transform(hooked.point, 1 << number))
+                transform = self._reporting_errors(self._transform(hooked.point, 1 << number))
                 handle = hang(hooked.module, _uncompiled(transform))
                 self._handles.append((hooked.module, handle))
                 internals.record_last(hooked.module)
@@ -309,7 +312,7 @@ class Steering:
             lost = ", ".join(map(str, own.lost.nonzero().flatten().tolist()))
             raise NotFinite(f"spec {lost} of {len(rows)}" if len(rows) > 1 and lengths is None else "")
 
-    def laid(
+    def padded_batch(
         self, steers: Sequence[RequestSteer | None], spans: Sequence[range], ids: Tensor, left: bool = False
     ) -> AbstractContextManager[None]:
         """A `batch` for a pass over `ids` `[rows, positions]`, a row for each of `steers`, of the positions `spans` of
@@ -337,7 +340,7 @@ class Steering:
         self._kept.clear()
         self.index.fill_with(steers, lengths, starts, tokens)
 
-    def _kept_error(self, hook: Callable[P, T]) -> Callable[P, T]:
+    def _reporting_errors(self, hook: Callable[P, T]) -> Callable[P, T]:
         """`hook`, of which an error on another thread than the batch's is also the batch's: what runs passes there, as
         `generate_batch`, may go on without the answers that it cost."""
 
@@ -361,9 +364,8 @@ class Steering:
         if self.blocks:
             if torch.compiler.is_exporting() or torch._C._is_tracing():
                 raise RuntimeError(
-                    f"`with {self.blocks[-1]}:` is open, and a program that torch.export makes of the model would not "
-                    "have its steering, and that of torch.jit.trace would have it for good: make it of the plain model "
-                    "outside of the block, or of what `steer bake` has written"
+                    f"`with {self.blocks[-1]}:` is open: torch.export would lose its steering, and torch.jit.trace "
+                    "would keep it for good. Export or trace outside of the block, or what `steer bake` has written"
                 )
             self.check_intact()
         self._check_cache(kwargs)
@@ -392,7 +394,7 @@ class Steering:
                 "this pass would take beginnings of prompts from a cache that was filled under another steering: use a "
                 "manager for each steering, or one with `allow_block_sharing=False` in its ContinuousBatchingConfig"
             )
-        if self.caches_are_users and (past := internals.past_of(given)) is not None:
+        if self.warns_of_stale_caches and (past := internals.past_of(given)) is not None:
             if self._filled.get(past, acting) != acting and past.get_seq_length():
                 warnings.warn(
                     "a pass goes on from a cache that was filled under another steering: the tokens in it stay as they "
@@ -616,7 +618,8 @@ def _check_free(decoder: nn.Module) -> None:
 @dataclass(eq=False, slots=True)
 class _Batch:
     """Rows of passes, or, with `lengths`, requests of a packed one, where they start and its tokens; and which rows or
-    tokens are lost, `[…]` bool on the device, None before any is looked at; and an error that another thread had."""
+    tokens are lost, `[…]` bool on the device, None before any is looked at; and an
+    error for the end of the batch: of another thread, or a lost row inside a transform of torch.func."""
 
     rows: Sequence[RequestSteer | None]
     lengths: Sequence[int] | None = None
@@ -624,7 +627,7 @@ class _Batch:
     tokens: Tokens | None = None
     lost: Tensor | None = None
     error: Exception | None = None
-    #: Equal for batches that steer alike; empty where all is plain.
+    #: Equal for batches that steer alike; empty where all is plain, and for packed ones.
     asked: tuple[object, ...] = ()
 
     def lose(self, flags: Tensor) -> None:

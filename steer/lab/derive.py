@@ -90,7 +90,7 @@ class Recipe:
             problems.append(f"mlp_weights needs the site 'writers', got {', '.join(self.sites)}")
         if "bootstrap" in sound and self.bootstrap == 1:
             problems.append("bootstrap must be 0, or at least 2 resamples, got 1")
-        InvalidInput.check(problems)
+        InvalidInput.raise_for(problems)
 
 
 @cache
@@ -306,7 +306,7 @@ def check_needs(measurement: Measurement, recipe: Recipe) -> None:
                 f"the method '{method.name}' needs at least {method.prompts} prompts of each class, {dataset.name} has "
                 f"{dataset.count}"
             )
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
 
 
 def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> Tensor | None:

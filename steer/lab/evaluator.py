@@ -116,7 +116,7 @@ class Evaluator(ABC):
 
     def check_room(self, sets: Iterable[PromptSet]) -> None:
         """Raise InvalidInput with every prompt that does not fit the context with its answer."""
-        InvalidInput.check(
+        InvalidInput.raise_for(
             f"{each.named([prompt])}: has {len(ids)} tokens, and its answer may have {self.max_tokens}; the context is "
             f"{self.context}"
             for each in sets

@@ -137,7 +137,7 @@ def checked(
                 beside = f", and its answer may have {answer}" if answer else ""
                 wrong.append(f"{beside}; the context is {source.context}")
             problems += [f"{prompts.named([prompt])}: has {len(e.ids)} tokens{said}" for said in wrong]
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     if len(bos) != 1:
         raise InvalidInput(f"the chat template gives prompts different numbers of BOS tokens: {sorted(bos)}")
     return encoded, bos.pop()

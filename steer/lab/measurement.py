@@ -154,7 +154,7 @@ class Measurement:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file atomically. Raises InvalidInput for what could not be read again."""
-        InvalidInput.check(self.problems())
+        InvalidInput.raise_for(self.problems())
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
         save_tensors(path, tensors, {"format": "pt", MEASUREMENT_KEY: self.meta.model_dump_json()})
 

@@ -24,7 +24,7 @@ from steer.lab.evaluator import Candidate, Evaluator, Floats, each_row, named
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, Rendering
-from steer.lab.source import apart, looks_ahead
+from steer.lab.source import differs, looks_ahead
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
 
@@ -95,7 +95,10 @@ class HFEvaluator(Evaluator):
                 f"{type(anatomy.model).__name__}: a pass over a padded batch fails ({short(error)}), so that it cannot "
                 "be tried in batches; accepted: a model that transformers runs with a mask and a cache"
             ) from error
-        for side, seen in (("in front", apart(left[1], alone[0], anatomy.dtype)), ("at the end", looks_ahead(anatomy))):
+        for side, seen in (
+            ("in front", differs(left[1], alone[0], anatomy.dtype)),
+            ("at the end", looks_ahead(anatomy)),
+        ):
             if seen:
                 raise UnsupportedModel(
                     f"{type(anatomy.model).__name__}: padding {side} of a row changes its answer, so that it cannot be "
@@ -160,7 +163,7 @@ class HFEvaluator(Evaluator):
             self.steering.anatomy.forget_lengths()
             rows, mine = [encoded[i] for i in indices], [specs[i] for i in indices]
             ids, mask, spans, cache = self._remainder(rows, mine)
-            with self._entries(rows, mine) as steers, self.steering.laid(steers, spans, ids, left=True):
+            with self._entries(rows, mine) as steers, self.steering.padded_batch(steers, spans, ids, left=True):
                 logits = last_logits(model, ids, mask, cache)[0].double()
             inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
             inside[list(tokens)] = True
@@ -233,9 +236,9 @@ class HFEvaluator(Evaluator):
                 if any(spec is not None and spec.decided_once for spec in mine):
                     # by the prompts alone: a pass that reads answers too would have run past the tokens that decide
                     alone = right_padded(prompts, self._pad, anatomy.device)
-                    with self.steering.laid(steers, [range(len(prompt)) for prompt in prompts], alone):
+                    with self.steering.padded_batch(steers, [range(len(prompt)) for prompt in prompts], alone):
                         anatomy.decoder(input_ids=alone, use_cache=False)
-                with self.steering.laid(steers, [range(shared, len(whole[i])) for i in indices], ids):
+                with self.steering.padded_batch(steers, [range(shared, len(whole[i])) for i in indices], ids):
                     logits = anatomy.model(
                         input_ids=ids,
                         **({} if cache is None else {"past_key_values": cache}),
@@ -284,7 +287,7 @@ class HFEvaluator(Evaluator):
             answers: list[list[int]] = [[] for _ in prompts]
             rows, ending = list(range(len(prompts))), set(self.loaded.eos_ids)
             for step in range(self.max_tokens):
-                with self.steering.laid([steers[row] for row in rows], spans, ids, left=True):
+                with self.steering.padded_batch([steers[row] for row in rows], spans, ids, left=True):
                     logits, cache = last_logits(model, ids, mask, cache)
                 chosen, going = logits.argmax(-1), []
                 for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
@@ -312,7 +315,7 @@ class HFEvaluator(Evaluator):
             while len(answer) < self.max_tokens:
                 inputs = decoding.inputs()
                 ids = inputs["input_ids"]
-                with self.steering.laid(steers, [range(decoding.length - ids.shape[1], decoding.length)], ids):
+                with self.steering.padded_batch(steers, [range(decoding.length - ids.shape[1], decoding.length)], ids):
                     token = int(decoding.logits(inputs).argmax())
                 if token in self.loaded.eos_ids:
                     break
@@ -356,7 +359,7 @@ class HFEvaluator(Evaluator):
         ids = torch.tensor([prompts[0][:length]] * len(different), device=anatomy.device)
         with (
             self._entries([prompts[at] for at in different], [specs[at] for at in different]) as steers,
-            self.steering.laid(steers, [range(length)] * len(steers), ids),
+            self.steering.padded_batch(steers, [range(length)] * len(steers), ids),
         ):
             out: Any = anatomy.decoder(input_ids=ids, use_cache=True)
         cache: Any = getattr(out, "past_key_values", None)

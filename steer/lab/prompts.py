@@ -275,7 +275,7 @@ class Split:
         harmful, harmless = (
             one.distinct if limit is None else one.distinct.drawn(limit) for one in (harmful, harmless)
         )
-        InvalidInput.check(
+        InvalidInput.raise_for(
             f"{one.name}: gives {len(one)} different prompts, at least {least} are needed (better 128)"
             for one in (harmful, harmless)
             if len(one) < least
@@ -387,7 +387,7 @@ def _conversation(messages: list[object]) -> Conversation:
         turns.append((str(role), _text(str(content), f"message {number}: ")))
     if not problems and turns[-1][0] == "system":
         problems.append("the last message must be the user's, or the beginning of the assistant's answer")
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     return Conversation(tuple(turns))
 
 
@@ -483,7 +483,7 @@ def encode_all(chat: Chat, prompts: Sequence[Prompt], rendering: Rendering | Non
         raise InvalidInput(
             f"--template: '{name}' cannot be set: it is no variable of a chat template" for name in taken
         )
-    InvalidInput.check(
+    InvalidInput.raise_for(
         f"--template: the chat template of this model does not mention '{name}'"
         for name in chat.unread(rendering.template)
     )

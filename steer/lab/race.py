@@ -39,7 +39,7 @@ class Sets:
     borderline: tuple[Prompt, ...] = ()
 
     def __post_init__(self) -> None:
-        InvalidInput.check(
+        InvalidInput.raise_for(
             f"the prompt set '{name}' is empty: at least one prompt is needed"
             for name in ("asked", "other")
             if not getattr(self, name)

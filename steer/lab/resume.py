@@ -26,7 +26,7 @@ class ResultFile:
         if not isinstance(found[0], dict):
             raise InvalidInput(f"{path}: is no record of measurements")
         before, self.lines = found[0], found[1:]
-        InvalidInput.check(
+        InvalidInput.raise_for(
             (
                 f"{path}: was measured with {key} = {json.dumps(before.get(key))}, this command has "
                 f"{json.dumps(head.get(key))}: give another folder, or remove the file to measure again"

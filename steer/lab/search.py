@@ -303,11 +303,11 @@ class SearchSpace(BaseModel, frozen=True, extra="forbid"):
         for name in self.methods:
             with noted(problems):
                 check_needs(measurement, Recipe(make_method(name)))
-        InvalidInput.check(problems)
+        InvalidInput.raise_for(problems)
         layers = layers_of(measurement, Recipe(make_method(self.methods[0])))
         bounded = self.model_copy(update={"layers": layers, "depth": measurement.meta.model.layers})
         offered = derive(measurement, Recipe(make_method(self.methods[0]), layers[-1])).meta.modes
-        InvalidInput.check(
+        InvalidInput.raise_for(
             f"the mode '{mode}' needs means that this measurement does not have"
             for mode in self.modes
             if mode not in offered

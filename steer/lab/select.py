@@ -73,7 +73,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         empty = [name for name in ("methods", "positions", "layers", "actions") if not getattr(self, name)]
-        InvalidInput.check(f"{name}: at least one is needed" for name in empty)
+        InvalidInput.raise_for(f"{name}: at least one is needed" for name in empty)
 
     def recipes(self, measurement: Measurement, recipe: Recipe) -> list[Recipe]:
         """All of it; what does not vary is as in `recipe`. Raises InvalidInput with all that the measurement does not
@@ -99,7 +99,7 @@ class Grid:
                     for layer in sources
                     for action in self.actions
                 ]
-        InvalidInput.check(problems)
+        InvalidInput.raise_for(problems)
         if not found:
             raise DegenerateError(undefined)
         return found
@@ -282,7 +282,7 @@ def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Ent
                 told = f"the mode '{recipe.mode}' cannot be used with '{recipe.method.name}', but: {', '.join(modes)}"
                 raise InvalidInput(told)
             found.append(Entrant(recipe, Candidate.of(direction, recipe.mode, recipe.strength)))
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     if not found:
         raise DegenerateError(list(dict.fromkeys(undefined)))
     return found

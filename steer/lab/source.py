@@ -192,7 +192,7 @@ def prompt_components(
     return found
 
 
-def apart(found: Tensor, alone: Tensor, dtype: torch.dtype) -> bool:
+def differs(found: Tensor, alone: Tensor, dtype: torch.dtype) -> bool:
     """Are logits of a row beside others not those of the row alone?"""
     found, alone = found.float(), alone.float()
     return not bool((found - alone).norm() <= APART.get(dtype, APART_16) * (alone - alone.mean()).norm())
@@ -203,7 +203,7 @@ def looks_ahead(anatomy: Anatomy) -> bool:
     """Does what follows a token change its logits, and so padding at the end too?"""
     ids = ((torch.arange(12, device=anatomy.device) * 7 + 11) % anatomy.vocabulary)[None]
     whole, begun = (anatomy.model(input_ids=part, use_cache=False).logits[0, 4] for part in (ids, ids[:, :5]))
-    return apart(whole, begun, anatomy.dtype)
+    return differs(whole, begun, anatomy.dtype)
 
 
 def _check_stream(anatomy: Anatomy) -> None:

@@ -42,8 +42,8 @@ CASES: tuple[tuple[str, Mode, float, float], ...] = (
 ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0, -torch.inf, 0.0], dtype=torch.float32)
 #: How many standard deviations of the rounding of what is handed on may be off.
 ROUNDINGS = 16
-#: And a norm's output, by its length: of the dtype, as the norm has rounded the stream afterwards, and of float32, as
-#: it has the mean square from other sums (`bank.operate_before_norm`; up to 3 were seen of a Gemma with large streams).
+#: The error of a norm's output that is allowed, by its length: times the rounding of the dtype, in which the stream is
+#: handed on, and of float32, as the mean square comes from other sums (`bank.operate_before_norm`; 3 were seen).
 NORMED, SUMMED = 2, 32
 
 Steers = Sequence[RequestSteer | None]

@@ -460,7 +460,7 @@ class Verification:
     servers: dict[object, int] = field(default_factory=dict)
 
     def begin(self, where: str, number: int, record: Record, before: Head | None, start: int) -> None:
-        """The first line that can be read: is what stands before it not asked for, or vouched for by an anchor?"""
+        """Check at the first line that can be read that those before it are not asked for, or have an anchor."""
         seq = self.first = record["seq"]
         if number > 1:
             self.notes.append(f"{where}: the line before this one cannot be checked")

@@ -23,7 +23,7 @@ from typing import Literal, TypeVar
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
 
-from steer.errors import RequestError, brief, repeated
+from steer.errors import RequestError, brief, first_duplicate
 from steer.serve import errors
 from steer.serve.structured import FIELDS, check_form
 
@@ -52,8 +52,8 @@ MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 
 #: Of `stop` and of `bad_words`: texts, which are looked for in every piece of an answer, and their characters in all.
 MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
-#: Tokens that one request may name of those that end its answers, or have a bias, for all of these together: some
-#: engines write them into the logits of every step.
+#: Most tokens in `stop_token_ids`, and in `logit_bias`, times the answers of the request: some engines write them into
+#: the logits of every step.
 MAX_LISTED = 65_536
 #: Bytes of a body for which one token of prompt is taken in advance, and the most tokens that are.
 BYTES_PER_TOKEN, MAX_TOKENS = 4, 10**9
@@ -234,16 +234,16 @@ def text_length(body: object) -> int:
     return _characters(body) - (sum(map(_characters, _media(body))) if isinstance(body, dict) else 0)
 
 
-def repeated_size(body: dict[str, object], size: int) -> int:
+def engine_bytes(body: dict[str, object], size: int) -> int:
     """Bytes of a body of `size` bytes, images and sounds left out, as often as it has answers to each prompt: where
     each of these is a request of its own, with the prompt; and four times as often for each log-probability that it
     asks for of every token of that."""
     asked = [body.get("prompt_logprobs"), body.get("logprobs") if body.get("echo") else None]
-    each = 1 + 4 * max(map(_whole, asked))
+    each = 1 + 4 * max(map(_logprob_count, asked))
     return _answers(body) * each * (size - sum(map(_characters, _media(body))))
 
 
-def _whole(value: object) -> int:
+def _logprob_count(value: object) -> int:
     """A number as lenient engines read it; of a whole vocabulary for a negative one, and 0 for none."""
     with suppress(TypeError, ValueError, OverflowError):
         number = int(value)  # type: ignore[call-overload]
@@ -325,7 +325,7 @@ def check_structure(data: bytes, most: int = MAX_VALUES) -> int:
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     out = dict(pairs)
-    if len(out) != len(pairs) and (twice := repeated(pairs)) is not None:
+    if len(out) != len(pairs) and (twice := first_duplicate(pairs)) is not None:
         raise errors.HTTPProblem(
             errors.Code.INVALID_JSON, f"the body has a key twice: {_shown(twice)}", param=_shown(twice)
         )

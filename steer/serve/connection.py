@@ -164,7 +164,7 @@ class Bounded(HttpToolsProtocol):
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise InvalidInput where nothing can listen, which a server would find out when the model has been loaded."""
+    """Raise InvalidInput where a server cannot listen here; it would itself notice only when the model is loaded."""
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:

@@ -358,7 +358,7 @@ def read(data: bytes, name: str = "policy") -> InForce:
     """A policy from the bytes of its file. Raises PolicyError."""
     if len(data) > MAX_BYTES:
         raise PolicyError(f"{name}: over {MAX_BYTES} bytes")
-    PolicyError.check(
+    PolicyError.raise_for(
         f"{name}:{n}: over {MAX_LINE} bytes in one line"
         for n, line in enumerate(data.split(b"\n"), 1)
         if len(line) > MAX_LINE

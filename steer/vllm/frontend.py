@@ -376,10 +376,10 @@ class Frontend:
                 wanted: tuple[RequestedDirection, ...] = ()
             else:
                 wanted = parse(asked, KEY) if KEY in extra else self.default
-                if internals.engine.of_beam(params) and any(item.tokens for item in wanted):
+                if internals.engine.is_beam_step(params) and any(item.tokens for item in wanted):
                     raise SpecError(
-                        "beam search asks for each token as if those before it were the prompt, so steering that acts "
-                        "at some tokens, or under a condition that one token decides, would act at others"
+                        "beam search asks for each token as if those before it were the prompt, so steering at some "
+                        "tokens, or under a condition that one token decides, would act at others; accepted: at all"
                     )
             ticket = Ticket(Admission.of(self.registry, wanted))
         call, admission = _Call(ticket), ticket.admission

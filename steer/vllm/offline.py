@@ -89,7 +89,7 @@ class VllmSource(Source):
         from vllm import SamplingParams
 
         answers = self.llm.collective_rpc("steer_capture", args=(len(batch), len(plan.positions), plan.last_layer))
-        InvalidInput.check(sorted({answer["error"] for answer in answers if answer}))
+        InvalidInput.raise_for(sorted({answer["error"] for answer in answers if answer}))
         parameters = []
         for number, e in enumerate(batch):
             at = tuple(p if p >= 0 else len(e.ids) + p for p in plan.positions)

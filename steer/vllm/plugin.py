@@ -260,7 +260,7 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
     if not isinstance(given, dict):
         raise InvalidInput(f"--additional-config: must be a JSON object, got {brief(given)}")
     if KEY in given:
-        raise InvalidInput(f"--additional-config: '{KEY}' is said here by the options of `steer serve`")
+        raise InvalidInput(f"--additional-config: '{KEY}' is not accepted here: use the options of `steer serve`")
     if args.worker_cls not in ("auto", internals.WORKER):
         raise InvalidInput(f"--worker-cls: {brief(args.worker_cls)} does not steer; leave it out")
     # before the minute that the engine takes to start
@@ -270,7 +270,7 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
         control.audit.check()
     settings.check_folder()
     if not (getattr(args, "uds", None) or getattr(args, "headless", False)):
-        check_address(args.host or "", args.port)  # which vLLM would share with what listens there
+        check_address(args.host or "", args.port)  # vLLM would share the port with what listens there
     if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
         args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
     args.worker_cls = internals.WORKER

@@ -45,11 +45,11 @@ from steer.serve.body import (
     LARGE,
     SIZE,
     Gone,
+    engine_bytes,
     offload,
     parse_body,
     prompt_count,
     read_body,
-    repeated_size,
     replay,
     text_length,
     understood,
@@ -80,7 +80,7 @@ GENERATION_ROUTES: Mapping[str, tuple[str, ...]] = {
 }
 #: Fields that need the managing role, where there are keys. What vLLM keeps after a request of the Responses API, where
 #: it keeps it, knows no keys.
-RESERVED: Mapping[str, str] = {
+MANAGER_FIELDS: Mapping[str, str] = {
     "background": "what runs on without its request is in no key's limits",
     "previous_response_id": "a stored answer may be another key's",
     "mm_processor_kwargs": "an image of any size can be made of a small one by it",
@@ -310,11 +310,12 @@ class Generation:
         def forward(body: dict[str, object], admission: Admission) -> None:
             nonlocal ticket
             check_text(body, scope[SIZE], front)
-            if (repeated := repeated_size(body, scope[SIZE])) > MAX_BODY:
+            if (repeated := engine_bytes(body, scope[SIZE])) > MAX_BODY:
                 raise HTTPProblem(
                     Code.BODY_TOO_LARGE,
-                    "n: each answer is a request to the engine with the whole prompt, and with log-probabilities of it "
-                    f"where these are asked for: together {repeated} bytes, and the limit is {MAX_BODY}",
+                    "the prompt counts n times, and 4 times more for each log-probability of it (`prompt_logprobs`, or "
+                    f"`logprobs` with `echo`): that is {repeated} bytes, and the limit is {MAX_BODY}; lower these, or "
+                    "send several requests",
                     param="n",
                 )
             xargs = body.get(carriers.XARGS) or {}
@@ -494,7 +495,7 @@ def check_reserved(body: object, caller: Caller) -> None:
     if caller.manages or not isinstance(body, dict):
         return
     xargs = body.get(carriers.XARGS)
-    for field, why in RESERVED.items():
+    for field, why in MANAGER_FIELDS.items():
         if body.get(field) or (isinstance(xargs, dict) and xargs.get(field)):
             raise errors.unsupported(f"'{field}' needs a key with the managing role: {why}", field)
 

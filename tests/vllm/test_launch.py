@@ -104,7 +104,10 @@ def test_a_wrong_option_of_vllms_is_one_line(options: Sequence[str], says: str, 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--additional-config", '{"steer": {"default": "refusal"}}'), "--additional-config: 'steer' is said here by"),
+        (
+            ("--additional-config", '{"steer": {"default": "refusal"}}'),
+            "--additional-config: 'steer' is not accepted here",
+        ),
         (("--worker-cls", "somebody.Else"), "--worker-cls: 'somebody.Else' does not steer"),
     ],
 )

@@ -369,10 +369,10 @@ def test_a_form_needs_its_right_whoever_makes_it(engine: Engine) -> None:
 
 
 def test_some_fields_need_the_managing_role() -> None:
-    from steer.vllm.server import RESERVED, check_reserved
+    from steer.vllm.server import MANAGER_FIELDS, check_reserved
 
     ordinary, managing = (Caller("a", KeyRules.model_construct(hash="", manage=manages)) for manages in (False, True))
-    for field in RESERVED:
+    for field in MANAGER_FIELDS:
         check_reserved({field: {"min_pixels": 1}}, managing)
         check_reserved({field: None}, ordinary)
         for body in ({field: {"min_pixels": 1}}, {"vllm_xargs": {field: "x"}}):
@@ -423,7 +423,7 @@ def test_no_request_brings_what_no_model_computes_with() -> None:
     for wrong in (float("nan"), float("inf"), 1e5):
         spoilt = fine.clone()
         spoilt[3, 2] = wrong
-        with pytest.raises(InvalidInput, match="prompt_embeds: numbers are accepted"):
+        with pytest.raises(InvalidInput, match="prompt_embeds: holds NaN, infinity or too large"):
             _fold_salt(asking(spoilt))
         with pytest.raises(InvalidInput, match="image_embeds"):
             _fold_salt(asking(fine, image_embeds=[fine, spoilt]))

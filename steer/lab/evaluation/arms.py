@@ -107,7 +107,7 @@ def arms_of(
         problems.append("--direction: the files are for different sites: evaluate them one by one")
     repeated = _twice([arm.name for arm in arms if arm.asked.direction not in same])  # of those it is told already
     problems += [f"the arm {name} is asked for twice" for name in sorted(repeated)]
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     return arms
 
 

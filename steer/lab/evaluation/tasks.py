@@ -135,7 +135,7 @@ def given(url: str, arms: Sequence[Arm]) -> TaskServer:
         if served.get(name) != digest:
             has = f"{served[name][:12]}" if served.get(name) else "none of that name"
             problems.append(f"--url: {url} does not serve the direction '{name}' {digest[:12]}: it has {has}")
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     return TaskServer(url, str(base))
 
 

@@ -63,7 +63,7 @@ def read(path: Path, foreign: Foreign) -> Direction:
             f"{path}: its layers have {min(counts)} to {max(counts)} vectors; all layers must have the same number"
         )
     projects = told.get("glp.mode", "add") == "project"
-    InvalidInput.check(f"{path}: {problem}" for problem in _glp_problems(told, *counts))
+    InvalidInput.raise_for(f"{path}: {problem}" for problem in _glp_problems(told, *counts))
     facts = foreign.model(path, d_model)
     for layer in rows:
         foreign.check_layer(path, layer)
@@ -163,7 +163,7 @@ def _write_glp(path: Path, direction: Direction) -> list[str]:
         problems.append(f"{path}: the weights of the layers are not all 0 or 1, and scales are not written")
     if meta.mode == "add" and direction.rank != 1:
         problems.append(f"{path}: GLP adds one row for each layer, this direction has {direction.rank}")
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     rows = direction.directions * (direction.weights != 0)[:, None, None]
     if meta.mode == "add":
         rows = rows * coefficients(direction, "add")[:, :1, GAMMA, None]

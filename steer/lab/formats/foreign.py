@@ -30,7 +30,7 @@ class Foreign:
     def refuse(self, source: object, *names: str) -> None:
         """Raise InvalidInput for each of `names` that was given although `source` leaves no choice of it."""
         given = [name for name in names if getattr(self, "facts" if name == "model" else name) is not None]
-        InvalidInput.check(f"--{name}: is not for {source}, which leaves no choice of it" for name in given)
+        InvalidInput.raise_for(f"--{name}: is not for {source}, which leaves no choice of it" for name in given)
 
     def model(self, source: object, d_model: int) -> ModelFacts:
         """The facts. Raises InvalidInput where they were not given, or are of another width."""
@@ -84,7 +84,7 @@ def direction_of(
             difference[layer] = vectors.double().sum(0).float()
         except DegenerateError as error:
             problems += [f"{source}: layer {layer}: {problem}" for problem in error.problems]
-    InvalidInput.check(problems)
+    InvalidInput.raise_for(problems)
     meta = DirectionMeta(
         method=method,
         parameters=dict(parameters or {}),

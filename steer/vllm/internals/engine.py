@@ -234,7 +234,7 @@ def has_form(params: SamplingParams | None) -> bool:
     return form is not None and not (form.json_object and form.whitespace_pattern is None)
 
 
-def of_beam(params: SamplingParams) -> bool:
+def is_beam_step(params: SamplingParams) -> bool:
     """Are these of one step of a beam in `LLM.beam_search`, which alone gives an LLM parameters that it does not
     copy?"""
     return bool(getattr(params, "skip_clone", False) and getattr(params, "max_tokens", None) == 1)
@@ -264,7 +264,8 @@ def check_numbers(request: EngineRequest) -> None:
     for name, value in given:
         most = MAX_EMBEDDING if name.endswith("embeds") else sys.float_info.max
         if not all(float(each.abs().max()) <= most for each in tensors_in(value)):
-            raise InvalidInput(f"{name}: numbers are accepted that are finite, and in embeddings at most {most:g}")
+            what = "finite numbers" if most > MAX_EMBEDDING else f"numbers from {-most:g} to {most:g}"
+            raise InvalidInput(f"{name}: holds NaN, infinity or too large a number; accepted: {what}")
 
 
 def image_spans(request: EngineRequest) -> list[tuple[int, int]]:

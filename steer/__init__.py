@@ -25,7 +25,8 @@ _COMMANDS = ("bake", "convert", "derive", "eval", "evaluate", "fit", "measure", 
 
 
 def __getattr__(name: str) -> object:
-    """What needs torch, when it is asked for: importing that takes seconds, and `steer --help` needs none of it."""
+    """Import what needs torch only when it is used: importing torch takes seconds, and `steer --help` does not need
+    it."""
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     of_lab = "; it is a command of `steer`, made of what is in steer.lab" if name in _COMMANDS else ""

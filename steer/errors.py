@@ -1,4 +1,4 @@
-"""Every error that Steer raises on purpose, in one small tree.
+"""Every error that Steer raises on purpose, in one small tree, and the texts of problems in input.
 
 SteerError
 ├── InvalidInput (ValueError)     the caller's input breaks a rule; `problems` lists every broken one
@@ -7,14 +7,14 @@ SteerError
 │   ├── SpecError                 the `steer` part of a request is not acceptable
 │   └── RequestError              another part of a request is not acceptable
 ├── UnknownDirection (SpecError)  a request names a direction that is not served
-├── NothingFound                  no direction was found that does what was asked for, and nothing was written
+├── NothingFound                  no direction has the wanted effect, so no file was written
 ├── UnsupportedModel              steering cannot be attached to a model, so nothing starts
-│   └── hf.selfcheck.SelfCheckFailed     its answers in the transformers engine are not those of `generate`
+│   └── hf.selfcheck.SelfCheckFailed     the transformers engine answers differently from `generate`
 ├── hf.internals.CannotBatch      transformers cannot batch the model: it is served one request at a time
-├── NoRoom                        no free rows (a load) or no free queue place (a request) right now
+├── NoRoom                        no rows are free (for a direction), or the queue is full (for a request)
 ├── RequestFailed                 one admitted request cannot be answered; the engine and all others go on
-│   └── NotFinite                 its stream is out of the range of the model's dtype where it is steered
-└── EngineFailed                  the engine died under a request that was admitted
+│   └── NotFinite                 where it is steered, its stream is out of the range of the model's dtype
+└── EngineFailed                  the engine failed while it served an admitted request
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
     from pydantic_core import ErrorDetails
 
-#: Of one input, those that are told; and the characters of one. An input may be as large as it likes.
+#: How many problems of one input are reported, and the characters of one, since an input can be of any size.
 MAX_PROBLEMS = 16
 MAX_PROBLEM = 1000
 
 
 def printable(text: str) -> str:
-    """`text` for a log, an answer or a terminal: no longer than MAX_PROBLEM, and without what is no text there."""
+    """`text` for a log, an answer or a terminal: escaped, and cut after MAX_PROBLEM characters."""
     return escaped(text if len(text) <= MAX_PROBLEM else f"{text[:MAX_PROBLEM]}… ({len(text)} characters)")
 
 
 def escaped(text: str) -> str:
-    """`text` without what is none in a log, an answer or a terminal: control characters, and halves of surrogate pairs,
-    which JSON can carry and no answer could."""
+    """`text` with escapes in place of control characters and of halves of surrogate pairs. JSON can carry both; in a
+    log, an answer or a terminal they do harm."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message, which may go on for pages; its kind where it says nothing."""
+    """The first line of an error's message, or its type if it has no message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -61,27 +61,28 @@ class _Brief(reprlib.Repr):
         return "null"
 
     def repr_int(self, x: int, level: int) -> str:
-        """Python writes no integer of thousands of digits."""
+        """A long integer by its size: Python refuses to write one of thousands of digits."""
         return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
 
 
 def brief(value: object, *, python: bool = False) -> str:
-    """A value that was sent, short enough for a message, however long it is. It speaks of true and null, as whoever
-    sends JSON does; of a `python` program of True and None."""
+    """A value in at most 60 characters, for a message. Written as in JSON (true, null), or as in Python (True, None) if
+    `python`."""
     own = isinstance(value, str) or (python and isinstance(value, bool | None))
     shown = repr(value[:60] if isinstance(value, str) else value) if own else _Brief().repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Raises ValueError where a key stands twice: readers differ in which they take."""
+    """A JSON object, for `object_pairs_hook`. Raises ValueError for a duplicate key: parsers differ in which value they
+    take."""
     if (twice := first_duplicate(pairs)) is not None:
         raise ValueError(f"the key {brief(twice)} stands twice")
     return dict(pairs)
 
 
 def first_duplicate(pairs: Iterable[tuple[str, object]]) -> str | None:
-    """The first key that stands twice."""
+    """The first key that occurs a second time, or None."""
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:
@@ -90,7 +91,7 @@ def first_duplicate(pairs: Iterable[tuple[str, object]]) -> str | None:
     return None
 
 
-#: What is accepted where pydantic says this, with its limits. A name that ends in _ is the beginning of several.
+#: What is accepted, by pydantic's type of the error. A name that ends in _ stands for all types that begin so.
 _ACCEPTED = {
     "bool_": "true or false",
     "bytes_": "a text",
@@ -117,14 +118,14 @@ _ACCEPTED = {
     "tuple_": "a list",
     "union_tag_": "one of {expected_tags}",
 }
-#: The names of the limits of a number.
+#: pydantic's names for the limits of a number.
 _ENDS = frozenset(("gt", "ge", "lt", "le"))
-#: By which pydantic calls one of several types that it tried.
+#: pydantic's names for the types that it tries for a union.
 _UNION_LABELS = frozenset(("str", "int", "float", "bool", "list", "dict", "nullable", "union"))
 
 
 def describe_expected(kind: str, limits: Mapping[str, object]) -> str:
-    """What is accepted where pydantic finds a problem of this kind; empty where we have no words for it."""
+    """What is accepted, for pydantic's type of an error and its limits; empty for a type that `_ACCEPTED` lacks."""
     exact = kind if kind in _ACCEPTED else next((k for k in _ACCEPTED if k.endswith("_") and kind.startswith(k)), None)
     shown = {name: f"{limit:g}" if isinstance(limit, float) else str(limit)[:200] for name, limit in limits.items()}
     if _ENDS & shown.keys():
@@ -144,20 +145,20 @@ def _range(gt: str = "", ge: str = "", lt: str = "", le: str = "", **_: str) -> 
 
 
 def whole_ranges(items: Iterable[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:
-    """The items of a ValidationError of `model`. Of a number that is out of the range of a field, pydantic tells the
-    end that it is beyond: here both are told."""
-    told: list[ErrorDetails] = list(items)
-    for item in told:
+    """The items of a ValidationError of `model`, each with both ends of the range of its field: for a number out of
+    range pydantic gives only the end that it is beyond."""
+    out: list[ErrorDetails] = list(items)
+    for item in out:
         field = model.model_fields.get(str(next(iter(item["loc"]), "")))
         if field is not None and _ENDS & (ctx := item.get("ctx", {})).keys():
             of_union = [info for kind in get_args(field.annotation) for info in getattr(kind, "__metadata__", ())]
             rules = [rule for info in (field, *of_union) for rule in getattr(info, "metadata", ())]
             item["ctx"] = ctx | {name: getattr(rule, name) for rule in rules for name in _ENDS if hasattr(rule, name)}
-    return told
+    return out
 
 
 def problem_text(item: ErrorDetails) -> str:
-    """One problem of a pydantic ValidationError in our words: the value, and what would be accepted."""
+    """An item of a pydantic ValidationError as a sentence: the value, and what would be accepted."""
     if item["type"] == "missing":
         return "missing; it is required"
     if item["type"] == "extra_forbidden":
@@ -175,8 +176,8 @@ def problem_text(item: ErrorDetails) -> str:
 
 
 def field_path(place: Iterable[int | str], unknown: bool = False) -> list[str]:
-    """The path of a field. Pydantic's also says which function and which of several types it was at. Of an `unknown`
-    field the last is its own name, however that looks."""
+    """The path of a field, from pydantic's, which also names validators and types of a union. `unknown`: the last part
+    is the name of an unknown field, whatever it looks like."""
     parts = [str(part)[:100] for part in place]
     own = parts[-1:] if unknown else []
     parts = [part for part in parts[: len(parts) - len(own)] if not part.startswith("function-")]
@@ -189,8 +190,8 @@ def _names_a_type(part: str) -> bool:
 
 
 def problems_by_field(items: Iterable[ErrorDetails], whole: str) -> dict[str, str]:
-    """What is wrong about each field, from the items of a pydantic ValidationError; where no field is at fault it is
-    `whole`. Of a field with several types, what each of them accepts."""
+    """The problem of each field, from the items of a pydantic ValidationError. For a field with several types it says
+    what each of them accepts. A problem of no field is under the name `whole`."""
     found: dict[str, list[ErrorDetails]] = {}
     for item in items:
         path = field_path(item["loc"], item["type"] == "extra_forbidden")
@@ -204,9 +205,9 @@ def problems_by_field(items: Iterable[ErrorDetails], whole: str) -> dict[str, st
 
 
 def problems_of(error: ValidationError, whole: str, model: type[BaseModel]) -> Iterator[str]:
-    """Each problem of `error`, which checking a `model` raised, as "field: what is wrong"; see `problems_by_field`."""
-    for field, wrong in problems_by_field(whole_ranges(error.errors(include_url=False), model), whole).items():
-        yield f"{field}: {wrong}"
+    """Each problem of `error`, a ValidationError of `model`, as "field: problem"; see `problems_by_field`."""
+    for field, problem in problems_by_field(whole_ranges(error.errors(include_url=False), model), whole).items():
+        yield f"{field}: {problem}"
 
 
 class SteerError(Exception):
@@ -214,10 +215,8 @@ class SteerError(Exception):
 
 
 class InvalidInput(SteerError, ValueError):
-    """Input that breaks rules: all of them are in `problems`, each once, joined in the message.
-
-    `param` names the field of a request or file that is at fault, if there is one.
-    """
+    """Input that breaks rules. `problems` has every broken rule once, and the message joins them. `param`: the field of
+    the request or file that is at fault, if there is one."""
 
     def __init__(self, problems: str | Iterable[str], param: str | None = None) -> None:
         each = (problems,) if isinstance(problems, str) else tuple(dict.fromkeys(problems))
@@ -228,14 +227,14 @@ class InvalidInput(SteerError, ValueError):
 
     @classmethod
     def raise_for(cls, problems: Iterable[str], param: str | None = None) -> None:
-        """Raise it with these problems, where there are any."""
+        """Raise the error if there are problems."""
         if each := tuple(problems):
             raise cls(each, param)
 
 
 @contextmanager
 def noted(problems: list[str], kind: type[InvalidInput] = InvalidInput) -> Iterator[None]:
-    """An error of this `kind` ends the block, and is kept in `problems`, which are told together later."""
+    """Collect the problems of an error of this `kind`, which ends the block, to report all of them together later."""
     try:
         yield
     except kind as error:
@@ -244,7 +243,7 @@ def noted(problems: list[str], kind: type[InvalidInput] = InvalidInput) -> Itera
 
 @contextmanager
 def prefixed(begin: str, kind: type[InvalidInput] = InvalidInput) -> Iterator[None]:
-    """Each problem of an error of this `kind` begins with this: a file, a layer."""
+    """Put `begin` (a file, a layer) before each problem of an error of this `kind`."""
     try:
         yield
     except kind as error:
@@ -252,13 +251,13 @@ def prefixed(begin: str, kind: type[InvalidInput] = InvalidInput) -> Iterator[No
 
 
 def imported(module: str, what: str, install: str) -> Any:
-    """Import a module that is not installed with Steer. Raises InvalidInput where it is missing: `what` needs it."""
+    """Import a module that is not installed with Steer. Raises InvalidInput, which says that `what` needs it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if error.name not in (package, module):
-            raise  # it is there, and lacks something itself
+            raise  # the package is installed, and one of its own dependencies is missing
         raise InvalidInput(f"{what} needs the package {package} (pip install {install})") from error
 
 
@@ -267,7 +266,7 @@ class DegenerateError(InvalidInput):
 
 
 class DirectionError(InvalidInput):
-    """A direction file, or the name it is to be served under, is not acceptable."""
+    """A direction file, or the name to serve it under, is not acceptable."""
 
 
 class SpecError(InvalidInput):
@@ -283,7 +282,7 @@ class UnknownDirection(SpecError):
 
 
 class NothingFound(SteerError):
-    """No direction was found that takes the behaviour away without harm."""
+    """No direction was found that removes the behaviour without harm."""
 
 
 class UnsupportedModel(SteerError):
@@ -295,11 +294,11 @@ class NoRoom(SteerError):
 
 
 class RequestFailed(SteerError):
-    """One admitted request cannot be answered; the engine goes on, and so does every other request."""
+    """One admitted request cannot be answered; the engine and all other requests go on."""
 
 
 class NotFinite(RequestFailed):
-    """A request's residual stream would be out of the range of the model's numbers where it is steered."""
+    """Where a request is steered, its residual stream would be out of the range of the model's dtype."""
 
     def __init__(self, where: str = "") -> None:
         super().__init__(

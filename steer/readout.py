@@ -1,15 +1,15 @@
-"""The read-out part of a request: along which served directions its stream is read, and at which layers.
+"""The read-out part of a request: the served directions along which its stream is read, and the layers.
 
     true                                   the directions that steer this request
     "refusal", ["refusal", "verbosity"]    served directions by name, also for a plain request
     {"directions": ..., "layers": ...}     the same with layers: "all" (the default), "source" (each named direction's
                                            source layer) or a list of numbers
-    {"directions": ..., "angle": true}     also the angle in each direction's plane, which takes what the mode "rotate"
-                                           takes: a file with a plane, and two rows of a request
+    {"directions": ..., "angle": true}     also the angle in each direction's plane, which needs what the mode "rotate"
+                                           needs: a file with a plane, and two rows
     false, null, "off"                     nothing, which is the default
 
-Parsing gives a `RequestedReadout`; `resolve` makes a `Readout` of exact file versions of it, which the request's
-admission pins. What is then measured is defined in `steer.runtime.readout`.
+Parsing gives a `RequestedReadout`. `resolve` turns it into a `Readout` of exact file versions, which the request's
+admission pins. `steer.runtime.readout` defines what is measured.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Layers = tuple[int, ...] | Literal["all", "source"]
 
 @dataclass(frozen=True, slots=True)
 class RequestedReadout:
-    """What a client asked to read; `names` is None for the directions of its own spec."""
+    """The read-out that a client asked for; `names` is None for the directions of its own spec."""
 
     names: tuple[str, ...] | None
     layers: Layers = "all"
@@ -97,10 +97,15 @@ def resolve(
     layers: int,
     may_use: Callable[[str], bool] = lambda _: True,
 ) -> Readout:
-    """What `wanted` means now for a request with `spec`, in a model of `layers` layers. Besides what steers it, only
-    what it `may_use` is there for it.
+    """Resolve `wanted` to the versions that it means now.
 
-    Raises SpecError. Call it in the `registry.steady()` in which `spec` was resolved, or a swap may come between.
+    Args:
+        spec: of the same request. Call this in the `registry.steady()` in which it was resolved.
+        layers: how many the model has.
+        may_use: whether the caller may use a direction. Those in `spec` can be read in any case.
+
+    Raises:
+        SpecError: with every problem.
     """
     own = dict.fromkeys(entry.direction for entry in spec.entries)
     names = tuple(own) if wanted.names is None else wanted.names

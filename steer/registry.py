@@ -1,8 +1,8 @@
-"""Names → versions of directions: validate, place, swap under live traffic, pin what running requests use.
+"""Names and versions of directions: validate, place on devices, swap while requests run, pin what they use.
 
-A *version* is one file's content, known by its digest and never changed. A name points to a version; a swap validates
-the new one completely, has it placed on every worker, and only then moves the pointer. Requests pin the versions that
-they were admitted with, and a version that no name points to is unloaded when its last request ends.
+A *version* is the content of one file. Its digest identifies it, and it never changes. A name points to a version. A
+swap checks the new version completely, has it placed on every worker, and only then moves the name. Requests pin the
+versions that they were admitted with. A version that no name points to is unloaded when its last request ends.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownD
 from steer.names import OTHER_SUFFIXES, SUFFIX, check_name
 from steer.shape import Shape
 from steer.shared import Shared
-from steer.spec import MAX_PLACES, PHASES, Entry, Readout, RequestedDirection, Spec, meant
+from steer.spec import MAX_PLACES, PHASES, Entry, Readout, RequestedDirection, Spec, decimal_comma_hint
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
 
-#: May the caller know of this name?
+#: Whether the caller may know of this name.
 Known = Callable[[str], bool]
-#: The stamp of a file that must be looked at again: equal to no file's.
+#: The stamp of a file that must be read again. No file has it.
 _UNSETTLED = (-1, -1, -1)
 
 
 class Placement(Protocol):
-    """Where versions are made resident: one bank, or all workers of an engine."""
+    """Makes versions resident: in one bank, or on all workers of an engine."""
 
     @property
     def shape(self) -> Shape:
-        """What must agree with it before it is loaded."""
+        """The shape that a direction must fit before it is loaded."""
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
-        """Make it resident everywhere. Raises NoRoom; then nothing has changed anywhere."""
+        """Make a version resident everywhere. Raises NoRoom; then nothing has changed anywhere."""
 
     def unload(self, digest: str) -> None:
-        """Let it go. Called wherever a request ends, so it must not wait, and perhaps while `load` runs elsewhere."""
+        """Free a version. This is called where requests end, so it must not block; `load` may run at the same time."""
 
 
 @dataclass(slots=True)
@@ -66,14 +66,14 @@ class Version:
         return self.pins > 0 or self.names > 0
 
 
-def _another(version: Version, name: str, wanted: str) -> SpecError:
-    said = f"direction '{name}' is the version {version.digest[:12]} now, and {wanted[:12]} is asked for"
-    return SpecError(said, param="steer.digest")
+def _wrong_version(version: Version, name: str, wanted: str) -> SpecError:
+    message = f"direction '{name}' is the version {version.digest[:12]} now, and {wanted[:12]} is asked for"
+    return SpecError(message, param="steer.digest")
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A name that points elsewhere now; None is nowhere. `seconds` is what it took from the bytes on."""
+    """A name has moved from an `old` to a `new` digest; None for no version. `seconds`: since the bytes came."""
 
     name: str
     old: str | None
@@ -82,21 +82,27 @@ class Move:
 
 
 class Registry:
-    """Thread-safe. `folder` holds the files; without one, directions come by `put` alone and live in memory.
-    A `quiet` one, for use inside of a program, logs nothing of what is put, and raises what it does not accept."""
+    """The names and versions of one server or program. Thread-safe.
+
+    Args:
+        placement: makes versions resident.
+        folder: holds the files. Without one, directions come only by `put` and live in memory.
+        patience: seconds that a new version waits for rows that retiring versions still use.
+        quiet: log nothing of what is put, for a registry inside a program, which gets the errors itself.
+    """
 
     def __init__(
         self, placement: Placement, folder: Path | None = None, *, patience: float = 10.0, quiet: bool = False
     ) -> None:
         self.placement, self.folder, self.patience, self.quiet = placement, folder, patience, quiet
-        #: Why the newest content offered for a name is not served.
+        #: Why the newest content for a name is not served.
         self.failures: dict[str, tuple[str, ...]] = {}
-        #: Why the folder itself cannot be read, if it cannot.
+        #: Why the folder itself cannot be read.
         self.folder_problem: str | None = None
-        #: What keeps looking at the folder, from `follow` on.
+        #: Watches the folder after `follow`.
         self.follower: Follower | None = None
         self.swaps = 0
-        #: Told of every name that has moved, on the thread that moved it.
+        #: Called for every name that has moved, on the thread that moved it.
         self.on_move: Callable[[Move], None] = lambda move: None
         self._names: dict[str, str] = {}
         self._versions: dict[str, Version] = {}
@@ -104,7 +110,7 @@ class Registry:
         self._others: set[str] = set()
         self._freed = 0  # versions unloaded so far
         self._state = threading.Condition(threading.RLock())
-        self._swapping = threading.RLock()  # one change of content at a time; admission never waits for it
+        self._swapping = threading.RLock()  # held while content changes; admission never waits for it
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -113,12 +119,13 @@ class Registry:
             return {name: self._versions[d] for name, d in sorted(self._names.items())}
 
     def get(self, name: str, among: Known = lambda _: True) -> Version:
-        """The version that `name` points to. Names for which `among` is false do not exist for the caller."""
+        """The version that `name` points to. For the caller, names for which `among` is false do not exist. Raises
+        UnknownDirection."""
         with self._state:
             if name not in self._names or not among(name):
                 served = ", ".join(known for known in sorted(self._names) if among(known)) or "none"
-                said = f"direction {name[:100]!r} is not served; served: {served}{meant(name)}"
-                raise UnknownDirection(said, param="steer")
+                message = f"direction {name[:100]!r} is not served; served: {served}{decimal_comma_hint(name)}"
+                raise UnknownDirection(message, param="steer")
             return self._versions[self._names[name]]
 
     @property
@@ -128,18 +135,19 @@ class Registry:
 
     @property
     def rows(self) -> int:
-        """DirectionBank rows that the resident versions have."""
+        """How many bank rows the resident versions use."""
         with self._state:
             return sum(version.direction.resident(self.placement.shape.rank) for version in self._versions.values())
 
     def steady(self) -> AbstractContextManager[object]:
-        """While it is held (`with registry.steady():`) no name moves."""
+        """A lock: while it is held (`with registry.steady():`) no name moves."""
         return self._state
 
     # -- requests ------------------------------------------------------------------------------------------------
 
     def resolve(self, wanted: Sequence[RequestedDirection], among: Known = lambda _: True) -> Spec:
-        """The exact versions, modes and strengths that `wanted` means now. Raises SpecError with every problem."""
+        """Resolve `wanted` to the versions, modes and strengths that it means now. Raises SpecError with every
+        problem."""
         entries: list[Entry] = []
         problems: list[str] = []
         unknown = False
@@ -147,7 +155,7 @@ class Registry:
             try:
                 version = self.get(item.direction, among)
                 if item.digest and not version.digest.startswith(item.digest):
-                    raise _another(version, item.direction, item.digest)
+                    raise _wrong_version(version, item.direction, item.digest)
                 meta = version.direction.meta
                 mode = item.mode or meta.mode
                 strength = meta.strength_in(mode) if item.strength is None else item.strength
@@ -156,7 +164,7 @@ class Registry:
                 if (condition := item.condition) is not None:
                     probe = self.get(condition.direction, among)
                     if not probe.digest.startswith(condition.digest):
-                        raise _another(probe, condition.direction, condition.digest)
+                        raise _wrong_version(probe, condition.direction, condition.digest)
                     entry = replace(entry, condition=replace(condition, digest=probe.digest))
                     entry = self.placement.shape.after_condition(probe.direction, entry)
                 self.placement.shape.check_entry(version.direction, entry)
@@ -170,25 +178,25 @@ class Registry:
                 if same.direction != entry.direction:
                     which = f"the directions '{same.direction}' and '{entry.direction}' are one file, listed twice"
                 problems.append(f"{which} in the mode '{entry.mode}'")
-            if np.float32(entry.strength):  # strength 0 does nothing, so it is not part of what is applied
+            if np.float32(entry.strength):  # strength 0 does nothing, so it is left out
                 entries.append(entry)
-        problems += self._too_much(entries)
+        problems += self._incompatible(entries)
         if problems:
             raise (UnknownDirection if unknown else SpecError)(problems, "steer")
         return Spec(tuple(entries))
 
     def merge(self, first: Spec, then: Spec) -> Spec:
-        """Both, in this order; what `then` has already is not applied twice. Both must have been resolved just now
-        (`steady`). Raises SpecError."""
+        """The entries of both, in this order; entries of both specs are applied once. Both must have been resolved in
+        the same `steady`. Raises SpecError."""
         if not then:
             return first
         merged = Spec((*(entry for entry in first.entries if entry not in then.entries), *then.entries))
-        if problems := self._too_much(merged.entries):
+        if problems := self._incompatible(merged.entries):
             raise SpecError(problems, "steer")
         return merged
 
-    def _too_much(self, entries: Sequence[Entry]) -> list[str]:
-        """What is wrong with these entries in one request."""
+    def _incompatible(self, entries: Sequence[Entry]) -> list[str]:
+        """Why these entries cannot act in one request; empty if they can."""
         places = sorted({entry.tokens or "all" for entry in entries})
         if len(places) > MAX_PLACES:
             return [
@@ -202,8 +210,8 @@ class Registry:
                 "accepted: the same for all its directions"
             ]
         if len({entry.condition for entry in entries}) > 1:
-            said = ", ".join(dict.fromkeys(f"if {e.condition}" if e.condition else "always" for e in entries))
-            return [f"the directions of one request act under different conditions ({said}); accepted: one for all"]
+            each = ", ".join(dict.fromkeys(f"if {e.condition}" if e.condition else "always" for e in entries))
+            return [f"the directions of one request act under different conditions ({each}); accepted: one for all"]
         with self._state:
             needed = sum(self._versions[entry.digest].direction.rows_in(entry.mode) for entry in entries)
         needed += any(entry.condition for entry in entries)
@@ -218,17 +226,18 @@ class Registry:
         ]
 
     def metas(self, spec: Spec) -> list[DirectionMeta]:
-        """What is known of the versions of a resolved spec that are still resident, in the order of its entries."""
+        """The metadata of a resolved spec's versions that are still resident, in the order of its entries."""
         with self._state:
             return [self._versions[e.digest].direction.meta for e in spec.entries if e.digest in self._versions]
 
     def digests(self) -> dict[str, str]:
-        """What each name points to now."""
+        """The digest of each name now."""
         with self._state:
             return dict(self._names)
 
     def pin(self, digests: Iterable[str]) -> None:
-        """Keep these versions, each once more, until `unpin`. They must have been resolved in this `steady`."""
+        """Add a pin to each of these versions, which keeps it until `unpin`. They must have been resolved in this
+        `steady`."""
         with self._state:
             for digest in digests:
                 self._versions[digest].pins += 1
@@ -238,21 +247,22 @@ class Registry:
             for digest in digests:
                 version = self._versions[digest]
                 version.pins -= 1
-                self._let_go(version)
+                self._unload_unneeded(version)
 
     def _point(self, name: str, version: Version | None) -> str | None:
-        """Move `name`, to nowhere for None; the digest that it pointed to. Under the state lock."""
+        """Move `name` to a version, or remove it for None. Returns the digest that it pointed to. Needs the state
+        lock."""
         old = self._names.pop(name, None)
         if version is not None:
             self._names[name] = version.digest
             version.names += 1
         if old is not None:
             self._versions[old].names -= 1
-            self._let_go(self._versions[old])
+            self._unload_unneeded(self._versions[old])
         return old
 
-    def _let_go(self, version: Version) -> None:
-        """Unload `version` if no name points to it and no request uses it. Under the state lock."""
+    def _unload_unneeded(self, version: Version) -> None:
+        """Unload `version` if no name points to it and no request uses it. Needs the state lock."""
         if not version.needed and version.digest in self._versions:
             del self._versions[version.digest]
             self.placement.unload(version.digest)
@@ -262,10 +272,10 @@ class Registry:
     # -- change --------------------------------------------------------------------------------------------------
 
     def put(self, name: str, data: bytes, *, store: bool = True) -> Version:
-        """Serve `data` under `name` from now on, and (with `store` and a folder) keep it as a file.
+        """Serve `data` under `name` from now on, and write it to the folder if `store` and there is one.
 
-        Raises DirectionError or NoRoom; then, and whatever else it meets, the old version goes on serving and
-        `failures` says why. An upload for a name that has nothing leaves nothing.
+        Raises DirectionError or NoRoom. After any error the old version is still served, and `failures` says why. A
+        failed upload for a new name leaves no trace.
         """
         check_name(name)
         started = time.perf_counter()
@@ -275,7 +285,7 @@ class Registry:
                 version = self._load(name, data)
                 if store and self.folder is not None:
                     write_file(self.folder / f"{name}{SUFFIX}", data)
-                    self._seen[name] = _UNSETTLED  # another process may have replaced it by now
+                    self._seen[name] = _UNSETTLED  # another process may have replaced the file already
                 with self._state:
                     old = self._point(name, version)
                     self.failures.pop(name, None)
@@ -287,7 +297,7 @@ class Registry:
                 if version is not None:
                     with self._state:
                         version.pins -= 1
-                        self._let_go(version)
+                        self._unload_unneeded(version)
             if old != version.digest:
                 self.swaps += 1
                 if not self.quiet:
@@ -297,12 +307,12 @@ class Registry:
             return version
 
     def _fail(self, name: str, error: Exception, *, keep: bool = True) -> None:
-        """Say why the newest content for `name` is not served, once, however often it is met. Not kept is what was sent
-        and left nothing: whoever sent it was told."""
+        """Log once why the newest content for `name` is not served, and keep it in `failures` if `keep`: an upload that
+        leaves no trace is not kept, since the client was told."""
         if isinstance(error, DirectionError):
             problems = error.problems
         elif isinstance(error, SteerError | OSError):
-            # a client that may see the direction sees them: no path of the server
+            # clients that may see the direction see this, so it must not have a path of the server
             problems = (printable(getattr(error, "strerror", None) or str(error)),)
         else:
             problems = (printable(f"{type(error).__name__}: {error}"),)
@@ -311,13 +321,13 @@ class Registry:
                 self.failures[name] = problems
             unforeseen = not isinstance(error, SteerError | OSError)
             if not self.quiet:
-                said = "; ".join(problems)
-                log.error("direction '%s' was not accepted: %s", printable(name), said, exc_info=unforeseen)
+                reasons = "; ".join(problems)
+                log.error("direction '%s' was not accepted: %s", printable(name), reasons, exc_info=unforeseen)
 
     def delete(self, name: str) -> None:
         """Stop serving `name` and remove its file, also one that was never accepted. Raises UnknownDirection."""
         with self._swapping:
-            if name not in self.failures:  # which are names of files as they are, also of those that no name could be
+            if name not in self.failures:  # a file that failed may have a name that no direction can have
                 self.get(name)
                 check_name(name)
             if self.folder is not None:
@@ -337,7 +347,7 @@ class Registry:
             self.on_move(Move(name, old, None, 0.0))
 
     def _load(self, name: str, data: bytes) -> Version:
-        """The resident version of `data`, pinned: until a name points to it nothing else would hold it."""
+        """The resident version of `data`, pinned, since no name points to it yet."""
         d = digest_of(data)
         with self._state:
             if d in self._versions:
@@ -350,7 +360,7 @@ class Registry:
         while True:
             freed = self._freed
             try:
-                self.placement.load(d, direction, data)  # not under the state lock: workers may take their time
+                self.placement.load(d, direction, data)  # without the state lock, since workers can be slow
                 break
             except NoRoom:
                 with self._state:
@@ -364,15 +374,14 @@ class Registry:
     # -- the folder ----------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """Make what is served agree with the folder's files. Never raises for one of them: `failures` has why it is not
-        served, and the others are.
+        """Serve what the folder has now. A file that cannot be served is in `failures`, and all others are served.
 
-        Raises OSError when the folder itself cannot be read; then what is served stays as it is.
+        Raises OSError if the folder itself cannot be read; then the served directions stay as they are.
         """
         if self.folder is None:
             return
         try:
-            self._tell_others(os.listdir(self.folder))
+            self._warn_of_others(os.listdir(self.folder))
         except OSError as error:
             self.folder_problem = error.strerror or str(error)
             raise
@@ -386,18 +395,18 @@ class Registry:
                 present.add(name)
                 try:
                     self._seen[name] = self._sync_file(name, path)
-                except Exception as error:  # whatever one file meets, the others are looked at
+                except Exception as error:  # an error of one file must not keep the others from being served
                     self._fail(name, error)
                     self._seen[name] = _UNSETTLED
             for name in self._seen.keys() - present:
                 try:
                     self._drop(name)
                     del self._seen[name]
-                except Exception as error:  # tried again at the next look
+                except Exception as error:  # retried at the next look
                     self._fail(name, error)
 
-    def _tell_others(self, files: Iterable[str]) -> None:
-        """Say once of each file of another tool that it is not served."""
+    def _warn_of_others(self, files: Iterable[str]) -> None:
+        """Warn once of each file of another tool, since it is not served."""
         others = {name for name in files if Path(name).suffix in OTHER_SUFFIXES}
         for name in sorted(others - self._others):
             log.warning(
@@ -408,13 +417,13 @@ class Registry:
         self._others = others
 
     def _sync_file(self, name: str, path: Path) -> tuple[int, int, int]:
-        """Serve the file, or have `failures` say why not; the stamp with which it need not be looked at again. Raises
-        errors that may be gone at the next look."""
+        """Serve the file, or record in `failures` why not. Returns the stamp of the file: as long as it has this stamp,
+        it need not be read again. Raises an error that may not occur again at the next look."""
         try:
             status = path.stat()
-        except OSError as error:  # a link to nowhere or to itself; or it has just gone, and then the next look drops it
+        except OSError as error:  # a broken link, or the file was just removed, which the next look notices
             raise OSError(f"{path.name}: cannot be read: {error.strerror or error}") from None
-        stamp = status.st_ctime_ns, status.st_size, status.st_ino  # others where content or permissions are
+        stamp = status.st_ctime_ns, status.st_size, status.st_ino  # changes with the content and with permissions
         if self._seen.get(name) == stamp:
             return stamp
         try:
@@ -424,14 +433,14 @@ class Registry:
         except NoRoom:
             return _UNSETTLED  # rows may be free at the next look
         except SteerError as error:
-            if isinstance(error.__cause__, OSError):  # the disk's trouble, not the file's
+            if isinstance(error.__cause__, OSError):  # the disk failed, so the file may be good
                 raise
             self._fail(name, error)
         return stamp
 
     def follow(self, on_look: Callable[[], None] = lambda: None, shared: Shared | None = None) -> None:
-        """Follow the folder on a thread of its own until `stop`, and look when another front end asks to; `on_look` is
-        called after every look."""
+        """Watch the folder on a thread until `stop`, and look when another front end asks. `on_look` is called after
+        every look."""
         if self.folder is None:
             return
         shared = shared or Shared()
@@ -453,24 +462,24 @@ class Registry:
 
 
 def _named(path: Path) -> str:
-    """What the direction in a file is called: text in any case."""
+    """The name of the direction in a file, as printable text."""
     return os.fsencode(path.name).decode(errors="backslashreplace").removesuffix(SUFFIX)
 
 
 class Admission:
-    """What one request was admitted with, on every backend: `spec` steers it, `readout` is what is read for it. It is
-    the handle that holds its versions. Thread-safe.
+    """The spec and the read-out that one request was admitted with, and the handle that keeps their versions resident.
+    The same on every backend. Thread-safe.
 
-    The code that admits a request is the handle's first holder, and releases it when the answer has ended. An engine
-    that works on parts of the request elsewhere (vLLM has one for each prompt and each of its n answers) holds it for
-    each part. The versions are unpinned when nobody holds the handle any more, however the last holder ended.
+    The code that admits a request is the first holder, and releases the handle when the answer has ended. An engine
+    that handles parts of the request elsewhere (vLLM has one for each prompt and each of its n answers) holds it for
+    each part. When the last holder has released the handle, the versions are unpinned.
     """
 
     __slots__ = ("_digests", "_holders", "_registry", "readout", "spec")
 
     def __init__(self, registry: Registry, spec: Spec, readout: Readout | None = None) -> None:
-        """Pin the versions of both, each once. They must have been resolved in the same `registry.steady()`, or a swap
-        may have come between."""
+        """Pin the versions of both, each once. They must have been resolved in the same `registry.steady()`, in which
+        no swap can happen."""
         self.spec, self.readout = spec, readout
         self._registry = registry
         self._digests = dict.fromkeys(e.digest for each in spec.entries for e in (each, each.condition) if e)
@@ -486,14 +495,14 @@ class Admission:
             return cls(registry, registry.resolve(wanted))
 
     def hold(self, holder: Hashable) -> None:
-        """Keep the versions until this holder's `release` too. Raises RuntimeError where all have released already."""
+        """Keep the versions until this holder's `release` too. Raises RuntimeError if all holders have released."""
         with self._registry.steady():
             if not self._holders:
                 raise RuntimeError("this admission has ended: its versions may be gone")
             self._holders.add(holder)
 
     def release(self, holder: Hashable = None) -> None:
-        """End one hold: the first holder's without an argument. Twice is once."""
+        """End one hold; without an argument that of the first holder. A second call for a holder does nothing."""
         with self._registry.steady():
             if holder in self._holders:
                 self._holders.remove(holder)

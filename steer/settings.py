@@ -1,5 +1,5 @@
 """Every option of the server, defined once: its type, default and description. The command line, the environment
-(`STEER_…`) and the docs are made from this."""
+variables (`STEER_…`) and the docs are generated from this."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from pydantic_settings import BaseSettings
 
 from steer.errors import InvalidInput
 from steer.names import MAX_RANK, MAX_ROWS, SITES, SUFFIX, Site
-from steer.spec import meant, parse
+from steer.spec import decimal_comma_hint, parse
 
-#: Seconds that an idle connection is kept: longer than clients keep theirs (httpx, and with it `openai`: 5), so that
-#: none is closed at the moment when a request is sent on it.
+#: Seconds that an idle connection is kept open: longer than clients do (httpx, and so `openai`: 5), so that the server
+#: never closes one just when a client sends a request on it.
 KEEP_ALIVE = 65
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 
 
 def served_name(model: str) -> str:
-    """The name of MODEL in requests where none is given, on either backend: of a folder its last part, and a hub id as
-    it is."""
+    """The default name of MODEL in requests, on both backends: the last part of a folder's path, or the hub id."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
 def check_directions_folder(folder: Path, default: str) -> None:
-    """Raise InvalidInput where the folder of directions is none, or does not have those of the `default` spec."""
+    """Raise InvalidInput if this is not a folder, or does not have the directions of the `default` spec."""
     if not folder.is_dir():
-        wrong = "is a file" if folder.exists() else "does not exist; make it or name another"
-        raise InvalidInput(f"the directions folder '{folder}' {wrong}")
+        problem = "is a file" if folder.exists() else "does not exist; make it or name another"
+        raise InvalidInput(f"the directions folder '{folder}' {problem}")
     there = sorted(file.stem for file in folder.glob(f"*{SUFFIX}"))
     InvalidInput.raise_for(
         f"--default-steer: direction '{name}' is not in the folder '{folder}'; there: {', '.join(there) or 'none'}"
-        + meant(name)
+        + decimal_comma_hint(name)
         for item in parse(default)
         for name in item.names
         if name not in there
@@ -44,16 +43,16 @@ def check_directions_folder(folder: Path, default: str) -> None:
 
 
 class ControlSettings(BaseSettings, env_prefix="STEER_", extra="forbid"):
-    """Who may steer and what is kept of it: the same on every backend."""
+    """Who may steer, and what is logged: the same on every backend."""
 
-    policy: Path | None = Field(None, description="policy file (TOML) with keys and rules; the server follows it")
+    policy: Path | None = Field(None, description="policy file (TOML) with keys and rules; the server watches it")
     audit: Path | None = Field(None, description="audit log to write; default: none")
     audit_max_bytes: int = Field(
         64 * 2**20, ge=4096, description="size in bytes at which the audit log begins a new file"
     )
     audit_fsync: Literal["always", "second", "never"] = Field(
         "second",
-        description="when the audit log is forced to disk: with each line, once a second, or when the system does it",
+        description="when the audit log is forced to disk: at each line, once a second, or when the system does it",
     )
     steering: bool = Field(True, description="start with steering on; `steer off` and `steer on` change it later")
     insecure: bool = Field(False, description="serve on any address without keys: everybody may do everything")
@@ -65,7 +64,7 @@ class ControlSettings(BaseSettings, env_prefix="STEER_", extra="forbid"):
 
 
 class ModelOrigin(BaseSettings, env_prefix="STEER_", extra="forbid", protected_namespaces=()):
-    """Which model it is, and what it may do: for every command that reads one."""
+    """Which model is read, and whether its code may run: for every command that reads a model."""
 
     revision: str | None = Field(None, description="revision of a hub model")
     trust_remote_code: bool = Field(
@@ -74,16 +73,16 @@ class ModelOrigin(BaseSettings, env_prefix="STEER_", extra="forbid", protected_n
 
 
 class ModelSettings(ModelOrigin):
-    """How a model is loaded: for every command that runs one."""
+    """How a model is loaded: for every command that runs a model."""
 
     dtype: str = Field("auto", description="float32, bfloat16, float16, or auto: as stored, float32 on a CPU")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps, or auto")
     device_map: Literal["auto"] | None = Field(
         None,
-        description="auto puts the part that does not fit on the GPU into the memory of the CPU, and then on the disk",
+        description="auto puts the part that does not fit on the GPU into the CPU's memory, and the rest on the disk",
     )
     chat_template: Path | None = Field(
-        None, description="Jinja file that renders chats in place of the model's own template, or where it has none"
+        None, description="Jinja file that renders chats, in place of the model's template or if it has none"
     )
 
     @field_validator("chat_template")
@@ -110,13 +109,13 @@ class ModelSettings(ModelOrigin):
 
     @property
     def vllm_options(self) -> list[str]:
-        """The same as options of `vllm serve`. Raises what `check_unused` raises."""
+        """The same as options of `vllm serve`. Raises what `check_unused` does."""
         self.check_unused()
         revised = [] if self.revision is None else ["--revision", self.revision]
         return ["--dtype", self.dtype, *revised, *(["--trust-remote-code"] if self.trust_remote_code else [])]
 
     def check_unused(self, names: Set[str] = frozenset({"device", "device_map"})) -> None:
-        """Raise InvalidInput for those of `names` that are set: vLLM has options of its own for them."""
+        """Raise InvalidInput for each of `names` that is set: vLLM has its own options for them."""
         unused = sorted(names & self.model_fields_set)
         InvalidInput.raise_for(f"--{name.replace('_', '-')}: not used by vLLM; use its own option" for name in unused)
 
@@ -130,7 +129,7 @@ class ServeSettings(ControlSettings, ModelSettings):
     served_model_name: str | None = Field(
         None, description="name of the model in requests; default: the folder's name, or the hub id"
     )
-    directions: Path = Field(Path("directions"), description="folder of direction files; the server follows it")
+    directions: Path = Field(Path("directions"), description="folder of direction files; the server watches it")
     default_steer: str = Field(
         "off", description="steering of requests that name none, like 'refusal' or 'refusal=0.7'"
     )
@@ -148,22 +147,22 @@ class ServeSettings(ControlSettings, ModelSettings):
         None,
         ge=0,
         le=1024,
-        description="requests with steer_readout at once on vLLM, which compiles it in; default: 0",
+        description="how many requests can use steer_readout at once on vLLM, which compiles it in; default: 0",
     )
     max_requests: int = Field(256, ge=1, description="requests that run or wait at once; more get a 429")
     cors_origins: str = Field(
         "", description="origins whose pages may call this server, separated by commas; default: none"
     )
     drain: int = Field(
-        300, ge=0, description="seconds that running requests get to end after SIGTERM; then they are ended"
+        300, ge=0, description="seconds that running requests have to end after SIGTERM; then they are aborted"
     )
     max_body: int = Field(8 * 2**20, ge=1024, description="largest request body in bytes; a larger one gets a 413")
     context: int | None = Field(
-        None, ge=16, description="most tokens of prompt and answer together; default: the model's own limit"
+        None, ge=16, description="the most tokens of prompt and answer together; default: the model's own limit"
     )
-    cache_tokens: int | None = Field(None, ge=32, description="tokens of all requests in the key-value cache")
+    cache_tokens: int | None = Field(None, ge=32, description="the most tokens of all requests in the key-value cache")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least severe messages that are logged"
+        "info", description="the least severe messages that are logged"
     )
 
     @field_validator("default_steer")
@@ -203,7 +202,7 @@ class ServeSettings(ControlSettings, ModelSettings):
 
     @property
     def template_variables(self) -> dict[str, object]:
-        """What `chat_template_kwargs` says."""
+        """`chat_template_kwargs`, parsed."""
         return json.loads(self.chat_template_kwargs)
 
     @property

@@ -1,4 +1,4 @@
-"""What a direction, and what a request asks of it, must agree with: the shape of the served model and its steering."""
+"""The shape of a served model and its steering, and whether a direction and a request's entry fit it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from steer.tokenization import THINKING, Thinking
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a direction must agree with: the served model, its sites, the rank of its token index, the dtype of its
-    stream, and the tokens of its thinking, None where none are known."""
+    """The shape that a direction must fit.
+
+    Attributes:
+        sites: at which steering is attached.
+        rank: rows for each token.
+        dtype: of the stream.
+        thinking: the tokens of the model's thinking; None if none are known.
+    """
 
     architecture: str
     layers: int
@@ -61,8 +67,9 @@ class Shape:
         DirectionError.raise_for(problems)
 
     def after_condition(self, probe: Direction, entry: Entry) -> Entry:
-        """`entry` with the layers at which it acts under its condition, on `probe`: all after it, where it names none.
-        Raises SpecError with every reason why that cannot be decided in front of them."""
+        """`entry` with the layers at which it acts under its condition: all layers after the condition's, if it names
+        none. Raises SpecError with every reason why the condition, on the direction `probe`, cannot be decided before
+        these layers."""
         condition = entry.condition
         assert condition is not None
         layer, last = condition.layer, self.layers - 1
@@ -94,8 +101,8 @@ class Shape:
         if entry.tokens in PHASES and self.thinking is None:
             known = ", ".join(f"{begin} and {end}" for begin, end in THINKING[:2])
             raise SpecError(
-                f"tokens: '{entry.tokens}': there is no tokenizer here that has tokens that begin and end a thinking, "
-                f"such as {known}",
+                f"tokens: '{entry.tokens}': the tokenizer here has no tokens that begin and end a thinking, such as "
+                f"{known}",
                 param="steer.tokens",
             )
         if entry.layers is None:
@@ -114,7 +121,7 @@ class Shape:
 
 
 _PLANE = "plane (of one row, at the site 'resid_post', as `steer derive` writes it)"
-#: What a file lacks that has not the mode.
+#: What a file lacks if it does not have the mode.
 LACKING: Mapping[Mode, str] = {
     "ablate": "weights at other layers than the one where it adds",
     "add": "class means that differ",
@@ -127,7 +134,7 @@ LACKING: Mapping[Mode, str] = {
 
 
 def check_mode(direction: Direction, mode: Mode, name: str) -> None:
-    """Raise SpecError where `mode` is not defined at this direction's sites, or its file lacks what the mode needs."""
+    """Raise SpecError if `mode` is not defined at this direction's sites, or its file lacks what the mode needs."""
     if not all(mode in SITE_RULES[site].modes for site in direction.meta.sites):
         raise SpecError(f"direction '{name}': {site_problem(direction.meta.sites, mode)}", param="steer.mode")
     modes = direction.meta.modes
@@ -153,7 +160,7 @@ def _check_shift(direction: Direction, entry: Entry) -> None:
 
 
 def _growth(direction: Direction) -> float:
-    """How many times larger all layers together make a component at least: by max(1, |w| − 1) each, whatever the sign,
-    at strength 1, and by the largest strength in one of them."""
+    """A lower bound on how many times larger all layers together can make a component: max(1, |w| − 1) for each layer
+    at strength 1, with either sign, times the largest strength in one of them."""
     weights = direction.weight_sizes.double()[direction.directions.flatten(1).any(1)]
     return float(MAX_STRENGTH * (weights - 1).clamp_min(1).prod())

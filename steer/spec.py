@@ -5,16 +5,16 @@ A request names directions, never paths or vectors. As text:
     refusal                      the direction with its file's own mode and strength
     refusal=0.7                  a strength
     refusal:one_sided=0.7        a mode and a strength
-    refusal:one_sided^0.25=0.7   a threshold of the mode that is moved by a quarter of the class means' distance
-    refusal@answer=0.7           at some tokens alone; refusal:one_sided@not-first=0.7
-    refusal@10-20=0.7            at some layers alone; refusal@10-20@answer=0.7
-    refusal?harm@12>0.3          for some requests alone: see `Condition`; refusal:one_sided@13-20?harm@12<0.3=0.7
-    refusal?each:harm@12>0.3     for some tokens alone, each of which decides for itself
-    refusal=1,verbosity=-0.5     several, which act together
-    off                          nothing, also where the server has a default
+    refusal:one_sided^0.25=0.7   the mode's threshold shifted up by a quarter of the distance between the class means
+    refusal@answer=0.7           only at some tokens; refusal:one_sided@not-first=0.7
+    refusal@10-20=0.7            only at some layers; refusal@10-20@answer=0.7
+    refusal?harm@12>0.3          only for some requests: see `Condition`; refusal:one_sided@13-20?harm@12<0.3=0.7
+    refusal?each:harm@12>0.3     only at tokens that meet the condition, which each token decides for itself
+    refusal=1,verbosity=-0.5     several directions, which act together
+    off                          plain, also if the server has a default
 
 As JSON: such a text, an object `{"direction", "mode", "strength", "shift", "layers", "tokens", "if", "digest"}`, a list
-of texts and objects, such as a receipt, `null` or `false`.
+of texts and objects (a receipt is one), `null` or `false`.
 
 Parsing gives `RequestedDirection` items; the registry resolves them into a `Spec` of exact file versions.
 """
@@ -35,9 +35,9 @@ from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.tokenization import Phase, Thinking
 
 MAX_ITEMS = 16
-#: Characters of a spec as text: nothing that could be accepted is longer.
+#: Characters of a spec as text: no longer one could be accepted.
 MAX_TEXT = 8192
-#: Characters of a name that are looked at where some are not ASCII: one can stand for eighteen.
+#: Characters that are compared of a name with non-ASCII characters, each of which can stand for up to 18.
 MAX_NAME = 256
 _MENTION = re.compile(r"(?<![^\W_])(?:x[\W_]*)?steer", re.IGNORECASE)
 OFF_TEXTS = {"off", "none", "null", "false"}
@@ -47,7 +47,7 @@ ACCEPTED = (
     "{'direction', 'mode', 'strength', 'shift', 'layers', 'tokens', 'if', 'digest'}, a list of those, or null, false "
     "or 'off' for none"
 )
-#: At which positions of a request an entry acts, with a sentence for whoever chooses. `N` is a number of positions.
+#: The positions of a request at which an entry can act, each with a sentence for users. `N` is a number of positions.
 TOKENS = {
     "all": "Every position, which is the default.",
     "prompt": "Every position of the prompt except its last.",
@@ -58,32 +58,35 @@ TOKENS = {
     "thinking": "From the position that predicts the first token of the model's thinking to the one before its end.",
     "after-thinking": "The token that ends the model's thinking, which predicts the first one after it, and all after.",
 }
-#: Those of `TOKENS` that the tokens of the answer decide.
+#: Those of `TOKENS` that depend on the tokens of the answer.
 PHASES = ("thinking", "after-thinking")
-#: The first and the last layer, 0-based, or one alone. More digits than a model has layers are none.
+#: The first and the last layer, 0-based, or one layer. No model has layers of five digits.
 _LAYERS = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 _MEANT_LAYERS = re.compile(r"(l|layers?)?\W?\d", re.ASCII | re.IGNORECASE)
 _COUNTED = re.compile(r"(first|last)-([1-9][0-9]{0,8})")
-#: The fields of a condition, and its text: a direction, a layer, a side and a number.
+#: The fields of a condition, and its text form: a direction, a layer, a side and a number.
 _CONDITION_FIELDS = ("direction", "layer", "above", "below", "each", "digest")
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 _CONDITION = re.compile(r"\s*(?:(each)\s*:)?([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
 _SIDES = {">": "above", "<": "below"}
 _NO_SIDE = re.compile(r"[<>]=|=[<>]|[≤≥]")
-#: The largest number in a condition: beyond it no component is told from another.
+#: The largest number in a condition; no component is near it.
 MAX_COMPONENT = 1e30
-#: After every position.
+#: Beyond every position.
 END = 2**62
-#: Different `tokens` of the entries of one request. With A and B there, A alone, B alone and both can act on a token.
+#: How many different `tokens` the entries of one request can have, and how many combinations of these can act at one
+#: token: for A and B that is A, B, and both.
 MAX_PLACES, MAX_TOGETHER = 2, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """For which requests an entry acts: those in which the component of the stream along the one row of a direction, at
-    the output of `layer` and at the prompt's last token, is above a number, or below one. With `each` (None is False)
-    it is for which tokens: those at which that is so. `digest`: which version of the direction, empty where that is
-    not resolved and any will do."""
+    """An entry with a condition acts only in some requests: those in which the component of the stream along the (only)
+    row of a direction, at the output of `layer` and at the prompt's last token, is above a number, or below one.
+
+    With `each` (None is False) every token decides for itself, and the entry acts at the tokens that meet the
+    condition. `digest`: the version of the direction; empty before it is resolved, if any version will do.
+    """
 
     direction: str
     layer: int
@@ -96,15 +99,15 @@ class Condition:
         return self.of(self.direction)
 
     def of(self, direction: str) -> str:
-        """The text form, with this for the direction."""
+        """The text form, with `direction` in place of the direction's name."""
         side, number = ("<", self.below) if self.above is None else (">", self.above)
         return f"{'each:' if self.each else ''}{direction}@{self.layer}{side}{number!r}"
 
 
 @dataclass(frozen=True, slots=True)
 class RequestedDirection:
-    """One direction as a client asked for it; None where the client leaves it to the direction's file. `digest`: of the
-    one version that will do, or its beginning."""
+    """One direction as a client asked for it; None for what the client leaves to the direction's file. `digest`: of the
+    only acceptable version, or the beginning of it."""
 
     direction: str
     mode: Mode | None = None
@@ -117,16 +120,20 @@ class RequestedDirection:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all directions that it needs."""
+        """The names of all directions that it needs."""
         return (self.direction,) if self.condition is None else (self.direction, self.condition.direction)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One direction as it is applied: the exact version, mode and strength, and at which layers (like 10-20) and tokens
-    (see `TOKENS`); None for all. Under a condition these are layers after it and, unless each token decides, the tokens
-    of the answer. `shift`: by how many distances between the class means the mode's threshold is moved, up or down;
-    None where it is not."""
+    """One direction as it is applied.
+
+    Attributes:
+        digest: the exact version.
+        layers: where it acts, like 10-20; None for all layers. With a condition: layers after the condition's.
+        tokens: where it acts, see `TOKENS`; None for all. With a condition: the answer, unless each token decides.
+        shift: how far the mode's threshold is shifted up, in distances between the class means; None for not at all.
+    """
 
     direction: str
     digest: str
@@ -139,12 +146,12 @@ class Entry:
 
     @property
     def range(self) -> tuple[int, int]:
-        """The first and the last of its `layers`, where it has some."""
+        """The first and the last of its `layers`, which must not be None."""
         return ends(self.layers or "")
 
     def span(self, prompt: int) -> tuple[int, int]:
-        """The positions at which it acts, from the first to before the last, of a request with `prompt` tokens; of
-        `PHASES`, those at which it may."""
+        """The half-open range of positions at which it acts in a request whose prompt has `prompt` tokens; for `PHASES`
+        the positions at which it may act."""
         if self.tokens is None:
             return 0, END
         match self.tokens:
@@ -162,7 +169,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What one request gets, resolved: entries that act together, in any order. Empty for a plain request."""
+    """The steering of one request, resolved: entries that act together, in any order. Empty for a plain request."""
 
     entries: tuple[Entry, ...] = ()
 
@@ -175,7 +182,7 @@ class Spec:
 
     @classmethod
     def of(cls, receipt: str) -> Spec:
-        """What a receipt says."""
+        """Parse a receipt."""
         entries = []
         for fields in json.loads(receipt):
             condition = fields.pop("if", None)
@@ -184,26 +191,26 @@ class Spec:
 
     @property
     def described(self) -> list[dict[str, object]]:
-        """Each entry as JSON, without what is not said of it."""
+        """Each entry as JSON, without its null fields."""
         return [_described(asdict(entry)) for entry in self.entries]
 
     @property
     def condition(self) -> Condition | None:
-        """Under which all entries act."""
+        """The condition of all entries, if they have one."""
         return next((entry.condition for entry in self.entries), None)
 
     @property
     def decided_once(self) -> bool:
-        """Do all entries act under a condition that the request as a whole meets or not?"""
+        """Whether the entries have a condition that is decided once for the whole request."""
         return self.condition is not None and not self.condition.each
 
     @property
     def phased(self) -> str | None:
-        """The one of `PHASES` in which all entries act."""
+        """The phase (of `PHASES`) in which all entries act, if they act in one."""
         return next((entry.tokens for entry in self.entries if entry.tokens in PHASES), None)
 
     def phase(self, thinking: Thinking | None, prompt: Sequence[int]) -> Phase | None:
-        """The same for a request with this prompt to a model with such a thinking."""
+        """`phased` for a request with this prompt. `thinking`: the model's."""
         if self.phased is None:
             return None
         assert thinking is not None, "the registry admits no other"
@@ -211,12 +218,12 @@ class Spec:
 
     @property
     def everywhere(self) -> bool:
-        """Does every entry act at all tokens?"""
+        """Whether every entry acts at all tokens."""
         return all(entry.tokens is None for entry in self.entries)
 
     def key(self, prompt: int = 0) -> str:
-        """What decides the computation: digests, modes, shifts, strengths, layers, and the positions in a request with
-        `prompt` tokens. Names do not, so two names of one file agree."""
+        """A text that is equal for two requests exactly if the same is computed: digests, modes, shifts, strengths,
+        layers, and positions in a request whose prompt has `prompt` tokens. Two names of one file give the same key."""
         return ",".join(
             f"{e.digest}:{e.mode}{shift_text(e)}={e.strength!r}{_layers(e)}{_positions(e, prompt)}"
             for e in self.entries
@@ -225,7 +232,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One row of a direction that is read."""
+    """One row of a direction to read."""
 
     name: str
     digest: str
@@ -234,8 +241,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """What is read for one request, resolved (see `steer.readout`). With `angle` each line is followed by its axis in
-    what is read."""
+    """The read-out of one request, resolved (see `steer.readout`). With `angle`, the bank row of each line is followed
+    by the row of its axis."""
 
     lines: tuple[Line, ...]
     layers: tuple[int, ...]
@@ -243,12 +250,12 @@ class Readout:
 
     @property
     def rows(self) -> int:
-        """Bank rows that are read."""
+        """How many bank rows are read."""
         return len(self.lines) * (1 + self.angle)
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """The versions that are read, in the order of `lines`."""
+        """The versions to read, in the order of `lines`."""
         return tuple(dict.fromkeys(line.digest for line in self.lines))
 
 
@@ -278,9 +285,9 @@ def _positions(entry: Entry, prompt: int) -> str:
 
 
 def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]:
-    """Parse one carrier's value (text, or what JSON gave). An empty result means: plain.
+    """Parse one carrier's value: text, or parsed JSON. An empty result means plain.
 
-    Raises SpecError with every problem, naming `param`.
+    Raises SpecError with every problem. Each names `param`.
     """
     problems: list[str] = []
     items = _items(value, param, problems)
@@ -295,37 +302,36 @@ def parse(value: object, param: str = "steer") -> tuple[RequestedDirection, ...]
 
 
 def bare(name: str) -> str:
-    """Without what people write differently: case, and what stands between words or around them. Of a name that is
-    longer than any, its beginning."""
+    """A name in lower case, with letters and digits only, since people vary the rest. A very long name is cut."""
     letters = name[:MAX_TEXT].casefold() if name.isascii() else chain.from_iterable(map(_alike, name[:MAX_NAME]))
     return "".join(islice(filter(str.isalnum, letters), 64))
 
 
 @lru_cache(2**14)
 def _alike(char: str) -> str:
-    """A character as those that it looks like, as far as Unicode says so: one may be as many as 18."""
+    """The compatibility characters (NFKC) of a character, in lower case; up to 18."""
     return unicodedata.normalize("NFKC", char).casefold()
 
 
 def nearly(name: str) -> bool:
-    """Is a field or header of this name meant to steer: does it, or what stands after its last dot, begin with `steer`,
-    or with that after an `X-`?"""
+    """Whether a field or header with this name is meant to steer: its name, or the part after the last dot, begins with
+    `steer` or `X-Steer`."""
     return any(bare(each).startswith(("steer", "xsteer")) for each in {name, name.rpartition(".")[2]})
 
 
-def meant(name: str) -> str:
-    """What to say of a direction that is not there: a comma begins another one."""
-    said = "; in a number write a decimal point, as refusal=0.7, and layers as a range, as refusal@7-8"
-    return said if name.isdecimal() else ""
+def decimal_comma_hint(name: str) -> str:
+    """A hint for a direction that does not exist and has a number for a name: a comma begins another direction."""
+    hint = "; in a number write a decimal point, as refusal=0.7, and layers as a range, as refusal@7-8"
+    return hint if name.isdecimal() else ""
 
 
 def mentions(words: str) -> bool:
-    """Does one of these words begin as the name of a field or header that is meant to steer?"""
+    """Whether one of these words begins like the name of a field or header that is meant to steer."""
     return _MENTION.search(words) is not None
 
 
 def text(wanted: Sequence[RequestedDirection | Entry]) -> str:
-    """The text form, which `parse` reads back. No digest is in it."""
+    """The text form, which `parse` reads back. It has no digests."""
     return ",".join(_text(item) for item in wanted) or "off"
 
 
@@ -394,7 +400,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         head, *where = (each.strip() for each in head.split("@"))
         head, caret, shift = head.partition("^")
         name, colon, mode = head.partition(":")
-        said: dict[object, object] = {
+        fields: dict[object, object] = {
             "direction": name.strip(),
             "mode": mode.strip() if colon else None,
             "strength": _number(number) if equals else None,
@@ -402,7 +408,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
             **_where(param, where, problems),
             "if": condition if question else None,
         }
-        if item := _from_object(said, param, problems):
+        if item := _from_object(fields, param, problems):
             items.append(item)
     return items
 
@@ -460,7 +466,7 @@ def _from_object(value: Mapping[object, object], param: str, problems: list[str]
 
 
 def _digest(value: object, param: str, problems: list[str]) -> str | None:
-    """Of a version: 64 hexadecimal digits, or their beginning."""
+    """The digest of a version, or the beginning of one; None for anything else, with a problem."""
     if isinstance(value, str) and _DIGEST.fullmatch(value):
         return value
     problems.append(f"{param}.digest: {brief(value)} is not accepted: the digits of a digest, the first 12 or more")
@@ -468,7 +474,8 @@ def _digest(value: object, param: str, problems: list[str]) -> str | None:
 
 
 def _within(value: object, most: float, field: str, problems: list[str], accepted: str = "") -> float | None:
-    """A number of at most this size on either side of 0; `accepted`: what else to call it."""
+    """A number from -most to most; None for anything else, with a problem. `accepted`: another name for such a
+    number."""
     value = float(value) if isinstance(value, Real) and not isinstance(value, int) else value  # of numpy too
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= most:
         return float(value) + 0.0  # which turns -0.0 into 0.0
@@ -479,20 +486,20 @@ def _within(value: object, most: float, field: str, problems: list[str], accepte
 
 
 def _order(value: object) -> str:
-    """What to say of a text that holds the beginning of another part of a spec."""
+    """A hint about the order of the parts of a spec, for a value that seems to contain another part."""
     misplaced = isinstance(value, str) and any(sign in value for sign in ":^@?=")
     return "; the order is name:mode^shift@where?condition=strength" if misplaced else ""
 
 
 def _condition(value: object, param: str, problems: list[str]) -> Condition | None:
-    """A condition, as text or as an object."""
-    said, found = value, _CONDITION.fullmatch(value) if isinstance(value, str) else None
+    """Parse a condition, from text or from an object."""
+    given, found = value, _CONDITION.fullmatch(value) if isinstance(value, str) else None
     if found:
         value = {"direction": found[2].strip(), "layer": int(found[3]), _SIDES[found[4]]: _number(found[5])}
         value |= {"each": True} if found[1] else {}
     if not isinstance(value, Mapping) or "direction" not in value or "layer" not in value:
         problems.append(
-            f"{param}.if: {brief(said)} is not a condition; accepted: a direction, a layer and a number like "
+            f"{param}.if: {brief(given)} is not a condition; accepted: a direction, a layer and a number like "
             "'harm@12>0.3', 'harm@12<0.3' or 'each:harm@12>0.3', or an object {'direction', 'layer', 'above' or "
             "'below', 'each'}"
         )
@@ -523,18 +530,18 @@ def _condition(value: object, param: str, problems: list[str]) -> Condition | No
 
 
 def ends(layers: str) -> tuple[int, int]:
-    """The first and the last layer of a range's canonical text."""
+    """The first and the last layer of a range in its canonical text."""
     first, _, last = layers.partition("-")
     return int(first), int(last or first)
 
 
 def tokens_rule(value: object) -> str | None:
-    """What a rule on tokens says: one of `TOKENS`, or a largest number like last-8; None for what is neither."""
+    """A policy's rule on tokens: one of `TOKENS`, or a largest number like last-8; None for anything else."""
     return value if isinstance(value, str) and (value in TOKENS or _COUNTED.fullmatch(value)) else None
 
 
 def tokens_within(tokens: str | None, rule: str) -> bool:
-    """Are the `tokens` of an entry what a rule allows? last-8 allows last-1 to last-8, last-N every number."""
+    """Whether a rule allows the `tokens` of an entry. last-8 allows last-1 to last-8, and last-N every number."""
     mine, most = _COUNTED.fullmatch(tokens or "all"), _COUNTED.fullmatch(rule)
     if mine is None:
         return (tokens or "all") == rule
@@ -542,7 +549,7 @@ def tokens_within(tokens: str | None, rule: str) -> bool:
 
 
 def tokens_in_both(some: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The rules on tokens that allow what one of `some` and one of `others` allow, those of `some` first."""
+    """The rules on tokens that allow what both `some` and `others` allow, those of `some` first."""
 
     def within(rule: str, rules: Sequence[str]) -> bool:
         return any(rule == other or tokens_within(rule, other) for other in rules)
@@ -552,7 +559,7 @@ def tokens_in_both(some: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def layer_range(layers: object) -> str | None:
-    """The canonical text of a range of layers; None for what is none."""
+    """The canonical text of a range of layers; None for anything else."""
     if isinstance(layers, Integral) and not isinstance(layers, bool):
         layers = str(int(layers))
     found = _LAYERS.fullmatch(layers) if isinstance(layers, str) else None
@@ -563,11 +570,11 @@ def layer_range(layers: object) -> str | None:
 
 
 def _where(param: str, parts: list[str], problems: list[str]) -> dict[object, object]:
-    """The layers and tokens of what stands after each @ of a text: layers begin with a digit, or are meant to."""
+    """The layers and the tokens among the parts after each @ of a text: layers begin with a digit, or seem meant to."""
     layers = [part for part in parts if _MEANT_LAYERS.match(part)]
     tokens = [part for part in parts if not _MEANT_LAYERS.match(part)]
     problems += [
-        f"{param}: {brief('@'.join(found))}: {kind} are said twice"
+        f"{param}: {brief('@'.join(found))}: {kind} are given twice"
         for kind, found in (("layers", layers), ("tokens", tokens))
         if len(found) > 1
     ]
@@ -575,7 +582,7 @@ def _where(param: str, parts: list[str], problems: list[str]) -> dict[object, ob
 
 
 class _Unread(str):
-    """Text that should have been a number."""
+    """A text where a number was expected."""
 
 
 def _number(text: str) -> float | _Unread:

@@ -1,4 +1,4 @@
-"""A tokenizer with its chat template: how server, measurement and every engine turn text into ids, in one place."""
+"""Text to token ids with a tokenizer and its chat template: the same for the server, measurements and every engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _collections_abc import dict_items
 
 
-#: What stands before and after a model's thinking, of the usual families; the first is what templates open themselves.
+#: The tokens that begin and end the thinking of the usual model families; templates often write the first one.
 THINKING = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -28,8 +28,8 @@ THINKING = (
 )
 
 
-class _Read(dict[str, object]):
-    """A message that keeps which of its keys a template asked for."""
+class _TrackedMessage(dict[str, object]):
+    """A message that records which of its keys a template has read."""
 
     def __init__(self, message: Mapping[str, object]) -> None:
         super().__init__(message)
@@ -47,29 +47,34 @@ class _Read(dict[str, object]):
         self.asked.update(self.keys())
         return super().items()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _Read:
-        copied = _Read({key: deepcopy(value, memo) for key, value in super().items()})
+    def __deepcopy__(self, memo: dict[int, object]) -> _TrackedMessage:
+        copied = _TrackedMessage({key: deepcopy(value, memo) for key, value in super().items()})
         copied.asked = self.asked
         return copied
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of the positions from a prompt's last one on. `begun`: the first of them is in it, else it begins with the
-    first token `begins`; it ends in front of the first token `ends`, for good. −1: no token does that."""
+    """A part of the positions from the last one of a prompt on.
+
+    Attributes:
+        begun: whether the first of these positions is in it.
+        begins: the token with which it begins if it has not begun; −1 for none.
+        ends: the token before which it ends, for good; −1 for none.
+    """
 
     begun: bool
     begins: int = -1
     ends: int = -1
 
     def after(self, token: int) -> Phase:
-        """The same, seen from the position of one more token of the answer."""
+        """The phase as seen from the next position, at which `token` is."""
         if token == self.ends:
             return Phase(False)
         return replace(self, begun=True, begins=-1) if token == self.begins else self
 
     def comes(self, answer: Sequence[int]) -> bool:
-        """Is any of these tokens predicted in it?"""
+        """Whether any token of this answer is predicted in the phase."""
         phase = self
         for token in answer:
             if phase.begun:
@@ -80,18 +85,19 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """The tokens of a model that begin and end its thinking, and those that no text of a user becomes in most
-    tokenizers, such as those between turns: the special and the added ones."""
+    """The tokens that begin and end a model's thinking. `special`: the special and the added tokens, such as those
+    between turns, which most tokenizers never make of a user's text."""
 
     begin: int
     end: int
     special: frozenset[int]
 
     def phase(self, tokens: str, prompt: Sequence[int]) -> Phase:
-        """One of `spec.PHASES` of a request with this prompt, which may have begun the thinking, or ended it: with its
-        last sign, unless a special token comes after that sign, which is then of an earlier turn's."""
-        signs = {self.begin, self.end}
-        last = next((token for token in reversed(prompt) if token in signs or token in self.special), None)
+        """The phase `tokens` (of `spec.PHASES`) of a request with this prompt. The prompt may have begun or ended the
+        thinking: its last `begin` or `end` token decides, unless a special token comes after it, since it then belongs
+        to an earlier turn."""
+        marks = {self.begin, self.end}
+        last = next((token for token in reversed(prompt) if token in marks or token in self.special), None)
         if tokens == "after-thinking":
             return Phase(True) if last == self.end else Phase(False, begins=self.end)
         if last == self.end:
@@ -100,13 +106,13 @@ class Thinking:
 
 
 class Encoding(Protocol):
-    """What a tokenizer makes of a text."""
+    """The output of a tokenizer."""
 
     input_ids: Sequence[int]
 
 
 class Decoder(Protocol):
-    """What makes text of token ids."""
+    """Turns token ids into text."""
 
     def __hash__(self) -> int: ...
 
@@ -114,7 +120,7 @@ class Decoder(Protocol):
 
 
 class Tokenizer(Decoder, Protocol):
-    """What is used of a tokenizer of transformers."""
+    """The parts of a transformers tokenizer that are used."""
 
     chat_template: object
     bos_token_id: int | None
@@ -131,8 +137,8 @@ class Tokenizer(Decoder, Protocol):
 
 
 def rendered_otherwise(fitted: Mapping[str, object], given: Mapping[str, object]) -> str | None:
-    """How a chat for which the template is given other variables than those that a direction was `fitted` with differs;
-    None where it does not."""
+    """How the template variables of a chat (`given`) differ from those that a direction was `fitted` with; None if they
+    do not."""
     absent = object()
     names = sorted(fitted.keys() | given.keys())
     different = [name for name in names if fitted.get(name, absent) != given.get(name, absent)][:4]
@@ -145,31 +151,31 @@ def rendered_otherwise(fitted: Mapping[str, object], given: Mapping[str, object]
 
 @lru_cache(maxsize=8)
 def thinking_of(tokenizer: Tokenizer) -> Thinking | None:
-    """The first pair of `THINKING` of which both are tokens of this tokenizer."""
+    """The first pair of `THINKING` that this tokenizer has as tokens."""
     vocabulary = tokenizer.get_vocab()
     for begin, end in THINKING:
         if begin in vocabulary and end in vocabulary:
-            added = tokenizer.get_added_vocab().values()  # a turn's token may be added and not be said to be special
+            added = tokenizer.get_added_vocab().values()  # the tokens of turns may be added but not marked as special
             return Thinking(vocabulary[begin], vocabulary[end], frozenset((*tokenizer.all_special_ids, *added)))
     return None
 
 
 @lru_cache(maxsize=8)
 def _reads_parts(tokenizer: Tokenizer, template: str) -> bool:
-    """Does this template of the tokenizer write the text of a message that comes in parts, and none that comes as a
-    string? That is the way of models that take images."""
+    """Whether this template of the tokenizer renders the text of a message only if it comes in parts, as templates of
+    models with images do."""
 
     def shown(content: object) -> bool:
         try:
             return "seen" in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        except Exception:  # templates are programs: jinja raises whatever they raise
+        except Exception:  # a template is a program and can raise anything
             return False
 
     return not shown("seen") and shown([{"type": "text", "text": "seen"}])
 
 
 class Chat:
-    """Mixed into what has a `tokenizer` of transformers."""
+    """A mixin for classes with a transformers `tokenizer`."""
 
     __slots__ = ()
     tokenizer: Tokenizer
@@ -177,54 +183,56 @@ class Chat:
     def chat_ids(
         self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool = True, **more: object
     ) -> list[int]:
-        """Token ids of a conversation (`chat_text`). The template writes the BOS where there is one, so the text is
-        tokenized without special tokens: adding them again is the usual two-BOS bug."""
+        """Token ids of a conversation (`chat_text`). The template writes BOS if there is one, so the text is tokenized
+        without special tokens: adding BOS twice is a common mistake."""
         return self.piece_ids(self.chat_text(messages, add_generation_prompt=add_generation_prompt, **more))
 
     def chat_text(
         self, messages: Sequence[dict[str, object]], *, add_generation_prompt: bool = True, **more: object
     ) -> str:
-        """A conversation under the model's own template.
+        """Render a conversation with the model's template.
 
-        A developer's messages are the system's where the template does not know that role. Raises RequestError where
-        there is no template, where it refuses the messages, or where it does not look at what one of them carries.
+        A developer's message becomes a system message if the template does not know that role. Raises RequestError if
+        there is no template, if it refuses the messages, or if it ignores a field of one of them.
         """
         if not self.tokenizer.chat_template:
             raise RequestError("this model has no chat template: use /v1/completions", param="messages")
         template = self.tokenizer.get_chat_template()
         unknown, parts = "developer" not in template, _reads_parts(self.tokenizer, template)
-        read = [_Read(m | {"role": "system"} if unknown and m["role"] == "developer" else m) for m in messages]
-        for message in read:
-            if parts and isinstance(text := dict.get(message, "content"), str):  # ours, not the template's look
+        tracked = [
+            _TrackedMessage(m | {"role": "system"} if unknown and m["role"] == "developer" else m) for m in messages
+        ]
+        for message in tracked:
+            if parts and isinstance(text := dict.get(message, "content"), str):  # a read that is not recorded
                 message["content"] = [{"type": "text", "text": text}]
         try:
             text = self.tokenizer.apply_chat_template(
-                read, tokenize=False, add_generation_prompt=add_generation_prompt, **more
+                tracked, tokenize=False, add_generation_prompt=add_generation_prompt, **more
             )
-        except Exception as error:  # templates are programs: jinja raises whatever they raise
-            said = str(error)[:500]
-            raise RequestError(f"the chat template refuses these messages: {said}", param="messages") from error
-        for number, message in enumerate(read):
+        except Exception as error:  # a template is a program and can raise anything
+            reason = str(error)[:500]
+            raise RequestError(f"the chat template refuses these messages: {reason}", param="messages") from error
+        for number, message in enumerate(tracked):
             if unread := sorted(message.keys() - message.asked - {"role", "content"}):
                 name = f"messages.{number}.{unread[0][:100]}"
                 raise RequestError(f"{name}: the chat template of this model does not use it", param=name)
         return str(text)
 
     def unread(self, variables: Iterable[str]) -> list[str]:
-        """Those of `variables` that the chat template nowhere names, so that they change nothing."""
+        """The `variables` that the chat template does not mention, so that they change nothing."""
         words = set(re.findall(r"\w+", self.tokenizer.get_chat_template())) if self.tokenizer.chat_template else set()
         return sorted(set(variables) - words - {"tools", "documents"})
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text, with the tokenizer's own special tokens (BOS where it adds one)."""
+        """Token ids of a text, with the tokenizer's own special tokens (BOS if it adds one)."""
         return self._ids(text)
 
     def piece_ids(self, text: str) -> list[int]:
-        """Token ids of text as it is, without special tokens."""
+        """Token ids of a text without special tokens."""
         return self._ids(text, add_special_tokens=False)
 
     def _ids(self, text: str, **options: object) -> list[int]:
-        """Of all that a tokenizer can say, the ids: each list more is made while nothing else runs."""
+        """Only the ids: building further lists would hold the interpreter's lock longer."""
         only = {"return_attention_mask": False, "return_token_type_ids": False}
         return list(self.tokenizer(text, **only, **options).input_ids)
 

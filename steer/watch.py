@@ -1,6 +1,6 @@
-"""A thread that follows a folder: it looks whenever something changes there, and at least every two seconds.
+"""A thread that watches a folder: it looks whenever something changes there, and at least every two seconds.
 
-Code that depends on its looking can ask whether the thread still looks or has stopped.
+Code that depends on it can ask whether the thread still looks or has stopped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import watchfiles
 
 log = logging.getLogger("steer")
 
-#: Seconds between two looks where no event calls for one.
+#: Seconds between two looks if nothing changes.
 EVERY = 2.0
-#: Seconds without a look after which the thread does not count as running.
+#: Seconds without a look after which the thread counts as stalled.
 STALLED = 30.0
 
 State = Literal["ok", "failing", "stalled", "dead"]
@@ -27,8 +27,8 @@ State = Literal["ok", "failing", "stalled", "dead"]
 class Follower:
     """Calls `look` on a daemon thread until `stop`.
 
-    What `look` raises is logged and kept as `problem`, and it is called again. Where the folder cannot be watched (it
-    is not there, or the system gives out no more watches), it is called every two seconds all the same.
+    An error of `look` is logged and kept as `problem`, and `look` is called again. If the folder cannot be watched (it
+    does not exist, or the system has no more watches), `look` is still called every two seconds.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Follower:
     ) -> None:
         """`calls`: a second folder, in which something changes when a look is asked for."""
         self.folder, self.look, self.recursive, self.calls = folder, look, recursive, calls
-        #: What the last look met, if it met anything.
+        #: The error of the last look, or None.
         self.problem: str | None = None
         self._unwatched: str | None = None
         self._looked = time.monotonic()
@@ -81,10 +81,10 @@ class Follower:
                     if self._unwatched:
                         self._unwatched = None
                         log.info("the folder %s is watched again", self.folder)
-            except Exception as error:  # of the watch: `_once` raises nothing
-                if (said := str(error)) != self._unwatched:
-                    self._unwatched = said
-                    log.error("the folder %s cannot be watched, so it is only polled: %s", self.folder, said)
+            except Exception as error:  # raised by the watch, since `_once` raises nothing
+                if (message := str(error)) != self._unwatched:
+                    self._unwatched = message
+                    log.error("the folder %s cannot be watched, so it is only polled: %s", self.folder, message)
             self._stop.wait(EVERY)
             self._once()
 
@@ -94,9 +94,9 @@ class Follower:
         try:
             self.look()
             self.problem = None
-        except Exception as error:  # a look that fails must not be the last one
-            said = f"{type(error).__name__}: {error}"
-            if said != self.problem:
-                log.error("the folder %s: %s", self.folder, said, exc_info=not isinstance(error, OSError))
-            self.problem = said
+        except Exception as error:  # the thread must go on
+            message = f"{type(error).__name__}: {error}"
+            if message != self.problem:
+                log.error("the folder %s: %s", self.folder, message, exc_info=not isinstance(error, OSError))
+            self.problem = message
         self._looked = time.monotonic()

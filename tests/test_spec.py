@@ -206,8 +206,8 @@ def test_layers_that_are_none_are_refused_with_what_is_accepted(layers: Any) -> 
     (problem,) = problems_of({"direction": "refusal", "layers": layers})
     assert problem.startswith("steer.layers: ")
     assert "like '10-20'" in problem
-    assert problems_of("refusal@1@2") == ("steer: '1@2': layers are said twice",)
-    assert problems_of("refusal@answer@prompt") == ("steer: 'answer@prompt': tokens are said twice",)
+    assert problems_of("refusal@1@2") == ("steer: '1@2': layers are given twice",)
+    assert problems_of("refusal@answer@prompt") == ("steer: 'answer@prompt': tokens are given twice",)
 
 
 @given(st.integers(1, 40), st.integers(0, 60), PLACES)

@@ -1,4 +1,4 @@
-"""The Python API: steer `model.generate` and plain forward passes of a loaded model, outside any server."""
+"""The Python API: steer `model.generate` and forward passes of a loaded model, without a server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 #: A direction, or the path of its file.
 DirectionLike: TypeAlias = "str | os.PathLike[str] | Direction"
-#: What steers a row, in the request language: `"refusal=0.7"`, `{"direction": "refusal"}`, a list of such, None.
+#: The steering of a row, in the request language: `"refusal=0.7"`, `{"direction": "refusal"}`, a list of these, None.
 SpecLike: TypeAlias = "str | Mapping[str, object] | Sequence[str | Mapping[str, object]] | bool | None"
 
 
@@ -43,38 +43,42 @@ def attach(
     rows: int = 32,
     rank: int = 4,
 ) -> Attached:
-    """Steer a loaded transformers model, outside any server, from now on until `detach`.
+    """Attach steering to a loaded transformers model, until `detach`.
 
         steering = steer.attach(model, {"refusal": "directions/refusal.safetensors"})
 
         model.generate(**inputs)                          # plain
         with steering("refusal=0.7"):                     # every row of every pass of the model
             model.generate(**inputs)
-        with steering("off", "refusal"):                  # the first half of the rows, and the second
+        with steering("off", "refusal"):                  # the first half of the rows plain, the second half steered
             model.generate(**inputs)
-        with steering.read("refusal") as reading:         # what is in the stream, steered or not
+        with steering.read("refusal") as reading:         # read components of the stream, steered or not
             model(**inputs)
 
         steering.detach()
 
-    `with steer.attach(...) as steering:` detaches where the block ends.
+    `with steer.attach(...) as steering:` detaches at the end of the block.
 
-    model: a causal language model of transformers. What is around one is looked through: a pipeline, `torch.compile`,
-        PEFT (its adapters stay in force). Call it as before; `attach` changes no weights.
-    directions: by the names that specs call them, each a `Direction` or the path of its file. `load` and `unload`
-        change them later.
-    sites: where the hooks act: "resid_post" (every block's output), "writers" (the outputs of attention, MLP and
-        embedding). A direction's file says which it needs.
-    rows: how many direction rows are resident at once; a direction of rank k takes k, and one more where its file has a
-        plane, if `rank` is above 1.
-    rank: how many rows can act on one token: the ranks of what one spec names, together.
+    Before it returns, probe passes show that every hook acts and that a plain pass is unchanged. It clears what
+    `torch.compile` has compiled in this process (`torch.compiler.reset`), which would run without the hooks.
 
-    Before it returns it proves by probe passes that every hook acts and that a plain pass is what it was. It clears
-    what `torch.compile` has compiled in this process (`torch.compiler.reset`), since that would go on without hooks.
+    Args:
+        model: a causal language model of transformers, or a wrapper of one: a pipeline, `torch.compile`, PEFT (its
+            adapters stay active). Call it as before; `attach` changes no weights.
+        directions: by the names for specs, each a `Direction` or the path of its file. `load` and `unload` change them
+            later.
+        sites: where the hooks act: "resid_post" (every block's output), "writers" (the outputs of attention, MLP and
+            embedding). A direction's file says which it needs.
+        rows: how many direction rows can be resident. A direction of rank k needs k, and one more if its file has a
+            plane and `rank` is above 1.
+        rank: how many rows can act on one token: the sum of the ranks of all directions of one spec.
 
-    Raises InvalidInput for the arguments, DirectionError with all problems of all files that do not fit the model,
-    NoRoom where they need more than `rows`, UnsupportedModel for what cannot be steered and checked, RuntimeError in a
-    block of another steering of the model.
+    Raises:
+        InvalidInput: for the arguments.
+        DirectionError: with all problems of all files that do not fit the model.
+        NoRoom: the directions need more than `rows`.
+        UnsupportedModel: the model cannot be steered and checked.
+        RuntimeError: a block of another steering of the model is open.
     """
     _check_arguments(directions, sites, rows, rank)
     loaded = _read(directions or {})
@@ -84,8 +88,8 @@ def attach(
 class Attached:
     """The hooks on one model, made by `steer.attach`, with the directions that they can apply.
 
-    Outside of a `with steering(...)` block the model is plain, bit for bit. Two attached to one model act one after
-    the other, in the order in which they came. One that nobody holds any more is detached.
+    Outside a `with steering(...)` block the model is plain, bit for bit. Two steerings of one model act one after the
+    other, in the order in which they were attached. A steering without references is detached.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class Attached:
         self._registry = Registry(self._steering.placement(), quiet=True)
         self._load(directions)
         self._attach()
-        # a notebook's cell that attaches and is run again lets the first one go
+        # a notebook's cell that attaches, and is run again, drops the first steering
         weakref.finalize(self, self._steering.detach).atexit = False
 
     @property
@@ -118,26 +122,26 @@ class Attached:
         return {name: version.direction for name, version in self._registry.names().items()}
 
     def load(self, name: str, direction: DirectionLike) -> None:
-        """Have `name` mean `direction` from now on, in place of what had that name. A block that is open keeps what it
-        began with. Raises DirectionError or NoRoom; then nothing has changed."""
+        """Use `direction` under `name` from now on, in place of an earlier one. An open block keeps the earlier one.
+        Raises DirectionError or NoRoom; then nothing has changed."""
         self._load(_read({name: direction}))
 
     def unload(self, name: str) -> None:
-        """Let `name` go. Raises UnknownDirection, or DirectionError for what is no name."""
+        """Remove the direction `name`. Raises UnknownDirection, or DirectionError for an invalid name."""
         self._registry.delete(check_name(name))
 
     def __call__(self, *specs: SpecLike) -> Steered:
         """`with steering(spec):` steers every row of every pass of the model in the block.
 
-        Several specs: the rows of a pass are as many equal groups, in order. So with a spec for each prompt, beams and
-        `num_return_sequences` follow their prompt. A pass whose rows are no multiple of the specs raises InvalidInput.
-        Blocks nest: the inner one alone is in force until it ends.
+        Several specs divide the rows of a pass into equal groups, in order. So with one spec for each prompt, beams and
+        `num_return_sequences` follow their prompt. A pass whose rows are not a multiple of the specs raises
+        InvalidInput. Blocks nest: only the inner one is in force until it ends.
 
-        The end of the block raises NotFinite where steering would have taken a row out of the range of the model's
-        numbers: what was computed for it is not its answer.
+        The end of the block raises NotFinite if steering would have taken a row out of the range of the model's dtype:
+        the output of that row is not an answer.
 
-        Raises SpecError or UnknownDirection for what cannot be applied as it says, RuntimeError when detached. What is
-        returned does nothing without `with`, and so the next pass of the model then raises.
+        Raises SpecError or UnknownDirection for a spec that cannot be applied, RuntimeError when detached. Without
+        `with` the returned object does nothing, so the next pass of the model raises.
         """
         self._check_attached()
         if not specs:
@@ -157,12 +161,17 @@ class Attached:
     def read(self, *names: str, layers: Sequence[int] | str = "all", angle: bool = False) -> Iterator[Readings]:
         """`with steering.read("refusal") as reading:` reads the components along the named directions in every pass of
         the model in the block, at every position, as `before`, `after` (`[rows, positions, layers, k]`) and `norms`
-        (`[rows, positions, layers]`); see `Readings`. Reading changes nothing. Combine it with a spec to see it act:
-        `with steering("refusal"), steering.read("refusal") as reading:`.
+        (`[rows, positions, layers]`); see `Readings`. Reading changes nothing. Combine it with a spec to see its
+        effect: `with steering("refusal"), steering.read("refusal") as reading:`.
 
-        layers: "all", "source" (the layer that each direction came from) or numbers. At most 4 directions, of at most
-        `rank` rows together, which act at "resid_post". angle: read `angles` too; each direction must have a plane,
-        and is two rows. Raises SpecError for others, RuntimeError when detached.
+        Args:
+            names: at most 4 directions, with at most `rank` rows together, which act at "resid_post".
+            layers: "all", "source" (the layer that each direction came from) or numbers.
+            angle: read `angles` too; each direction must have a plane, and counts as two rows.
+
+        Raises:
+            SpecError: for anything else.
+            RuntimeError: when detached.
         """
         self._check_attached()
         at = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
@@ -173,7 +182,7 @@ class Attached:
             with self._registry.steady():
                 read = readout.resolve(wanted, Spec(), self._registry, self._steering.anatomy.layers)
                 admission = Admission(self._registry, Spec(), read)
-        except SpecError as error:  # what is a field of a request there is an argument here
+        except SpecError as error:  # its messages name the field of a request, which is an argument here
             raise type(error)([problem.replace(readout.FIELD, "read") for problem in error.problems]) from None
         try:
             recorder = Recorder(self._steering.bank.rows_of(read.digests, read.angle), read)
@@ -191,14 +200,14 @@ class Attached:
             admission.release()
 
     def detach(self) -> None:
-        """Take the hooks off. Raises RuntimeError inside a block of this object, which would go on plain."""
+        """Remove the hooks. Raises RuntimeError inside a block of this object, which would continue plain."""
         if self._steering.blocks:
             raise RuntimeError(f"{self._held}, and would continue plain: let it end first")
         self._steering.detach()
 
     def _attach(self) -> None:
         if not self.attached:
-            torch.compiler.reset()  # Dynamo does not look for new hooks: what is compiled would go on without them
+            torch.compiler.reset()  # Dynamo does not notice new hooks, so compiled code would run without them
             self._steering.attach()
 
     def __reduce__(self) -> str:
@@ -211,7 +220,7 @@ class Attached:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._steering.blocks:  # as of a generator that nobody runs any more
+        if error is not None and self._steering.blocks:  # a block in a generator that was never resumed, for example
             error.add_note(f"{self._held}, so that this steering stays attached")
         else:
             self.detach()
@@ -240,8 +249,7 @@ class Attached:
 
     @contextmanager
     def _block(self, block: object, becoming: str) -> Iterator[frozenset[Call]]:
-        """While `block`, which is in force already, is open. Gives the calls of `generate` that it is inside of, which
-        are of this thread."""
+        """Keep `block` open, which is in force already. Gives the calls of `generate` around it, all of this thread."""
         calls = self._steering.generating
         if any(call.thread != threading.get_ident() for call in calls):
             raise RuntimeError(
@@ -254,7 +262,7 @@ class Attached:
             self._steering.blocks.remove(block)
 
     def _check_ended(self, block: object, calls: frozenset[Call], acting: str) -> None:
-        """`block` is no longer in force, which went on while these `calls` of `generate` stood still."""
+        """Check at the end of `block` that the same `calls` of `generate` are around it as at its beginning."""
         self._steering.check_intact()
         now = self._steering.generating
         if calls - now:
@@ -267,7 +275,7 @@ class Attached:
 
 
 class Steered:
-    """What `steering(spec, ...)` returns: in force inside `with`, as often as it is entered."""
+    """The return value of `steering(spec, ...)`: in force inside `with`. It can be entered several times."""
 
     def __init__(self, attached: Attached, specs: tuple[SpecLike, ...]) -> None:
         self._attached, self._specs = attached, specs
@@ -323,12 +331,12 @@ class Readings:
 
     @property
     def after(self) -> NDArray[np.float32]:
-        """⟨x', v⟩ after it, `[rows, positions, layers, k]`; where nothing steers, equal to `before`."""
+        """⟨x', v⟩ after the operation, `[rows, positions, layers, k]`; equal to `before` if nothing steers."""
         return self._joined(lambda one: one.after)
 
     @property
     def norms(self) -> NDArray[np.float32]:
-        """‖x‖ before it, `[rows, positions, layers]`."""
+        """‖x‖ before the operation, `[rows, positions, layers]`."""
         return self._joined(lambda one: one.norms)
 
     def __repr__(self) -> str:
@@ -338,8 +346,9 @@ class Readings:
 
     @property
     def angles(self) -> NDArray[np.float32]:
-        """Before and after it, in the plane of each direction: `[2, rows, positions, layers, k]`, in degrees from the
-        axis, NaN at a layer that it does not steer. Raises ValueError where they were not asked for."""
+        """The angles before and after the operation, in the plane of each direction, in degrees from its axis:
+        `[2, rows, positions, layers, k]`; NaN at a layer that the direction does not steer. Raises ValueError if angles
+        were not asked for."""
         return self._joined(lambda one: one.angles, positions=2)
 
     def _joined(self, side: Callable[[Reading], NDArray[np.float32] | None], positions: int = 1) -> NDArray[np.float32]:
@@ -375,8 +384,8 @@ def _check_arguments(directions: object, sites: object, rows: object, rank: obje
 
 
 def _read(directions: Mapping[str, DirectionLike]) -> dict[str, bytes]:
-    """The bytes of each file as they are, so that its digest is the file's. Raises DirectionError with the problems of
-    all files."""
+    """The unchanged bytes of each file, so that digests are those of the files. Raises DirectionError with the problems
+    of all files."""
     loaded, problems = dict[str, bytes](), list[str]()
     for name, source in directions.items():
         with noted(problems, DirectionError):
@@ -390,7 +399,7 @@ def _read(directions: Mapping[str, DirectionLike]) -> dict[str, bytes]:
 
 
 def _inner(model: object) -> nn.Module:
-    """The transformers model in `model`. Raises UnsupportedModel that says what to attach to."""
+    """The transformers model inside `model`. Raises UnsupportedModel, which says what to attach to."""
     import transformers
 
     if isinstance(model, str | os.PathLike):

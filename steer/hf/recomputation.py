@@ -1,8 +1,8 @@
-"""Gradient checkpointing computes a pass again while autograd goes backward: under which steering did that pass run?
+"""Find the steering of a pass that gradient checkpointing computes again while autograd goes backward.
 
-The graph says so: torch numbers its nodes in the order in which a thread makes them, so that those of a pass have the
-numbers that the thread was at while it ran. In between are nodes of what came after one pass (the head, the loss) or
-before the next, and there only what holds of both is sure.
+The graph shows it: torch numbers its nodes in the order in which a thread makes them, so the nodes of a pass have the
+numbers that the thread reached while it ran. Between two passes are nodes of code after the first (the head, the loss)
+or before the second: for these only a steering that both passes had is sure.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from math import inf
 
 import torch
 
-#: How often the steering may have changed since a pass whose steering is still known.
+#: How many changes of steering are remembered.
 KEPT = 256
 
 
 def going_backward() -> bool:
-    """Is it autograd that runs this code?"""
+    """Whether autograd runs this code."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 @dataclass(slots=True)
 class _Made:
-    """The nodes that a thread made from `begin` up to `end` in passes under `steering`, and those from `after` on that
-    came behind a pass under `before`."""
+    """The nodes that a thread made from `begin` to `end` in passes under `steering`. Those from `after` to `begin` came
+    after a pass under `before`."""
 
     after: float
     before: object
@@ -36,7 +36,7 @@ class _Made:
 
 
 class _Thread(threading.local):
-    """What each thread has made: each counts for itself."""
+    """The state of each thread, which has its own numbers."""
 
     def __init__(self) -> None:
         self.begin, self.end = 0, 0
@@ -44,7 +44,7 @@ class _Thread(threading.local):
 
 
 class Passes:
-    """Which steering the passes of a model had. Call `begins` and `ended` around each, also where it fails."""
+    """Remembers the steering of a model's passes. Call `begins` and `ended` around each pass, also if it fails."""
 
     def __init__(self) -> None:
         self._made: deque[_Made] = deque(maxlen=KEPT)
@@ -65,7 +65,7 @@ class Passes:
         self._made.append(mine.last)
 
     def ran_under(self, steering: object) -> bool:
-        """Did the pass that autograd goes back through run under `steering`? Not where that is not known."""
+        """Whether the pass that autograd goes back through ran under `steering`; False if that is not known."""
         node = torch._C._current_autograd_node()
         number = -1 if node is None else node._sequence_nr()
         found: list[object] = []

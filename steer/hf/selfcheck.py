@@ -1,9 +1,10 @@
-"""The self-check at start: an engine must answer as `generate` does, plain and steered, short and long, mixed.
+"""The self-check at start: an engine must answer as `generate` does, for plain and steered, short and long requests in
+one batch.
 
 Four requests go through the engine at once. Two of them are steered by a test vector, and two are longer than every
 length at which the model changes how it treats a request (if that is short enough to try). The engine's tokens must be
-those of `generate`, under the same steering and one request at a time. They must also be those of uncached passes,
-which show the steering of a cached step, wherever uncached passes agree with a plain `generate`.
+those of `generate`, under the same steering and one request at a time. If uncached passes agree with a plain
+`generate`, they must also be those of uncached passes, which check the steering of cached steps.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from steer.runtime.selfcheck import vector
 from steer.runtime.token_index import RequestSteer
 
 log = logging.getLogger("steer")
-#: Tokens of the greedy answers, and how much longer than a limit the long prompts are: the answers end beyond it too.
+#: Tokens of the greedy answers.
 ANSWER = 4
-#: The longest prompts that are tried, and how long they are where no limit of the model is below that.
+#: The longest prompt that is tried, and the length of long prompts if the model has no limit below LONGEST.
 LONGEST, LONG = 512, 48
-#: How far log-probabilities may be apart: rounding of other batch shapes, no more.
+#: How far log-probabilities may differ: the rounding of other batch shapes.
 AGREE = {torch.float64: 1e-3, torch.float32: 1e-3}
-#: The most that an engine may take for four short answers, in seconds: more is a hang.
+#: Seconds for four short answers, after which the engine counts as hung.
 PATIENCE = 900
 _OURS = str(Path(steer.__file__).parent)
 _ENTRIES = (torch.nn.modules.module.__file__, transformers.generation.utils.__file__)
 
 
 class SelfCheckFailed(UnsupportedModel):
-    """The engine's answers for this model are not those of `generate`, or a forward pass of it failed."""
+    """The engine answers differently from `generate` for this model, or a forward pass failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class _Asked:
 
 
 def self_check(engine: Engine) -> None:
-    """Raise SelfCheckFailed when the model itself cannot be run in this way, and whatever else fails as it is."""
+    """Raise SelfCheckFailed if the model cannot be run in this engine; other errors are raised unchanged."""
     with vector(engine.steering.bank) as steer_:
         requests = _requests(engine, steer_)
         try:
@@ -72,7 +73,7 @@ def _requests(engine: Engine, steer_: RequestSteer) -> list[_Asked]:
     beyond = [n + 1 for n in internals.lengths(engine.steering.anatomy.model.config) if n < longest]
     sizes = {"short": min(PROBE_TOKENS, longest), "long": max([min(LONG, longest), *beyond])}
     span = max(engine.steering.anatomy.vocabulary - 1, 1)
-    # a long one is prefilled beside a short one of the other kind, and all decode together
+    # each long prompt is prefilled beside a short one of the other kind, and all decode together
     order = (("short", None), ("long", steer_), ("short", steer_), ("long", None))
     return [
         _Asked(
@@ -90,7 +91,7 @@ async def _answers(engine: Engine, requests: Sequence[_Asked]) -> list[list[Toke
     async def one(asked: _Asked) -> list[Token]:
         return [token async for token in engine.answer(asked.prompt, sampling, asked.steer)]
 
-    with engine.held():  # none begins before all are there
+    with engine.held():  # no request begins before all have been added
         tasks = [asyncio.create_task(one(asked)) for asked in requests]
         await asyncio.sleep(0)
     try:
@@ -107,8 +108,8 @@ def _compare(engine: Engine, requests: Sequence[_Asked], answers: Sequence[Seque
         got = torch.tensor([token.logprob for token in answer], dtype=torch.float32)
         with engine.steering.batch([asked.steer]), torch.inference_mode():
             engine.steering.anatomy.forget_lengths()
-            said = internals.teacher_forced_logprobs(engine.steering.anatomy.model, asked.prompt, ids.tolist())
-        right = said.cpu().gather(1, ids[:, None])[:, 0]
+            logprobs = internals.teacher_forced_logprobs(engine.steering.anatomy.model, asked.prompt, ids.tolist())
+        right = logprobs.cpu().gather(1, ids[:, None])[:, 0]
         _agree(asked, got, right, "`generate`", allowed)
         if not uncached_is_right:
             continue
@@ -131,7 +132,7 @@ def _agree(asked: _Asked, got: Tensor, right: Tensor, by: str, allowed: float) -
 
 
 def _of_the_model(error: BaseException) -> bool:
-    """Did it arise in `generate` or the model, and not in what we hang into them? Lack of memory is not the model's."""
+    """Whether the error arose in `generate` or the model, and not in our hooks. Lack of memory does not count."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return False
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]

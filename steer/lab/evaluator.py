@@ -1,4 +1,4 @@
-"""What an evaluator is, which tries candidates on a model, many at once, each as rows of one batch."""
+"""The interface of an evaluator, which tries many candidates on a model at once, as rows of one batch."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ from steer.tokenization import THINKING, Chat, Thinking, Tokenizer
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
-#: A steering in the terms of one engine; None is plain.
+#: A steering in an engine's own form; None is plain.
 Steer = Any
-#: Plain text of one engine along which divergences are taken. Its `first(tokens)` keeps that number of predictions.
+#: An engine's plain text along which divergences are taken. Its `first(tokens)` keeps that number of predictions.
 Continuation = Any
-#: Of a model that is not known yet.
+#: Stands for the thinking of a model that is not loaded yet.
 SOME_THINKING = Thinking(-1, -1, frozenset())
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A direction and how it is applied: `asked`, whose names are not looked at; `probe` is the direction of its
-    condition. Candidates that share a direction share its rows of the bank."""
+    """A direction and how it is applied. Candidates that share a direction share its rows of the bank.
+
+    Attributes:
+        asked: how it is applied; its names are ignored.
+        probe: the direction of its condition.
+    """
 
     direction: Direction
     asked: Entry
@@ -42,22 +46,22 @@ class Candidate:
 
     @classmethod
     def of(cls, direction: Direction, mode: Mode, strength: float) -> Candidate:
-        """Applied at all tokens and layers."""
+        """A candidate that acts at all tokens and layers."""
         return cls(direction, Entry("", "", mode, strength))
 
     def asking(self, **changes: Any) -> Self:
-        """The same with these fields of `asked`."""
+        """A copy with these fields of `asked`."""
         return replace(self, asked=replace(self.asked, **changes))
 
     @property
     def rows(self) -> int:
-        """Rows of the token index that it takes."""
+        """How many rows of the token index it uses."""
         rows = self.direction.rows_in(self.asked.mode) + (self.asked.condition is not None)
         return max(rows, 2) if self.asked.tokens in PHASES else rows
 
     def entry(self, name: str, probe: str | None = None, thinking: Thinking | None = SOME_THINKING) -> Entry:
-        """Return the entry of a request for it, under names that are the digests too; `thinking` is the model's. Raises
-        SpecError where the direction cannot be applied so."""
+        """The entry of a request for it, in which the names are the digests too. `thinking`: the model's. Raises
+        SpecError if the direction cannot be applied in this way."""
         entry = replace(self.asked, direction=name, digest=name)
         meta = self.direction.meta
         shape = Shape(
@@ -79,8 +83,8 @@ class Candidate:
 def named(
     candidates: Sequence[Candidate], thinking: Thinking | None = SOME_THINKING
 ) -> tuple[dict[str, Direction], list[Entry]]:
-    """The directions of `candidates`, each once and with a name of its own, and what a request for each candidate to a
-    model with this thinking has."""
+    """The directions of `candidates`, each once under its own name, and for each candidate the entry of a request to a
+    model with this thinking."""
     names: dict[int, str] = {}
     directions: dict[str, Direction] = {}
 
@@ -97,9 +101,13 @@ def named(
 
 class Evaluator(ABC):
     """A model on which candidates are tried. `steer` is one Steer for all prompts, or a list with one for each.
-    `max_tokens`: of an answer, at most; `progress` advances with each prompt that was read or answered."""
 
-    #: The most tokens that a prompt with its answer can have.
+    Attributes:
+        max_tokens: the most tokens of an answer.
+        progress: advances with each prompt that was read or answered.
+        context: the most tokens of a prompt with its answer.
+    """
+
     context: int
 
     def __init__(self, chat: Chat, rendering: Rendering | None, max_tokens: int, progress: Progress | None) -> None:
@@ -108,14 +116,14 @@ class Evaluator(ABC):
         self._known: dict[Prompt, list[int]] = {}
 
     def _ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Their token ids. Each prompt is tokenized once."""
+        """The token ids of each prompt, which is tokenized only once."""
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]:
             encoded = encode_all(self._chat, new, self._rendering)
             self._known |= {prompt: one.ids for prompt, one in zip(new, encoded, strict=True)}
         return [self._known[prompt] for prompt in prompts]
 
     def check_room(self, sets: Iterable[PromptSet]) -> None:
-        """Raise InvalidInput with every prompt that does not fit the context with its answer."""
+        """Raise InvalidInput with every prompt that, with its answer, does not fit the context."""
         InvalidInput.raise_for(
             f"{each.named([prompt])}: has {len(ids)} tokens, and its answer may have {self.max_tokens}; the context is "
             f"{self.context}"
@@ -127,25 +135,24 @@ class Evaluator(ABC):
     @property
     @abstractmethod
     def rank(self) -> int:
-        """Rows that one candidate can use."""
+        """How many rows one candidate can use."""
 
     @property
     @abstractmethod
     def room(self) -> int:
-        """Rows of directions that can be resident at once."""
+        """How many rows can be resident at once."""
 
     @abstractmethod
     def resident(self, candidates: Sequence[Candidate]) -> AbstractContextManager[list[Steer]]:
-        """`candidates` on the engine while it lasts; gives what steers with each. What shares a direction shares its
-        rows. Raises NoRoom where they have more than `room`, SpecError for phases of a thinking that the model does
-        not have."""
+        """Make `candidates` resident on the engine during the block, and give the Steer of each. Raises NoRoom if they
+        need more than `room`, SpecError for a phase if the model has no thinking."""
 
     @abstractmethod
     def answers(
         self, prompts: Sequence[Prompt], steer: Steer, known: Callable[[str], bool] | None = None
     ) -> list[Answer]:
-        """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. One may end where `known` says of
-        its text that the rest would tell nothing."""
+        """Greedy answers of at most `max_tokens` tokens, in the order of `prompts`. An answer may end early if `known`
+        is true of its text: then the rest of it would not change the result."""
 
     @abstractmethod
     def opening_odds(self, prompts: Sequence[Prompt], steer: Steer, tokens: Sequence[int]) -> Floats:
@@ -153,8 +160,8 @@ class Evaluator(ABC):
 
     @abstractmethod
     def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> Sequence[Continuation]:
-        """Plain text along which divergences are taken, one for each prompt. `plain` are the plain greedy answers, if
-        they are known already."""
+        """Plain text along which divergences are taken, one for each prompt. `plain`: the plain greedy answers, if they
+        are known already."""
 
     @abstractmethod
     def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Continuation], steer: Steer) -> list[Floats]:
@@ -162,13 +169,13 @@ class Evaluator(ABC):
 
     @abstractmethod
     def log_probabilities(self, sequences: Sequence[Sequence[int]], steer: Steer) -> list[Floats]:
-        """The log-probability of each token of each sequence but the first, `[tokens − 1]`, in nats. Raises SpecError
-        for a steering that is not the same at all tokens: a sequence has no prompt."""
+        """The log-probability in nats of each token but the first, `[tokens − 1]`, of each sequence. Raises SpecError
+        for a steering that differs between prompt and answer: a sequence has no prompt."""
 
     def answers_of_each(
         self, prompts: Sequence[Prompt], steers: Sequence[Steer], known: Callable[[str], bool] | None = None
     ) -> list[list[Answer]]:
-        """For each of `steers` its answers to all of `prompts`, out of one batch."""
+        """For each of `steers` its answers to all `prompts`, computed in one batch."""
         if not prompts:
             return [[] for _ in steers]
         return [list(part) for part in parts(self.answers(*crossed(prompts, steers), known), len(prompts))]
@@ -185,7 +192,7 @@ class Evaluator(ABC):
         return [[float(row.mean()) for row in part] for part in parts(found, len(prompts))]
 
     def _opened(self, prompts: Sequence[Sequence[int]]) -> str:
-        """The sign that opens an answer's thinking where the chat template has written it, else nothing."""
+        """The token that begins an answer's thinking, if the chat template has written it; else empty."""
         end = str(self.tokenizer.decode(list(prompts[0][-8:]))).rstrip() if prompts else ""
         return next((begin for begin, _ in THINKING if end.endswith(begin)), "")
 
@@ -203,7 +210,7 @@ def each_row(steer: Steer, count: int) -> list[Steer]:
 
 
 def crossed(prompts: Sequence[T], steers: Sequence[Steer]) -> tuple[list[T], list[Steer]]:
-    """Prompts and steerings of a batch in which each of `steers` has all of `prompts`, one after the other."""
+    """The prompts and the steerings of a batch in which all `prompts` run with each of `steers`."""
     return [*prompts] * len(steers), [steer for steer in steers for _ in prompts]
 
 
@@ -213,8 +220,8 @@ def parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def first_tokens(tokenizer: Tokenizer, openings: Sequence[str]) -> list[int]:
-    """The ids with which answers that begin with `openings` begin, with a space before them and without. Raises
-    InvalidInput where there are none."""
+    """The first token ids of answers that begin with one of `openings`, with or without a space before it. Raises
+    InvalidInput if there are none."""
     found = {
         ids[0]
         for opening in openings

@@ -1,5 +1,4 @@
-"""The items of files that people write, such as JSON lines: each is read alone, and each problem is told once with the
-lines that have it."""
+"""Read the items of files that people write, such as JSON lines. Each problem is reported once, with its lines."""
 
 from __future__ import annotations
 
@@ -13,19 +12,19 @@ from pydantic import ValidationError
 from steer.errors import InvalidInput, describe_expected, field_path, problem_text
 
 T = TypeVar("T")
-#: Lines that are named of those with one problem.
+#: How many line numbers are listed for one problem.
 NAMED = 3
-#: Where in its line `json` stopped, which is another place in each.
+#: The column in a message of `json`, which differs from line to line.
 _COLUMN = re.compile(r": line 1 column \d+ \(char \d+\)")
 
 
 def unquoted(error: ValidationError, whole: str) -> Iterator[str]:
-    """Each problem of `error` without the value that has it: that may be a prompt or an answer, whose text no message
-    shows. `whole` is named where no field is at fault."""
+    """Each problem of `error` without its value, which may be a prompt or an answer: no message shows their text. A
+    problem of no field is reported for `whole`."""
     for item in error.errors(include_url=False):
         what = describe_expected(item["type"], item.get("ctx", {}))
-        told = f"must be {what}" if what else problem_text(item)
-        yield f"{'.'.join(field_path(item['loc'])) or whole}: {told}"
+        message = f"must be {what}" if what else problem_text(item)
+        yield f"{'.'.join(field_path(item['loc'])) or whole}: {message}"
 
 
 def from_json(text: str) -> Any:
@@ -37,14 +36,14 @@ def from_json(text: str) -> Any:
 
 
 def json_lines(source: str, text: str, read: Callable[[Any], T]) -> list[T]:
-    """What `read` makes of each line of JSON that is not blank. Raises InvalidInput as `each` does."""
+    """Apply `read` to each line of JSON that is not blank. Raises InvalidInput as `each` does."""
     lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     return each(source, "line", lines, lambda line: read(from_json(line)))
 
 
 def each(source: str, kind: str, items: Iterable[tuple[int, Any]], read: Callable[[Any], T]) -> list[T]:
-    """What `read` makes of each of the numbered `items` of `source`, which are lines or of another `kind`. Raises
-    InvalidInput with every problem that `read` has with them."""
+    """Apply `read` to each of the numbered `items` of `source`. `kind` names an item in messages, such as "line".
+    Raises InvalidInput with every problem that `read` raises."""
     found, problems = list[T](), dict[str, list[tuple[int, str]]]()
     for number, item in items:
         try:
@@ -53,11 +52,12 @@ def each(source: str, kind: str, items: Iterable[tuple[int, Any]], read: Callabl
             for problem in error.problems:
                 problems.setdefault(_COLUMN.sub("", problem), []).append((number, problem))
     if problems:
-        raise InvalidInput(_told(source, kind, problems))
+        raise InvalidInput(_summarised(source, kind, problems))
     return found
 
 
-def _told(source: str, kind: str, problems: dict[str, list[tuple[int, str]]]) -> Iterator[str]:
+def _summarised(source: str, kind: str, problems: dict[str, list[tuple[int, str]]]) -> Iterator[str]:
+    """One message for each problem, with the numbers of the items that have it."""
     for shared, those in problems.items():
         *others, last = (str(number) for number, _ in those)
         if not others:

@@ -1,29 +1,29 @@
-"""What became of an answer, told in one place: for a report, a file of answers, a fit and a search alike.
+"""The outcome of an answer, decided in one place for a report, a file of answers, a fit and a search.
 
-An answer has one outcome, the first of these that holds. A judge's word, where there is one, is in place of the
+An answer has one outcome, the first of these that holds. The verdict of a judge, if there is one, replaces the
 behaviour's own patterns.
 
-- `shown`: it shows the behaviour, so that a refusal in a loop is a refusal.
+- `shown`: it shows the behaviour, so a refusal in a loop is a refusal.
 - `late`: it begins as an answer and shows the behaviour near its end.
 - `unanswered`: it was cut before it said anything: its thinking has no end, or ended just before the limit.
-- `degenerate`: it has a fault, by which it is no answer: a loop or nothing at all must not pass for compliance.
-- `deflected`: it answers something else. Only a judge tells that: words that answer and question share do not.
+- `degenerate`: it has a fault, so it is not an answer: a loop or an empty text must not count as compliance.
+- `deflected`: it answers something else. Only a judge can decide that: words that answer and question share cannot.
 - `complied`: none of these.
 
-A fault is told from the token ids where it can be, so that it does not depend on spaces or on a language:
+A fault is found from the token ids if possible, so that it does not depend on spaces or on a language:
 
 - `empty`: no letter, digit, symbol or bracket.
-- `garbled`: a phrase that stands there five times, apart from the numbers between, pieces of a vocabulary, a wrong
-  encoding, letters that are no words, or words in an order or a mixture of scripts that no language has.
-- `echoed`: it gives the question back, and nothing else: it begins with the question's first word, and its words are
-  the question's in their order. A question may have a few of its words changed ("How do I" for "How can you").
-- `looped`: the answer ends in a phrase that stands there at least three times, six tokens in all. Source: Holtzman et
-  al. 2020, "The curious case of neural text degeneration" (a phrase of two tokens or more, three times, at the end).
-- `repetitive`: more than half of its 4-grams have stood in it before, in an answer of at least 32 tokens, or its last
-  50 words have few different ones among them. Source: seq-rep-4 of Welleck et al. 2020, "Neural text generation with
-  unlikelihood training", and the type-token ratio; the half and the third are our choice.
+- `garbled`: a phrase five times, except for numbers between; pieces of a vocabulary; a wrong encoding; letters that are
+  not words; or words in an order or a mixture of scripts that no language has.
+- `echoed`: it repeats the question and nothing else: it begins with the question's first word, and its words are the
+  question's in their order. A question may have a few words changed ("How do I" for "How can you").
+- `looped`: the answer ends in a phrase that occurs at least three times, six tokens in all. Source: Holtzman et al.
+  2020, "The curious case of neural text degeneration" (a phrase of two tokens or more, three times, at the end).
+- `repetitive`: more than half of its 4-grams are repetitions, in an answer of at least 32 tokens, or few of its last 50
+  words are different. Source: seq-rep-4 of Welleck et al. 2020, "Neural text generation with unlikelihood training",
+  and the type-token ratio; the half and the third are our choice.
 - `collapsed`: fewer than a quarter of the tokens of the plain answer to the same prompt.
-- `unended`: no end before the limit. It says something only where the plain model does end; see `ends`.
+- `unended`: no end before the limit. This is a fault only if the plain model's answers do end; see `ends`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ Fault: TypeAlias = Literal["empty", "echoed", "looped", "garbled", "repetitive",
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 #: Words, signs, and the letters of scripts that put no space between words.
 WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
-#: What is no text: a phrase with letters that stands 5 times one after the other, apart from the numbers between; one
-#: letter 30 times; pieces of a vocabulary; letters of a wrong encoding; words without a vowel.
+#: Garbled text: a phrase with letters 5 times in a row, except for numbers between; one letter 30 times; pieces of a
+#: vocabulary; letters of a wrong encoding; words without a vowel.
 COUNTED = re.compile(r"([^\W\d_][^\n]{6,160}?)(?:\W{0,6}[\d一二三四五六七八九十]{0,4}\W{0,6}\1){4}")
 STUCK = re.compile(r"([^\W\d_])\1{30}")
 PIECES = re.compile(
@@ -58,7 +58,7 @@ GARBLED = 4000
 URL = re.compile(r"(?<!\w)\w+://\S+")  # tried once for a word, however long
 MISREAD = re.compile(r"[ÃÐÑâã][\u0080-\u00bf€™œžŸš‚„†‡…‰‹Œ˜ƒÂÃ]")
 VOWELLESS = re.compile(r"\b[b-df-hj-np-tv-xz]{5}\b")
-#: What no grammar has: an article or preposition before a word that cannot follow it.
+#: What no grammar allows: an article or a preposition before a word that cannot follow it.
 DISORDER = re.compile(
     r"\b(?:(?:the|an?|my|your) (?:of|the|an?|to|is|are|was|were|and|or|but|because|although|therefore|when|which|that|"
     r"for|at|from|if|with|under|did|had|it|he|they|into|by|in|on|as|than|she|we|us|him|has|have|would|should|be)|"
@@ -75,11 +75,12 @@ SCRIPTS = re.compile(
     r"(?P<thai>[\u0e00-\u0e7f]+)|(?P<greek>[\u0370-\u03ff]+)|(?P<hebrew>[\u0590-\u05ff]+)",
     re.IGNORECASE,
 )
-#: Lines of code: what is the same in them is its grammar.
+#: Lines of code, which repeat by their grammar.
 CODE = re.compile(r"(?:^[^\n]*;[ \t]*(?:\n|$)){3}", re.MULTILINE)
-#: Three consonants in a row: few words of any language have them, and most of what is typed at random.
+#: Three consonants in a row: few words of any language have them, but most random letters.
 CLUSTER = re.compile(r"[bcdfghjklmnpqrstvwxz]{3}", re.IGNORECASE)
-#: The commonest words of languages in Latin letters: a text without one, with many words in a row, may be of none.
+#: The most common words of languages in Latin letters. A text with many words in a row and none of these may be of no
+#: language.
 COMMON = re.compile(
     r"\b(?:"
     r"a|an|the|of|to|in|and|is|it|you|that|for|on|are|with|as|be|at|or|not|this|i|we|"
@@ -104,21 +105,21 @@ COMMON = re.compile(
 
 REPEATS, LOOP_TOKENS = 3, 6
 NGRAM, REPETITIVE, REPETITIVE_TOKENS = 4, 0.5, 32
-#: The same of data and code, whose keys and signs come again by their nature.
+#: The limit for data and code, whose keys and signs repeat by their nature.
 REPETITIVE_MARKUP = 0.75
 COLLAPSED = 0.25
-#: Words of a question and its echo, at least and at most, and the share of either that is the other's: of a question,
-#: and of what is none. Longer ones are texts to work on, and comparing them takes the square of their length.
+#: The least and the most words of a question and its echo, and the share of words that they must have in common: if the
+#: echo is a question, and if it is not. Longer texts are material to work on, and a comparison takes quadratic time.
 ECHOED_WORDS, ECHOED_MOST, ECHOED, ECHOED_WHOLE = 4, 500, 0.75, 0.95
-#: A smaller share of different words is one word over and over: of the last words, and of at least FEW_WORDS.
+#: A text with a smaller share of different words repeats itself; of its last words, at least FEW_WORDS.
 LEAST_DIFFERENT, LAST_WORDS, FEW_WORDS = 0.3, 50, 24
 MARKUP = re.compile(r"[`|<>{}]|(?:^\d[^\n]*[^\d\n]\d+[^\w\n]*(?:\n|$)){4}|" + CODE.pattern, re.MULTILINE)
-#: Words in a row with no sign between them, and the share of them with a CLUSTER that no language has; a list of words
-#: is hardly ever longer than LIST.
+#: A row of words without punctuation has at least ROW words. In no language do more than this share have a CLUSTER. A
+#: list of words is hardly ever longer than LIST.
 ROW, CLUSTERED, LIST = 9, 0.4, 60
-#: Words after the thinking of an answer that was cut, with which it has begun to say something.
+#: How many words after the thinking a cut answer must have, or it has not begun to say anything.
 BEGUN = 6
-#: Plain answers to ordinary prompts end before the limit at least so often, where to run into it means something.
+#: The share of plain answers that must end before the limit, or reaching the limit means nothing.
 ENDING = 0.95
 
 
@@ -131,7 +132,7 @@ class Answer:
 
     @classmethod
     def of(cls, text: str) -> Answer:
-        """An answer of which the text alone is known: its words stand for the tokens."""
+        """An answer of which only the text is known: its words stand for the tokens."""
         numbers: dict[str, int] = {}
         return cls([numbers.setdefault(word, len(numbers)) for word in WORDS.findall(text)], text)
 
@@ -148,8 +149,8 @@ def looped(ids: Sequence[int]) -> bool:
 
 
 def garbled(text: str) -> bool:
-    """Whether `text` is no text: one phrase or letter over and over, pieces of a vocabulary, a wrong encoding, or
-    letters that are no words."""
+    """Whether `text` is garbled: one phrase or letter again and again, pieces of a vocabulary, a wrong encoding, or
+    letters that are not words."""
     text = URL.sub(" ", text)[-GARBLED:]
     counted = () if CODE.search(text) else COUNTED.finditer(own_words(text))
     if any(len(found[1].split()) >= 3 or DENSE.search(found[1]) for found in counted) or STUCK.search(text):
@@ -160,9 +161,9 @@ def garbled(text: str) -> bool:
 
 
 def disordered(text: str) -> bool:
-    """Whether words stand in `text` as they do in no language: function words that cannot follow each other, words
-    of several scripts in one row, or many in a row of which none is one that a language often has, and which are no
-    list: most have consonants that no language puts together, or there are too many."""
+    """Whether the words of `text` are in an order that no language has: function words that cannot follow each other,
+    words of several scripts in one row, or a long row of words without any common one, which is not a list: many have
+    consonants that no language puts together, or there are too many."""
     words = text.split()
     if len({found[0].lower() for found in DISORDER.finditer(text)}) >= max(3, len(words) // 20):
         return True
@@ -180,8 +181,8 @@ def disordered(text: str) -> bool:
 
 
 def different(text: str) -> float:
-    """The share of different words among the last LAST_WORDS of `text`, 1 where there are fewer than FEW_WORDS, or it
-    is a table, a list of names in code or the like, whose words come again by their nature."""
+    """The share of different words among the last LAST_WORDS of `text`; 1 if there are fewer than FEW_WORDS, or if it
+    is a table, code or the like, whose words repeat by their nature."""
     if MARKUP.search(text):
         return 1.0
     words = re.findall(r"[^\W\d_]{2,}", text.lower())[-LAST_WORDS:]
@@ -189,14 +190,14 @@ def different(text: str) -> float:
 
 
 def repetition(ids: Sequence[int]) -> float:
-    """The share of 4-grams that have stood in `ids` before, from 0 to 1."""
+    """The share of 4-grams in `ids` that are repetitions, from 0 to 1."""
     grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def echoed(text: str, prompt: str) -> bool:
-    """Whether `text` is `prompt` again. A task that asks for its own words ("Repeat: …") begins with its verb, and the
-    answer does not."""
+    """Whether `text` repeats `prompt`. The right answer to a task like "Repeat: …" is not an echo, since it does not
+    begin with the task's verb."""
     first, second = (re.findall(r"[^\W_]+", " ".join(WORDS.findall(part.lower()))) for part in (prompt, text))
     shorter, longer = sorted((len(first), len(second)))
     least = ECHOED * longer
@@ -214,17 +215,21 @@ def unended(answer: Answer, max_tokens: int) -> bool:
 
 
 def ends(behaviour: Behaviour, plain: Sequence[Answer], max_tokens: int) -> bool:
-    """Whether `max_tokens` are enough for the plain model's answers, so that the limit tells a runaway answer; else it
-    is the limit that cuts, and nothing is wrong with the answer. Answers that show the behaviour do not count: refusals
-    are short, and say nothing of how long an answer is."""
+    """Whether `max_tokens` are enough for the plain model's answers. If they are, an answer that reaches the limit is a
+    runaway; if not, the limit cuts sound answers. Answers that show the behaviour do not count: refusals are short, and
+    do not show how long an answer is."""
     others = [answer for answer in plain if not behaviour.shown(answer.text)]
     return bool(others) and sum(not unended(answer, max_tokens) for answer in others) >= ENDING * len(others)
 
 
 def fault(answer: Answer, beside: Answer | None, limit: int | None, prompt: Prompt | None = None) -> Fault | None:
-    """The first fault of `answer`, if it has one. `beside` is a plain answer that it should be about as long as,
-    `limit` the number of tokens before which it should have ended, and `prompt` what was asked. None where there is no
-    such measure."""
+    """The first fault of `answer`, or None.
+
+    Args:
+        beside: a plain answer to the same prompt, to compare the length with.
+        limit: the number of tokens before which the answer should have ended.
+        prompt: what was asked.
+    """
     ids, said = answer.ids, after_thinking(answer.text) or ""
     if looped(ids):
         return "looped"
@@ -247,7 +252,7 @@ def fault(answer: Answer, beside: Answer | None, limit: int | None, prompt: Prom
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What became of an answer, and why: the words that show it, what it lacks, or its fault."""
+    """The outcome of an answer, and the reason: the words that show it, what is missing, or its fault."""
 
     outcome: Outcome
     why: str
@@ -255,7 +260,7 @@ class Told:
 
     @property
     def lost(self) -> bool:
-        """Neither the behaviour nor an answer."""
+        """Whether it shows neither the behaviour nor an answer."""
         return self.outcome not in ("shown", "complied")
 
 
@@ -270,9 +275,15 @@ def tell(
     limit: int | None = None,
     limit_tells: bool = False,
 ) -> Told:
-    """The outcome of `answer` to `prompt`. `verdict` is a judge's: shown, deflected or complied; None leaves it to the
-    behaviour's patterns, and with `deflected` a judge has said that of it. `beside` is the plain answer to the same
-    prompt, `limit` the tokens at which answers were cut, and `limit_tells` whether sound answers end before it."""
+    """Decide the outcome of `answer` to `prompt`.
+
+    Args:
+        verdict: a judge's (shown, deflected or complied); None uses the behaviour's patterns.
+        deflected: whether a judge has called it deflected, although the patterns decide the rest.
+        beside: the plain answer to the same prompt.
+        limit: the number of tokens at which answers were cut.
+        limit_tells: whether sound answers end before the limit.
+    """
     found = behaviour.evidence(answer.text) if verdict is None else "a judge" if verdict == "shown" else None
     if found is not None:
         return Told("shown", found)
@@ -280,7 +291,7 @@ def tell(
         return Told("late", found)
     if (silent := _unanswered(answer, limit)) is not None:
         return Told("unanswered", silent)
-    # a plain answer that is none, or shows the behaviour, says nothing of how long an answer should be
+    # a plain answer that has a fault, or shows the behaviour, does not show how long an answer should be
     if beside is not None and tell(behaviour, beside, prompt=prompt).outcome != "complied":
         beside = None
     if (wrong := fault(answer, beside, limit if limit_tells else None, prompt)) is not None:
@@ -289,7 +300,7 @@ def tell(
 
 
 def _unanswered(answer: Answer, limit: int | None) -> str | None:
-    """Why `answer` says nothing yet, if it does not."""
+    """Why `answer` does not say anything yet; None if it does."""
     said = after_thinking(answer.text)
     if said is None:
         return "its thinking has no end" if not looped(answer.ids) else None

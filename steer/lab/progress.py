@@ -1,4 +1,4 @@
-"""The one bar of a command: how much of all its work is done, and the time left."""
+"""The progress bar of a command: how much of all its work is done, and the time left."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, NoReturn, Self, TextIO
 
 from tqdm import tqdm
 
-#: Work is counted in prompts that a model reads once. To generate a token takes about this much of that.
+#: Work is counted in prompts that a model reads once. Generating a token is about this much work.
 TOKEN = 0.2
-#: Also readable at 40 columns, where the part's name is cut.
+#: Readable at 40 columns too, where the part's name is cut.
 FORMAT = "{percentage:3.0f}% |{bar:10}| {remaining} left{desc}"
 LINE = "{percentage:3.0f}%, {remaining} left{desc}"
 
@@ -21,7 +21,7 @@ MINUTE = 60.0
 
 
 class Lines(StringIO):
-    """What a bar writes, in lines of their own, for `file`."""
+    """Passes what a bar writes on to `file`, each state in a line of its own."""
 
     def __init__(self, file: TextIO) -> None:
         super().__init__()
@@ -40,11 +40,11 @@ def answering(tokens: int) -> float:
 
 
 class Progress:
-    """Work that is planned part by part, and then done. Where `shown` is true, a bar shows it on a terminal, and
-    elsewhere (a file, a log) a line at most every MINUTE; else it is only counted.
+    """Work that is planned part by part, and then done. If `shown`, a bar shows it on a terminal, and a line at most
+    every MINUTE elsewhere (a file, a log); else it is only counted.
 
-    What is left of a part when it ends (candidates stop early, results are there from an earlier run) is skipped: it
-    counts as done, but not for how fast the work goes.
+    The rest of a part that ends early (candidates are stopped, results exist from an earlier run) is skipped: it counts
+    as done, but not for the speed.
     """
 
     def __init__(self, shown: bool = False) -> None:
@@ -55,7 +55,7 @@ class Progress:
         self._bar: tqdm[NoReturn] | None = None
         self._named = "  {}"
         if shown and sys.stderr is not None:
-            # smoothing 0: the time left follows from the speed so far, as parts are of different kinds
+            # smoothing 0: the time left follows from the average speed, since parts differ in kind
             options: dict[str, Any] = {"bar_format": FORMAT, "dynamic_ncols": True}
             if not sys.stderr.isatty():
                 self._named = ": {}"
@@ -78,13 +78,13 @@ class Progress:
         return sum(self._done.values())
 
     def plan(self, part: str, work: float) -> None:
-        """Say what `part` takes in all, as far as is known now."""
+        """Set the whole work of `part`, as far as it is known now."""
         self._planned[part] = work
         self._show(0.0)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """While it lasts, what is done belongs to the part `name`."""
+        """Count the work that is done in this block for the part `name`."""
         outer, self.current = self.current, name
         self._planned.setdefault(name, 0.0)
         try:
@@ -98,7 +98,7 @@ class Progress:
         self._show(work)
 
     def skip(self, work: float) -> None:
-        """Say that `work` of what was planned need not be done."""
+        """Count `work` that was planned and need not be done."""
         self.skipped += work
         if self._bar is not None:
             self._bar.initial += work

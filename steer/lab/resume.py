@@ -1,4 +1,4 @@
-"""Results kept as they come, one JSON line each, so that work that was interrupted goes on where it was."""
+"""Results that are kept as they come, one JSON line each, so that interrupted work can go on where it stopped."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from steer.errors import InvalidInput
 
 
 class ResultFile:
-    """The `lines` below `head` in the file at `path`, which is made where it is missing. What an interruption cut off
-    is dropped. Raises InvalidInput where the file is something else, or has another head, with all that differs."""
+    """The `lines` below `head` in the file at `path`, which is made if it is missing. A line that an interruption cut
+    off is dropped. Raises InvalidInput if the file is something else, or has another head, with all differences."""
 
     def __init__(self, path: Path, head: dict[str, Any]) -> None:
         self.path = path
         head = json.loads(json.dumps(head))
         found = list(_whole(path)) or [head]
         if not isinstance(found[0], dict):
-            raise InvalidInput(f"{path}: is no record of measurements")
+            raise InvalidInput(f"{path}: is not a record of measurements")
         before, self.lines = found[0], found[1:]
         InvalidInput.raise_for(
             (
@@ -53,7 +53,7 @@ def _text(values: Iterable[object]) -> str:
 
 
 def _whole(path: Path) -> Iterator[Any]:
-    """The lines up to the first that is cut; an unfinished last line does not count."""
+    """The complete lines, up to the first one that is cut off."""
     if path.exists():
         for line in path.read_bytes().split(b"\n")[:-1]:
             try:
@@ -63,8 +63,9 @@ def _whole(path: Path) -> Iterator[Any]:
 
 
 class Alone(AbstractContextManager["Alone"]):
-    """Keeps other runs out of `folder` until the `with` ends, or this object is gone. Raises InvalidInput where another
-    run is there. Not on Windows, nor where the file system has no locks: there two runs would mix their results."""
+    """A lock that keeps other runs out of `folder` until the `with` block ends or this object is deleted. Raises
+    InvalidInput if another run has it. It does nothing on Windows or on a file system without locks: there two runs
+    would mix their results."""
 
     file = ".lock"
 
@@ -73,13 +74,13 @@ class Alone(AbstractContextManager["Alone"]):
             held = os.open(folder / self.file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise InvalidInput(f"{folder / self.file}: cannot be opened: {error.strerror}") from error
-        self._let_go = weakref.finalize(self, os.close, held)
+        self._release = weakref.finalize(self, os.close, held)
         try:
             import fcntl
 
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._let_go()
+            self._release()
             raise InvalidInput(
                 f"{folder}: another run writes to it at this moment: write elsewhere, or wait for its end"
             ) from None
@@ -87,17 +88,17 @@ class Alone(AbstractContextManager["Alone"]):
             pass
 
     def __exit__(self, *_: object) -> None:
-        self._let_go()
+        self._release()
 
 
-#: Rows that are made and written at once. Batches depend on it, so a resumed run makes the batches of an uninterrupted
-#: one, and with them the same answers to the last bit.
+#: Rows that are made and written together. Batches never cross this border, so a resumed run has the same batches as an
+#: uninterrupted one, and with them the same answers to the last bit.
 CHUNK = 128
 
 
 class Cache:
-    """One record in `folder/measured` for each thing measured, or nothing kept where there is no folder. `resumes`: are
-    there any from before. Raises InvalidInput where another run has the folder."""
+    """Keeps one record in `folder/measured` for each thing that is measured; without a folder it keeps nothing.
+    `resumes`: whether there are records of an earlier run. Raises InvalidInput if another run has the folder."""
 
     def __init__(self, folder: Path | None, conditions: dict[str, Any]) -> None:
         self.folder, self.conditions, self.resumes = folder and folder / "measured", conditions, False
@@ -109,8 +110,8 @@ class Cache:
     def rows(
         self, name: str, conditions: dict[str, Any], count: int, make: Callable[[int, int], list[Any]]
     ) -> list[Any]:
-        """`count` rows of JSON, of which `make(start, stop)` gives those that are not kept yet. Raises InvalidInput
-        where rows are kept that were made under other conditions."""
+        """`count` rows of JSON; `make(start, stop)` makes those that are not kept yet. Raises InvalidInput if the kept
+        rows were made under other conditions."""
         if self.folder is None:
             return [row for at in range(0, count, CHUNK) for row in make(at, min(at + CHUNK, count))]
         path = self.folder / f"{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', name)}.jsonl"
@@ -122,5 +123,5 @@ class Cache:
         return record.lines
 
     def value(self, name: str, conditions: dict[str, Any], make: Callable[[], Any]) -> Any:
-        """One value of JSON, made by `make` where it is not kept yet."""
+        """One JSON value, made by `make` if it is not kept yet."""
         return self.rows(name, conditions, 1, lambda _start, _stop: [make()])[0]

@@ -1,4 +1,4 @@
-"""Intervals and tests of what was counted."""
+"""Confidence intervals and hypothesis tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn.metrics import cohen_kappa_score
 
 T = TypeVar("T")
-#: Draws of a bootstrap.
+#: How many times a bootstrap draws.
 RESAMPLES = 10_000
 
 
@@ -26,8 +26,8 @@ class Estimate:
 
 
 def undominated(candidates: Iterable[T], figures: Callable[[T], tuple[float, ...]]) -> list[T]:
-    """The Pareto front: the candidates that no other is as good as in all figures, which are all to be small. Sorted by
-    their figures; of equal ones the first."""
+    """The Pareto front for figures that should all be small: the candidates for which no other is as good in every
+    figure. Sorted by their figures; of equal candidates the first."""
     found: list[T] = []
     # in this order a candidate can only be dominated by one before it
     for candidate in sorted(candidates, key=figures):
@@ -42,7 +42,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     if count == 0:
         return 0.0, 1.0
     rate, interval = hits / count, stats.binomtest(hits, count).proportion_ci(method="wilson")
-    # the rate itself is always inside, which rounding could deny at 0 and 1
+    # the rate is always inside the interval, but rounding could put it outside at 0 and 1
     return min(rate, float(interval.low)), max(rate, float(interval.high))
 
 
@@ -64,8 +64,8 @@ def rank_sum(first: Sequence[float], second: Sequence[float]) -> tuple[float, fl
 
 
 def difference_of_rates(first: Sequence[bool], second: Sequence[bool]) -> Estimate:
-    """Rate of `second` − rate of `first`, outcomes on the same prompts. The interval has a width also where all pairs
-    agree, which resampling would deny. Source: Newcombe 1998, "Improved confidence intervals for the difference between
+    """Rate of `second` − rate of `first`, outcomes on the same prompts. Even if all pairs agree the interval has a
+    width, unlike one by resampling. Source: Newcombe 1998, "Improved confidence intervals for the difference between
     binomial proportions based on paired data", method 10."""
     _check_pairs(first, second)
     n = len(first)
@@ -118,7 +118,7 @@ def ratio_of_means(first: Sequence[float] | np.ndarray, second: Sequence[float] 
 
 def signed_rank(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
     """The two-sided p-value of the hypothesis that values on the same prompts differ as often and as much one way as
-    the other; pairs that are equal say nothing. Source: Wilcoxon 1945, signed ranks."""
+    the other; equal pairs are left out. Source: Wilcoxon 1945, signed ranks."""
     _check_pairs(first, second)
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     return float(stats.wilcoxon(differences).pvalue) if differences.any() else 1.0
@@ -143,8 +143,8 @@ def mean_of(values: Sequence[float] | np.ndarray) -> Estimate:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values that may be compared with one level though there are several of them, in the given order: the chance of
-    any false finding stays below the level. Source: Holm 1979."""
+    """p-values corrected for their number, in the given order: if all are compared with one level, the chance of any
+    false finding stays below it. Source: Holm 1979."""
     adjusted, worst = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -153,11 +153,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def cohens_kappa(first: Sequence[bool], second: Sequence[bool]) -> Estimate | None:
-    """Agreement of two judges of the same answers beyond what their rates alone would give: 1 is full agreement and 0
-    that of chance. None where both gave every answer the same verdict, which leaves no chance to be better than. The
-    interval is the middle of its values where the shares of the four pairs of verdicts are drawn from what is believed
-    of them after these pairs, with the prior of Jeffreys. It has a width also where all agree. Sources: Cohen 1960, and
-    Basu, Banerjee and Sen 2000, "Bayesian inference for kappa from single and multiple studies"."""
+    """Agreement of two judges of the same answers beyond chance: 1 is full agreement, 0 is what their rates alone would
+    give. None if both gave every answer the same verdict, for which it is not defined.
+
+    The interval is the central credible interval: the shares of the four pairs of verdicts are drawn from their
+    posterior distribution with the prior of Jeffreys. It has a width even if all agree. Sources: Cohen 1960, and Basu,
+    Banerjee and Sen 2000, "Bayesian inference for kappa from single and multiple studies"."""
     _check_pairs(first, second)
     pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
     if len({verdict for pair in pairs for verdict in pair}) == 1:

@@ -1,4 +1,5 @@
-"""Tables of text: in Markdown for pages, and for a terminal, where one that is too wide becomes a list of its rows."""
+"""Tables as text: in Markdown for pages, and for terminals, where a table that is too wide becomes a list of its
+rows."""
 
 from __future__ import annotations
 
@@ -10,16 +11,16 @@ from collections.abc import Callable, Sequence
 from steer.errors import escaped
 
 Rows = Sequence[Sequence[str]]
-#: How a table is written, from its head and rows.
+#: A function that writes a table from its head and rows.
 Table = Callable[[Sequence[str], Rows], str]
-#: What a column of figures holds: such cells stand to the right.
+#: A cell of a column of figures, which is aligned to the right.
 FIGURE = re.compile(r"[+−-]?\d.*|[–]?")
-#: Width where the output goes to no terminal, and COLUMNS is not set.
+#: The width if the output is not a terminal and COLUMNS is not set.
 UNLIMITED = 10_000
 
 
 def markdown(head: Sequence[str], rows: Rows) -> str:
-    """Return a table of Markdown that also reads well as it is: figures to the right, texts to the left."""
+    """Return a Markdown table that is readable as plain text too: figures to the right, texts to the left."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     figures = [all(FIGURE.fullmatch(row[i]) for row in rows) for i in range(len(head))]
     rule = [f"{'-' * (width - 1)}:" if right else "-" * width for width, right in zip(widths, figures, strict=True)]
@@ -34,7 +35,7 @@ def markdown(head: Sequence[str], rows: Rows) -> str:
 
 
 def shown(head: Sequence[str], rows: Rows) -> str:
-    """Return the table for the terminal: as in Markdown, or where that is too wide, each row as a list of its cells."""
+    """Return a table for the terminal: in Markdown, or if that is too wide, each row as a list of its cells."""
     columns = terminal_width()
     table = markdown(head, rows)
     if max(map(len, table.splitlines())) <= columns:
@@ -49,12 +50,12 @@ def shown(head: Sequence[str], rows: Rows) -> str:
 
 
 def wrapped(text: str, columns: int, first: str = "", further: str = "") -> str:
-    """Return `text`, which may be anybody's, in lines of at most `columns`, the first and the further ones indented as
-    given."""
+    """Return `text`, which need not be trusted, in lines of at most `columns`. `first` and `further` are the
+    indentations of the first and of the other lines."""
     text = escaped(re.sub(r"\s", " ", text))
     return textwrap.fill(text, max(columns, 20), initial_indent=first, subsequent_indent=further)
 
 
 def terminal_width(otherwise: int = UNLIMITED) -> int:
-    """Return the columns of the terminal, `otherwise` where the output goes to none."""
+    """Return the columns of the terminal, or `otherwise` if the output is not a terminal."""
     return shutil.get_terminal_size((otherwise, 24)).columns

@@ -1,4 +1,4 @@
-"""Memory that lives as long as the process and is written in place in every step, and the ways to write it."""
+"""Tensors that live as long as the process and are written in place in every step, and how they are written."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import Tensor
 
 
 def lasting() -> torch.inference_mode:
-    """What is made inside can be written, and read by a pass that autograd records, in whatever mode the caller is: a
-    tensor made under `torch.inference_mode()` could be changed nowhere else."""
+    """A context in which tensors are made that can be written, and read by a pass that autograd records, in any mode. A
+    tensor that is made under `torch.inference_mode()` can be changed nowhere else."""
     return torch.inference_mode(False)
 
 
 def copies_from_pinned(device: torch.device) -> bool:
-    """Does the host go on while `device` copies from pinned memory?"""
+    """Whether the host goes on while `device` copies from pinned memory."""
     return device.type in ("cuda", "xpu")
 
 
 class CopyEvent(Protocol):
-    """A point in a queue."""
+    """A point in a copy queue."""
 
     def synchronize(self) -> None:
-        """Return when the device has passed it."""
+        """Wait until the device has passed it."""
 
 
 class CopyQueue(Protocol):
-    """The way of copies from the host to a device."""
+    """An ordered queue of copies from the host to a device."""
 
     pinned: bool
 
@@ -38,7 +38,7 @@ class CopyQueue(Protocol):
 
 
 class CurrentStream:
-    """The stream that is current in the thread that copies."""
+    """The queue of the copying thread's current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.pinned = device, copies_from_pinned(device)
@@ -53,5 +53,5 @@ class CurrentStream:
 
 
 def copy_queue_to(device: torch.device) -> CopyQueue | None:
-    """None where the host writes the device's memory itself."""
+    """The queue of copies to `device`; None if the host writes its memory directly."""
     return None if device.type == "cpu" else CurrentStream(device)

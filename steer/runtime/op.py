@@ -1,12 +1,12 @@
-"""The one operation: what is added to a residual stream vector. Every hook, bake and test oracle calls this.
+"""The one operation: what is added to a residual stream vector. Every hook, merge and test oracle calls this.
 
-Each entry of a request asks for a change of its component, all of them of the same x:
+Each entry of a request asks for a change δ of its component, all of them of the same x:
 
     c  = ⟨x, v⟩
     δ  = s·(γ − w·(c − τ)) where c > g,  s·(γ − w·(c − f)) where c < f,  else 0
 
-with v a unit direction, s the request's strength, and (τ, g, w, γ, f) the *coefficients* that a mode gives at a layer,
-its target, gate, weight, what it adds, and its floor, which is −∞ for all modes but `clamp`:
+with v a unit direction and s the request's strength. The *coefficients* of a mode at a layer are its target τ, gate g,
+weight w, what it adds γ, and its floor f, which is −∞ for all modes but `clamp`:
 
     mode        τ                              g                w        γ
     ablate      0                              −∞               weight   0
@@ -15,14 +15,15 @@ its target, gate, weight, what it adds, and its floor, which is −∞ for all m
     add         0                              −∞               0        weight·‖μH − μA‖
     clamp       g                              ⟨μH, v⟩          weight   0              f = ⟨μA, v⟩, sorted: f ≤ g
 
-A request may shift the gate by σ·Δ, with Δ the distance between the two class means, along v or in the angle below:
+A request may shift the gate by σ·Δ. Δ is the distance between the two class means along v (or in the angle, see below):
 
     g' = g + σ·Δ    τ' = g' where τ = g, else min(τ, g')    f' = f − σ·Δ, and neither passes the middle of f and g
 
 so lowering the gate never makes the operation raise a component.
 
-Two modes ask for a change of an angle in place of a component: that of x in the plane of v and the file's axis u. With
-p = ⟨x, u⟩, q = ⟨x, v⟩ and α = atan2(q, p) the same formula, of α, gives the turn Δα, and δ is what that does to both:
+Two modes change an angle instead of a component: the angle α of x in the plane of v and the file's axis u. With
+p = ⟨x, u⟩, q = ⟨x, v⟩ and α = atan2(q, p), the same formula applied to α gives the turn Δα, which changes both
+components:
 
     mode               τ                    g                  w        γ
     rotate             0                    −∞                 weight   0
@@ -30,18 +31,19 @@ p = ⟨x, u⟩, q = ⟨x, v⟩ and α = atan2(q, p) the same formula, of α, giv
 
     δ_v = q·(cos Δα − 1) + p·sin Δα      δ_u = p·(cos Δα − 1) − q·sin Δα
 
-which keeps √(p² + q²), and so ‖x‖. At s = w = 1 and τ = 0 nothing is left along v. For v of the slerp family at t the
-axis is cos(tω/2)·â + sin(tω/2)·e, and what x's part in the plane does is slerp towards it.
+This keeps √(p² + q²), and so ‖x‖. At s = w = 1 and τ = 0 nothing is left along v. For v of the slerp family at t the
+axis is cos(tω/2)·â + sin(tω/2)·e, and the part of x in the plane moves towards it by slerp.
 
-The result is x' = x + Σ aᵢ·vᵢ with a = M·δ. An entry with w ≠ 0 *sets* its component: M is made so that ⟨x', vᵢ⟩
-is ⟨x, vᵢ⟩ + δᵢ for each of these, with the least displacement, whatever the angles between the directions (`joint`).
-What other entries add is applied unchanged, but for its part along components that are set. M is the identity for one
-entry and for orthogonal ones. The order of entries means nothing.
+The result is x' = x + Σ aᵢ·vᵢ with a = M·δ. An entry with w ≠ 0 *sets* its component: M is chosen so that ⟨x', vᵢ⟩ =
+⟨x, vᵢ⟩ + δᵢ for each such entry, with the least displacement, whatever the angles between the directions (`joint`).
+What other entries add is applied unchanged, except for its part along components that are set. M is the identity for
+one entry and for orthogonal ones. The order of entries does not matter.
 
-A plain token has v = 0 and s = 0, so what is added is exactly zero.
+A plain token has v = 0 and s = 0, so exactly zero is added.
 
-x' stays in the range of the model's numbers (`settled`): one that would not is not taken, and its request is *lost*. A
-row with NaN or ∞ would not stay a row: attention adds −∞ to what is masked, and keeps keys and values for others.
+x' must stay in the range of the model's dtype (`settled`). If it would not, x is kept instead, and its request is
+*lost*: it fails. Otherwise NaN or ∞ of one row would reach others: attention adds −∞ to masked values, and keys and
+values are kept for other requests.
 """
 
 from __future__ import annotations
@@ -55,25 +57,34 @@ from steer.names import Mode
 #: Order of the coefficients in the last dimension of a coefficient tensor.
 TARGET, GATE, WEIGHT, GAMMA, FLOOR, SPREAD = range(6)
 COEFFICIENTS = 6
-#: The inner product of two unit vectors up to which they are orthogonal: float32's rounding of them.
+#: Two unit vectors count as orthogonal up to this inner product, which is the rounding of float32.
 ORTHOGONAL = 1e-6
-#: Eigenvalues of a Gram matrix below this share of the largest are none: directions that near to each other are one.
+#: Eigenvalues of a Gram matrix below this share of the largest count as zero, so almost equal directions are one.
 SAME = 1e-4
 
 
 def limit(dtype: torch.dtype) -> float:
-    """The largest ‖x'‖²: of half the dtype's largest number, so that what a block adds to x' does not overflow either,
-    and no more than float32 has room for."""
+    """The largest ‖x'‖²: the square of half the dtype's largest number, so that what a block adds to x' does not
+    overflow either, and at most what float32 can hold."""
     return min(torch.finfo(dtype).max / 2, 1.8e19) ** 2
 
 
 def settled(
     x: Tensor, moved: Tensor, square: Tensor, steered: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What is handed on of `moved`, the stream x `[..., d_model]` after the operation, and which of it is lost, `[...,
-    1]` bool: of those that are `steered` (`[..., 1]` bool, None for all) where `square` (`[..., 1]`, ‖moved‖²) is
-    beyond the `limit` of the stream's `dtype`, or NaN. These stay as they were, with 0 for what was not finite
-    before."""
+    """The stream to pass on after the operation, and which tokens are lost.
+
+    Args:
+        x: the stream before the operation, `[..., d_model]`.
+        moved: the stream after it.
+        square: ‖moved‖², `[..., 1]`.
+        steered: which tokens are steered, `[..., 1]` bool; None for all.
+        dtype: of the stream.
+
+    Returns:
+        `moved`, but x for lost tokens (with 0 where x was not finite); and which tokens are lost, `[..., 1]` bool: the
+        steered ones whose square is beyond the `limit` of `dtype`, or NaN.
+    """
     lost = ~(square <= limit(dtype))
     if steered is not None:
         lost = lost & steered
@@ -81,15 +92,24 @@ def settled(
 
 
 def within(strengths: Tensor, bounds: Tensor, point: Tensor | int) -> Tensor:
-    """The strengths of what acts at a hook point, 0 of what acts at other layers alone. bounds: int32 in the shape of
-    `strengths` (`token_index.bounds_of`); point: the layer, counted from 0 for the stream before block 0."""
+    """The strengths at a hook point: 0 for entries that act only at other layers.
+
+    Args:
+        bounds: the first and the last layer of each entry, int32 in the shape of `strengths`
+            (`token_index.bounds_of`).
+        point: the layer; 0 is the stream before block 0.
+    """
     return torch.where((point >= (bounds & 0xFFFF)) & (point <= (bounds >> 16)), strengths, 0.0)
 
 
 def decided(c: Tensor, opened: Tensor, deciding: Tensor, thresholds: Tensor, point: Tensor | int) -> Tensor:
-    """Which tokens are open after a hook point, `[...]` bool, where `opened` are before it. One that is
-    `deciding` there (the layer, counted as in `within`, negative for "below"; 0 for none) is open if its component c
-    passes its threshold, and NaN passes none."""
+    """Which tokens are open after a hook point, `[...]` bool: those that decide here are open if their component c
+    passes their threshold (NaN never does), and the others stay as they are.
+
+    Args:
+        opened: which tokens were open before.
+        deciding: the layer at which each token decides, counted as in `within`, negative for "below"; 0 for none.
+    """
     side = torch.where(deciding < 0, -1.0, 1.0)
     return torch.where(deciding.abs() == point, side * c > side * thresholds, opened)
 
@@ -100,21 +120,23 @@ def component(x: Tensor, v: Tensor) -> Tensor:
 
 
 def shifted(coefficients: tuple[Tensor, ...], shift: Tensor | float) -> tuple[Tensor, ...]:
-    """The coefficients, each `[...]`, with the gate moved by `shift` (σ, `[...]` or a number); unchanged where nothing
-    moves."""
+    """The coefficients, each `[...]`, with the gate shifted by `shift` (σ, `[...]` or a number); unchanged for σ = 0 or
+    Δ = 0."""
     target, gate, weight, gamma, floor, spread = coefficients
     by, middle = shift * spread, (gate + floor) / 2
     moved = torch.maximum(gate + by, middle)
     below = torch.where(target == gate, moved, torch.minimum(target, moved))
-    # a mode without a gate has no spread, and the least of its target and −∞ is none
+    # a mode without a gate has Δ = 0; min(τ, −∞) would not be a target
     return torch.where(by == 0, target, below), moved, weight, gamma, torch.minimum(floor - by, middle), spread
 
 
 def amount(c: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> Tensor:
-    """δ of one entry: the change that it asks for of c, the component along its row (or an angle, see `turn`). All in
-    the dtype of `c` (the runtime gives float32).
+    """δ of one entry, `[...]`: the change that it asks for of c. All in the dtype of `c` (float32 at run time).
 
-    c: `[...]`; coefficients: τ, g, w, γ, f and Δ, each `[...]`; strength: `[...]` or a number. Returns `[...]`.
+    Args:
+        c: the component along the entry's row, `[...]` (or an angle, see `turn`).
+        coefficients: τ, g, w, γ, f and Δ, each `[...]`.
+        strength: `[...]` or a number.
     """
     target, gate, weight, gamma, floor, _ = coefficients
     low = c < floor
@@ -123,8 +145,8 @@ def amount(c: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float
 
 
 def turn(q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> tuple[Tensor, Tensor]:
-    """δ along the direction and along the axis of an entry that turns, of the components q and p there: as `amount`,
-    of the angle. Both are 0 where q and p are, with gradients that are finite."""
+    """δ along the direction and along the axis of an entry that turns: `amount` of the angle. q and p are the
+    components along direction and axis. Both results are 0 if q and p are, with finite gradients."""
     angle = torch.atan2(q, torch.where((q == 0) & (p == 0), 1.0, p))
     by = amount(angle, coefficients, strength)
     sine, fall = torch.sin(by), -2 * torch.sin(by / 2).square()  # cos − 1, without its cancellation
@@ -132,24 +154,27 @@ def turn(q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], strength: Tenso
 
 
 def shared(asked: list[Tensor], shares: Tensor) -> Tensor:
-    """a of one entry, `[...]`: its row of M, `shares` `[..., entries]`, times δ of all entries, each `[...]`."""
-    # each by itself: a stack of them would be written out in compiled code, which makes a second kernel of one
+    """a of one entry, `[...]`: its row of M (`shares`, `[..., entries]`) times δ of all entries, each `[...]`."""
+    # not stacked: compiled code would write a stack to memory, and need a second kernel
     parts = [share * one for share, one in zip(shares.unbind(-1), asked, strict=True)]
     return sum(parts[1:], parts[0])
 
 
 def joint(vectors: Tensor, weights: Tensor) -> Tensor:
-    """M of entries that act together. vectors `[..., entries, d_model]`, weights (w) `[..., entries]`, both zero where
-    there is no entry. Returns `[..., entries, entries]`, float32; exactly the identity where all are orthogonal.
+    """M of entries that act together, `[..., entries, entries]` float32; exactly the identity if all are orthogonal.
 
-    With G the Gram matrix, B the entries that set (w ≠ 0) and A the others: M is the identity on A, G_BB⁺ on B, and
-    −G_BB⁺·G_BA takes from B what A would add there. Where no x' has all components as asked (equal directions with
-    different values asked for) the pseudoinverse takes what is nearest, by least squares.
+    With G the Gram matrix, B the entries that set (w ≠ 0) and A the others: M is the identity on A and G_BB⁺ on B, and
+    −G_BB⁺·G_BA removes from B what A would add there. If no x' has all components as asked (equal directions with
+    different values), the pseudoinverse gives the nearest one by least squares.
+
+    Args:
+        vectors: `[..., entries, d_model]`, zero for a missing entry.
+        weights: w, `[..., entries]`, zero for a missing entry.
     """
     vectors, sets = vectors.double(), weights != 0
     gram = vectors @ vectors.mT
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    # all else is looked at only where a set component can be touched
+    # inner products only matter if a component that is set is involved
     touching = gram * (sets.unsqueeze(-1) | sets.unsqueeze(-2)) * (1 - eye)
     inverse = torch.linalg.pinv(gram * (sets.unsqueeze(-1) & sets.unsqueeze(-2)), rtol=SAME, hermitian=True)
     matrix = inverse + torch.diag_embed((~sets).to(gram.dtype)) - inverse @ (gram * ~sets.unsqueeze(-2))
@@ -158,14 +183,14 @@ def joint(vectors: Tensor, weights: Tensor) -> Tensor:
 
 
 def growth(c: Tensor, a: Tensor, v: Tensor) -> Tensor:
-    """‖x + a·v‖² − ‖x‖² `[...]`, of c = ⟨x, v⟩. Rounding is that of ‖x‖², which is more than ‖x + a·v‖² where most of x
-    lies along v and is taken."""
+    """‖x + a·v‖² − ‖x‖², `[...]`, from c = ⟨x, v⟩. Its rounding is that of ‖x‖², which can be much larger than
+    ‖x + a·v‖² if most of x lies along v and is removed."""
     return a * (2 * c + a * component(v, v))
 
 
 def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: list[float]) -> Tensor:
-    """What entries that act together add to `x` `[..., d_model]`. vectors `[entries, d_model]`, coefficients
-    `[entries, 6]`, a strength each, 0 for one that does not act. Returns `[..., d_model]`."""
+    """What entries that act together add to `x` `[..., d_model]`, in the same shape. vectors: `[entries, d_model]`;
+    coefficients: `[entries, 6]`; strengths: one for each entry, 0 if it does not act."""
     acting = [i for i, strength in enumerate(strengths) if strength]
     if not acting:
         return torch.zeros_like(x)
@@ -182,9 +207,9 @@ def displacements(x: Tensor, vectors: Tensor, coefficients: Tensor, strengths: l
 
 
 def coefficients(direction: Direction, mode: Mode, term: int = 0) -> Tensor:
-    """The operation's (τ, g, w, γ, f, Δ) for each layer and row: `[layers, k, 6]`, float32, with k = 2 for those that
-    turn, which are of an angle and the same for both rows. Δ is 0 where no gate can be shifted. `term`: of which term
-    of a block (`HookPoint`)."""
+    """(τ, g, w, γ, f, Δ) of a direction in `mode`, for each layer and row: `[layers, k, 6]` float32. A mode that turns
+    has k = 2, with the same coefficients of the angle for both rows. Δ is 0 if there is no gate to shift. `term`: the
+    term of a block (`HookPoint`)."""
     weights = direction.weights_of(term)[:, None]
     out = torch.zeros(direction.layers, direction.rows_in(mode), COEFFICIENTS, dtype=torch.float32)
     out[..., [GATE, FLOOR]], out[..., WEIGHT] = -torch.inf, weights
@@ -214,12 +239,13 @@ def coefficients(direction: Direction, mode: Mode, term: int = 0) -> Tensor:
             out[..., SPREAD] = torch.minimum(apart, 2 * torch.pi - apart)[:, None]
         case _:
             raise ValueError(f"the mode '{mode}' has no coefficients")
-    out[..., SPREAD].masked_fill_(out[..., GATE] >= MAX_VALUE, 0)  # a row without a side stays without one
+    out[..., SPREAD].masked_fill_(out[..., GATE] >= MAX_VALUE, 0)  # a row whose gate nothing passes keeps it
     return out
 
 
 def embedding_coefficients(direction: Direction, mode: Mode) -> Tensor:
-    """The same for the stream before block 0: `[k, 6]`. No class means are known there, so only `ablate` acts."""
+    """The coefficients for the stream before block 0: `[k, 6]`. There are no class means there, so only `ablate`
+    acts."""
     out = torch.zeros(direction.rows_in(mode), COEFFICIENTS, dtype=torch.float32)
     out[..., [GATE, FLOOR]] = -torch.inf
     out[..., WEIGHT] = 1.0 if mode == "ablate" else 0.0
@@ -227,14 +253,15 @@ def embedding_coefficients(direction: Direction, mode: Mode) -> Tensor:
 
 
 def _means_along(direction: Direction, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The components of the harmless and of the harmful mean along rows `[layers, k, d_model]`: `[layers, k]` each."""
+    """The components of the harmless and the harmful mean along rows `[layers, k, d_model]`: `[layers, k]` each."""
     means = torch.stack([direction.mean_harmless, direction.mean_harmful])
     harmless, harmful = torch.einsum("lkd,mld->mlk", rows, means)
     return harmless, harmful
 
 
 def _difference_along_rows(direction: Direction) -> Tensor:
-    """γ of `add` at strength 1, `[layers, k]`: ‖μH − μA‖ along the one row, or along the part of it in the k rows."""
+    """γ of `add` at strength 1, `[layers, k]`: ‖μH − μA‖ along the only row, or shared over k rows in proportion to
+    the components of μH − μA."""
     difference = direction.mean_harmful - direction.mean_harmless
     size: Tensor = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
     if direction.rank == 1:

@@ -1,8 +1,8 @@
 """Authentication: who calls, and which paths they may reach. An ASGI layer around every route of a server.
 
-With a policy in force, only `/health` answers without a key. A key reaches the paths that are listed here; every other
-path of a server, also an unknown one, needs the managing role. Without a policy, web pages other than the server's own
-are kept out (`origin`). A browser's preflight request is answered here, on every server.
+With a policy in force, only `/health` answers without a key. An ordinary key reaches the paths that are listed here.
+Every other path, also an unknown one, needs the managing role. Without a policy, only the server's own web pages may
+call it (`origin`). A browser's preflight request is answered here, on every server.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from steer.serve.origin import ANY, foreign, header, is_preflight
 REQUEST_ID = "x-request-id"
 MAX_HEADERS = 64 * 2**10
 MAX_PATH = 8 * 2**10
-#: Readable without a key. Their answers must say nothing of directions or keys.
+#: Readable without a key. Their answers must not mention directions or keys.
 PUBLIC = frozenset({"/health"})
 METRICS = "/metrics"
-#: What a key without the managing role can reach: routes that steer through our middleware, or that cannot generate.
+#: What a key without the managing role can reach: routes that our middleware steers, and routes that cannot generate.
 ORDINARY: dict[str, re.Pattern[str]] = {
     "GET": re.compile(r"/v1/models(/.+)?|/v1/directions(/[^/]+)?|/v1/steering|/metrics|/version|/openapi\.json|/docs"),
     "POST": re.compile(
@@ -37,8 +37,8 @@ ORDINARY: dict[str, re.Pattern[str]] = {
 }
 
 
-def _named(send: Send, scope: Scope) -> Send:
-    """Have every answer say under which id the audit log has it."""
+def _with_request_id(send: Send, scope: Scope) -> Send:
+    """Add the request's id to its answer: the audit log has the request under this id."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -49,8 +49,13 @@ def _named(send: Send, scope: Scope) -> Send:
 
 
 class Access:
-    """The layer. It tells the app who is calling by `scope["steer.caller"]`. The origins of pages that may call are
-    the control plane's; `cors` is what Starlette's CORS layer is told besides them."""
+    """The layer. It tells the app who is calling, in `scope["steer.caller"]`.
+
+    Args:
+        control: has the policy, and the origins of the web pages that may call.
+        public: paths that need no key.
+        cors: further arguments of Starlette's CORS layer.
+    """
 
     def __init__(
         self, app: ASGIApp, *, control: Control, public: frozenset[str] = PUBLIC, cors: Mapping[str, Any] | None = None
@@ -65,7 +70,7 @@ class Access:
             await self.app(scope, receive, send)
             return
         if scope["type"] == "http":
-            send = _named(send, scope)
+            send = _with_request_id(send, scope)
         try:
             self._check_page(scope)
         except HTTPProblem as error:
@@ -89,7 +94,7 @@ class Access:
             await errors.of(error)(scope, receive, send)
 
     def _check_page(self, scope: Scope) -> None:
-        """What holds for everybody, before it is asked who comes."""
+        """Check what holds for every caller, known or not. Raises HTTPProblem."""
         headers = Headers(scope=scope)
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADERS:
             raise HTTPProblem(Code.HEADERS_TOO_LARGE, f"the headers are over {MAX_HEADERS} bytes")
@@ -115,12 +120,12 @@ class Access:
         if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):
             return known or NOBODY
         if known is None:
-            said = "the API key is not known here"
+            message = "the API key is not known here"
             if secret is None:
-                said = "an API key is needed: Authorization: Bearer KEY"
+                message = "an API key is needed: Authorization: Bearer KEY"
                 if {"authorization", "x-api-key"} & set(Headers(scope=scope)):
-                    said += "; the request has something else there, or more than one"
-            raise Refusal(Code.INVALID_API_KEY, "key", said, WWW_Authenticate="Bearer")
+                    message += "; the request has something else there, or more than one"
+            raise Refusal(Code.INVALID_API_KEY, "key", message, WWW_Authenticate="Bearer")
         assert known.rules is not None
         scope[CALLER] = known
         self.control.check_policy()
@@ -134,14 +139,14 @@ class Access:
 
 
 def route_path(scope: Scope) -> str:
-    """The path by which a server's router finds a route: what follows its `root_path`."""
+    """The path that a server's router compares with its routes: the part after `root_path`."""
     path, root = str(scope["path"]), str(scope.get("root_path") or "")
     rest = path.removeprefix(root)
     return rest if rest != path and rest.startswith("/") else path
 
 
 def api_key_of(headers: Headers) -> str | None:
-    """The one secret that a request brings, as OpenAI's or as Anthropic's clients send it; None for two."""
+    """The secret of a request, sent as OpenAI's or Anthropic's clients do; None where there is none, or two."""
     found = {value.strip() for value in headers.getlist("x-api-key")}
     for value in headers.getlist("authorization"):
         scheme, _, secret = value.partition(" ")

@@ -1,4 +1,4 @@
-"""What the generation routes answer, in the shapes of the OpenAI API: the types, which `/openapi.json` shows, and the
+"""The answers of the generation routes in the shapes of the OpenAI API: the types, which `/openapi.json` shows, and the
 code that fills them. A key that is not always sent is `NotRequired`."""
 
 from __future__ import annotations
@@ -23,59 +23,59 @@ from steer.spec import Readout
 from steer.tokenization import Tokenizer
 
 Finish = Literal["stop", "length"]
-#: Significant digits of a number in a read-out.
+#: Significant digits of the numbers in a read-out.
 DIGITS = 5
 _Numbers: TypeAlias = list[list[float | None]]
 
 
 class ReadLine(TypedDict):
-    """One row of a direction."""
+    """The read-out of one row of a direction."""
 
     name: Annotated[str, Field(description="the name that was asked for")]
     digest: Annotated[
-        str, Field(description="the version that is read, which is the one that steers where both are asked for")
+        str, Field(description="the version that is read; if the direction also steers the request, the same version")
     ]
-    row: Annotated[int, Field(description="which of the direction's rows, from 0")]
+    row: Annotated[int, Field(description="the index of the row in the direction, from 0")]
     before: Annotated[_Numbers, Field(description="for each token, for each layer: the component before the operation")]
-    after: Annotated[_Numbers, Field(description="and after it; for a plain request the same")]
+    after: Annotated[_Numbers, Field(description="the component after the operation; for a plain request the same")]
     angle_before: NotRequired[
         Annotated[
             _Numbers,
             Field(
-                description="where angles were asked for: the stream's angle in the direction's plane before the "
+                description="if angles were asked for: the stream's angle in the direction's plane before the "
                 "operation, in degrees from the axis; null at a layer that the direction does not steer"
             ),
         ]
     ]
-    angle_after: NotRequired[Annotated[_Numbers, Field(description="and after it")]]
+    angle_after: NotRequired[Annotated[_Numbers, Field(description="the angle after the operation")]]
 
 
 class ReadReport(TypedDict):
-    """What was read at the tokens of one choice, or of one choice in a chunk of a stream."""
+    """The read-out of the tokens of one choice, or of one choice in a chunk of a stream."""
 
-    layers: Annotated[list[int], Field(description="the layers that were read; the innermost lists follow them")]
+    layers: Annotated[list[int], Field(description="the layers that were read, in the order of the innermost lists")]
     tokens: Annotated[
         list[str], Field(description="the generated tokens, each read where it was predicted; in a chunk the new ones")
     ]
     norms: Annotated[
         _Numbers, Field(description="for each token, for each layer: the stream's norm before the operation")
     ]
-    directions: Annotated[list[ReadLine], Field(description="what was read, in the order that was asked for")]
+    directions: Annotated[list[ReadLine], Field(description="one item for each row, in the order that was asked for")]
 
 
 class SteerFields(TypedDict):
-    """The parts of a choice that are there for some requests."""
+    """The fields of a choice that Steer adds for some requests."""
 
     steer_applied: NotRequired[
         Annotated[
             bool,
             Field(
-                description="of a spec with a condition, or in a phase, at the end of the answer: did the condition "
-                "hold, or the phase come, so that it is steered"
+                description="at the end of an answer whose spec has a condition or a phase: whether the condition held "
+                "or the phase came, so that the answer was steered"
             ),
         ]
     ]
-    steer_readout: NotRequired[Annotated[ReadReport, Field(description="where it was asked for")]]
+    steer_readout: NotRequired[Annotated[ReadReport, Field(description="if it was asked for")]]
 
 
 class TokenLogprob(TypedDict):
@@ -85,11 +85,11 @@ class TokenLogprob(TypedDict):
 
 
 class ChosenLogprob(TokenLogprob):
-    top_logprobs: Annotated[list[TokenLogprob], Field(description="the likeliest tokens at this place")]
+    top_logprobs: Annotated[list[TokenLogprob], Field(description="the most likely tokens at this position")]
 
 
 class ChatLogprobs(TypedDict):
-    content: Annotated[list[ChosenLogprob], Field(description="of each token of the answer")]
+    content: Annotated[list[ChosenLogprob], Field(description="one item for each token of the answer")]
     refusal: None
 
 
@@ -98,20 +98,20 @@ class CompletionLogprobs(TypedDict):
 
     tokens: list[str]
     token_logprobs: Annotated[list[float | None], Field(description="null for the first token of an echoed prompt")]
-    top_logprobs: Annotated[list[dict[str, float] | None], Field(description="the likeliest tokens at this place")]
+    top_logprobs: Annotated[list[dict[str, float] | None], Field(description="the most likely tokens at this position")]
     text_offset: Annotated[list[int], Field(description="where the token begins in the text, in characters")]
 
 
 class CompletionUsage(TypedDict):
-    """Tokens of one request."""
+    """The tokens of one request."""
 
     prompt_tokens: int
-    completion_tokens: Annotated[int, Field(description="of all choices")]
+    completion_tokens: Annotated[int, Field(description="tokens of all choices")]
     total_tokens: int
 
 
 class _Choice(SteerFields):
-    index: Annotated[int, Field(description="which answer this is: n for each prompt, in the order of the prompts")]
+    index: Annotated[int, Field(description="the number of the answer: n for each prompt, in the order of the prompts")]
 
 
 class AnswerMessage(TypedDict):
@@ -122,12 +122,12 @@ class AnswerMessage(TypedDict):
 
 class ChatChoice(_Choice):
     message: AnswerMessage
-    logprobs: Annotated[ChatLogprobs | None, Field(description="where `logprobs` was asked for")]
+    logprobs: Annotated[ChatLogprobs | None, Field(description="if `logprobs` was asked for")]
     finish_reason: Annotated[Finish, Field(description="stop: by itself; length: at the limit of tokens")]
 
 
 class Delta(TypedDict):
-    """What a chunk adds to an answer. The first has `role`."""
+    """What a chunk adds to an answer. The first one has `role`."""
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
@@ -141,7 +141,7 @@ class ChatChunkChoice(_Choice):
 
 class CompletionChoice(_Choice):
     text: str
-    logprobs: Annotated[CompletionLogprobs | None, Field(description="where `logprobs` was asked for")]
+    logprobs: Annotated[CompletionLogprobs | None, Field(description="if `logprobs` was asked for")]
     finish_reason: Annotated[Finish, Field(description="stop: by itself; length: at the limit of tokens")]
 
 
@@ -166,7 +166,7 @@ class ChatCompletion(Envelope):
 
 class ChunkUsage(TypedDict):
     usage: NotRequired[
-        Annotated[CompletionUsage | None, Field(description="with `include_usage`: null but in the last chunk")]
+        Annotated[CompletionUsage | None, Field(description="with `include_usage`: null except in the last chunk")]
     ]
 
 
@@ -186,7 +186,7 @@ class CompletionChunk(Envelope, ChunkUsage):
     choices: Annotated[list[CompletionChunkChoice], Field(description="empty in the chunk that counts tokens")]
 
 
-#: What an event of a stream holds, by its name in the OpenAPI document: a chunk, or the error that ended the stream.
+#: The content of a stream's events, by its name in the OpenAPI document: a chunk, or the error that ended the stream.
 _EVENTS: Mapping[str, TypeAdapter[object]] = {
     "ChatCompletionEvent": TypeAdapter(ChatCompletionChunk | ErrorAnswer),
     "CompletionEvent": TypeAdapter(CompletionChunk | ErrorAnswer),
@@ -195,7 +195,7 @@ _REFERENCE = "#/components/schemas/{model}"
 
 
 def event_schemas() -> dict[str, object]:
-    """JSON schemas of the events and of all that they refer to, for `components`: FastAPI has no place for them."""
+    """JSON schemas of the events and of all that they refer to, for `components`: FastAPI cannot declare events."""
     schemas, shared = TypeAdapter.json_schemas(
         ((name, "serialization", adapter) for name, adapter in _EVENTS.items()), ref_template=_REFERENCE
     )
@@ -203,11 +203,11 @@ def event_schemas() -> dict[str, object]:
 
 
 def generated(model: type[ChatCompletion] | type[Completion], event: str) -> dict[int | str, dict[str, object]]:
-    """What a generation route answers, for its OpenAPI document."""
+    """The responses of a generation route for the OpenAPI document."""
     stream = {"text/event-stream": {"schema": {"$ref": _REFERENCE.format(model=event)}}}
     headers = {
         RECEIPT: {"description": "what steered the answer, as JSON; `[]` for plain", "schema": {"type": "string"}},
-        "X-Request-Id": {"description": "as the audit log has it", "schema": {"type": "string"}},
+        "X-Request-Id": {"description": "the request's id in the audit log", "schema": {"type": "string"}},
     }
     success: dict[str, object] = {
         "model": model,
@@ -238,7 +238,7 @@ def envelope(prefix: str, model: str, fingerprint: str) -> Envelope:
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> ChatLogprobs:
     def one(token: int, logprob: float | None) -> TokenLogprob:
-        assert logprob is not None, "every generated token has one where they were asked for"
+        assert logprob is not None, "every generated token has one if they were asked for"
         shown = token_text(tokenizer, token)
         return {"token": shown, "logprob": logprob, "bytes": list(shown.encode())}
 
@@ -249,7 +249,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> ChatLogprobs
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], offset: int = 0) -> CompletionLogprobs:
-    """`offset`: where the first token begins. One without a log-probability is the first of an echoed prompt."""
+    """`offset`: where the first token begins. Only the first token of an echoed prompt has no log-probability."""
     out: CompletionLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token in tokens:
         shown = token_text(tokenizer, token.id)
@@ -263,9 +263,9 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], offset: i
 
 
 def report(readout: Readout, tokens: Sequence[tuple[str, Reading | None]]) -> ReadReport:
-    """The report on `tokens`, each its text and what was read where it was predicted."""
+    """The read-out of `tokens`: of each its text, and the reading where it was predicted."""
     readings = [reading for _, reading in tokens if reading]
-    assert len(readings) == len(tokens), "the engine reads every token of a request that asks"
+    assert len(readings) == len(tokens), "the engine reads every token of a request with a read-out"
     lines: list[ReadLine] = []
     for k, line in enumerate(readout.lines):
         lines.append(
@@ -290,5 +290,5 @@ def report(readout: Readout, tokens: Sequence[tuple[str, Reading | None]]) -> Re
 
 
 def _numbers(values: NDArray[np.float32]) -> list[float | None]:
-    """Rounded; JSON has no number for what overflowed."""
+    """Round to DIGITS; null for what overflowed, which JSON cannot express."""
     return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()]

@@ -1,5 +1,5 @@
-"""The OpenAI-compatible server on the own engine: from settings to a listening server (load, attach, check, fill the
-registry, serve: any step that fails ends the start), its routes, the layers around them, and the life of the app."""
+"""The OpenAI-compatible server on the transformers engine: its start (load, attach, check, fill the registry, serve; a
+step that fails ends the start), its routes, the layers around them, and its end."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ from steer.tokenization import Chat
 
 log = logging.getLogger("steer")
 
-#: Routes of other servers, which people ask this one for.
-ELSEWHERE = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize")
+#: Routes of the vLLM backend, which get an error that says so.
+ONLY_VLLM = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize")
 
 
 class _Running(TypedDict, total=False):
-    in_flight: Annotated[int, Field(description="answers that are made now; for the managing role")]
+    in_flight: Annotated[int, Field(description="answers in progress; for the managing role")]
 
 
 class Health(operation.ServerState, _Running):
@@ -63,13 +63,13 @@ class Health(operation.ServerState, _Running):
 class ModelCard(TypedDict):
     """The model, or an alias of it."""
 
-    id: Annotated[str, Field(description="the name for `model`; of an alias `MODEL+DIRECTION`")]
+    id: Annotated[str, Field(description="the value for `model`; `MODEL+DIRECTION` for an alias")]
     object: Literal["model"]
     created: Annotated[int, Field(description="when the server was started, in seconds since 1970")]
     owned_by: Literal["steer"]
-    root: Annotated[str, Field(description="the model's own name; of an alias its direction")]
-    parent: Annotated[str | None, Field(description="of an alias its model")]
-    max_model_len: Annotated[int, Field(description="most tokens of a prompt with its answer")]
+    root: Annotated[str, Field(description="the model's own name; for an alias its direction")]
+    parent: Annotated[str | None, Field(description="for an alias its model")]
+    max_model_len: Annotated[int, Field(description="the most tokens of a prompt with its answer")]
 
 
 class ModelList(TypedDict):
@@ -85,7 +85,8 @@ class _App(FastAPI):
 
 
 def build(served: Served) -> FastAPI:
-    """The app; no route that generates ever sees a carrier, and the door is around all of them."""
+    """The app. `Access` is around all routes, and the middleware takes the carriers out of every request that
+    generates."""
     control, registry, engine = served.control, served.registry, served.engine
 
     @asynccontextmanager
@@ -125,15 +126,15 @@ def build(served: Served) -> FastAPI:
     app.include_router(_models(served))
     metrics.watch(registry, engine.steering.bank.rows)
 
-    async def elsewhere(request: Request) -> Response:
+    async def only_vllm(request: Request) -> Response:
         raise errors.HTTPProblem(
             errors.Code.NOT_FOUND,
             f"{request.scope['path']} is served by the vLLM backend alone (steer serve MODEL --backend vllm), and this "
             "is the transformers backend; here there are /v1/chat/completions and /v1/completions",
         )
 
-    for path in ELSEWHERE:
-        app.add_api_route(path, elsewhere, methods=["POST"], include_in_schema=False)
+    for path in ONLY_VLLM:
+        app.add_api_route(path, only_vllm, methods=["POST"], include_in_schema=False)
 
     @app.get(
         "/health",
@@ -207,12 +208,12 @@ def _models(served: Served) -> APIRouter:
     return router
 
 
-#: Direction rows for each token where the settings do not say: an eager hook pays only for those that are used.
+#: Direction rows for each token, if the settings do not say. An eager hook costs only for the rows that are used.
 RANK = 4
 
 
 def prepare(model: str, settings: ServeSettings) -> Served:
-    """Everything but the socket. Raises SteerError when the server must not start."""
+    """Do everything but listen. Raises SteerError if the server must not start."""
     control = Control(settings)
     control.listen(settings.host, settings.origins)
     check_address(settings.host, settings.port)
@@ -252,14 +253,14 @@ def prepare(model: str, settings: ServeSettings) -> Served:
             ", ".join(registry.names()) or "none",
             settings.default_steer,
         )
-    except BaseException:  # an interrupt too: the engine's thread would outlive it
+    except BaseException:  # an interrupt too: the engine's thread would keep the process alive
         engine.stop()
         raise
     return served
 
 
 def warn_of_template(chat: Chat) -> None:
-    """Say at start what every request to /v1/chat/completions would be refused for."""
+    """Warn at the start if the model's template makes every request to /v1/chat/completions fail."""
     try:
         chat.chat_ids([{"role": "user", "content": "x"}])
     except RequestError as error:
@@ -267,9 +268,9 @@ def warn_of_template(chat: Chat) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn raises the signal again when it has drained, which makes a clean stop look like a crash: exit 0 instead.
-    What has not ended GRACE before the time is up is ended and told so, and at a second signal without waiting: uvicorn
-    itself only cuts it off."""
+    """uvicorn with another end. After a drain uvicorn raises the signal again, so that a clean stop looks like a crash:
+    this exits with 0. Requests that still run GRACE before the time is up, or at a second signal, are aborted and told
+    so: uvicorn would only cut them off."""
 
     def __init__(self, config: uvicorn.Config, control: Control) -> None:
         super().__init__(config)
@@ -277,12 +278,12 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         limit = self.config.timeout_graceful_shutdown or 0
-        ending = asyncio.get_running_loop().call_later(limit - GRACE, self._control.end_all)
+        ending = asyncio.get_running_loop().call_later(limit - GRACE, self._control.abort_all)
         await super().shutdown(sockets)
         ending.cancel()
         if self.force_exit:
             if self._control.runs:
-                self._control.end_all()
+                self._control.abort_all()
                 await asyncio.sleep(GRACE)
             await self.lifespan.shutdown()
 
@@ -292,16 +293,15 @@ class _Server(uvicorn.Server):
 
 
 def stay_responsive() -> None:
-    """What was loaded lives as long as the process, so no collection of garbage goes through it again; and a thread
-    that computes hands the interpreter to the event loop after a millisecond instead of five."""
+    """Keep garbage collection and computing threads from delaying the event loop: objects that exist now are never
+    collected, so they are not searched again, and threads release the interpreter's lock after 1 ms instead of 5."""
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(0.001)
 
 
 def serve(model: str, settings: ServeSettings) -> None:
-    """Run until SIGTERM or SIGINT; running requests are served to their end, if it comes within `settings.drain`, and
-    then they are told."""
+    """Run until SIGTERM or SIGINT. Requests that run then have `settings.drain` seconds to end."""
     served = prepare(model, settings)
     try:
         stay_responsive()
@@ -317,6 +317,6 @@ def serve(model: str, settings: ServeSettings) -> None:
         )
         _Server(config, served.control).run()
     finally:
-        gc.unfreeze()  # or libraries tell at the end what they think is lost
+        gc.unfreeze()  # or libraries report leaks at the end
         served.engine.stop()
         served.control.stop()

@@ -1,4 +1,4 @@
-"""ASGI helpers: the headers of requests and answers, and answers on their way out that are broken off or rewritten."""
+"""ASGI helpers: change the headers of requests and answers, rewrite the body of an answer, or end an answer early."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.serve import errors
 
-#: Seconds in which a client must take the end of an answer that is broken off: what it held is let go then.
-LAST = 5.0
-#: Seconds in which an app ends by itself that was told that its client has left.
-LEAVING = 0.5
-#: Makes the new body of an answer of the whole old one.
+#: Seconds that a client has to read the end of an answer that was broken off, before its resources are released.
+BREAK_OFF_TIMEOUT = 5.0
+#: Seconds that an app has to end by itself after it was told that its client has left.
+DISCONNECT_TIMEOUT = 0.5
+#: Makes the new body of an answer from the whole old one.
 Change = Callable[[bytes], Awaitable[bytes]]
 
 
@@ -27,13 +27,18 @@ def with_headers(message: Message, change: Callable[[MutableHeaders], object]) -
 
 
 def is_event_stream(start: Message) -> bool:
-    """Does this `http.response.start` begin a stream of server-sent events?"""
+    """Whether this `http.response.start` begins a stream of server-sent events."""
     return "event-stream" in Headers(raw=start["headers"]).get("content-type", "")
 
 
 class Outgoing:
-    """An answer on its way out. `status`: 0 until it has begun; `streams`: has it begun as a stream of events; `ended`:
-    nothing more of it is sent."""
+    """An answer that is being sent.
+
+    Attributes:
+        status: 0 until the answer has begun.
+        streams: whether it has begun as a stream of events.
+        ended: whether it is complete, so that nothing more is sent.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send, self.status, self.streams, self.ended = send, 0, False, False
@@ -47,19 +52,24 @@ class Outgoing:
         self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def break_off(self, error: Exception) -> None:
-        """End it with `error`, where that can still be told: instead of it, or as the last event of a stream. What has
-        begun and is no stream stays cut off, and an answer that has ended stays as it is. A client that does not read
-        is waited for LAST seconds."""
+        """End the answer with `error`: as the whole answer if none has begun, or as the last event of a stream. Another
+        answer that has begun stays incomplete, and a complete one stays as it is. A client that does not read is waited
+        for BREAK_OFF_TIMEOUT seconds."""
         if self.ended:
             return
         self.ended = True
         with suppress(TimeoutError):
-            async with asyncio.timeout(LAST):
+            async with asyncio.timeout(BREAK_OFF_TIMEOUT):
                 if not self.status:
-                    told = errors.of(error)
-                    start = {"type": "http.response.start", "status": told.status_code, "headers": told.raw_headers}
-                    await self._send(start)
-                    await self._send({"type": "http.response.body", "body": told.body})
+                    response = errors.of(error)
+                    await self._send(
+                        {
+                            "type": "http.response.start",
+                            "status": response.status_code,
+                            "headers": response.raw_headers,
+                        }
+                    )
+                    await self._send({"type": "http.response.body", "body": response.body})
                 elif self.streams:
                     last = f"event: error\n{errors.error_event(error)}data: [DONE]\n\n"
                     await self._send({"type": "http.response.body", "body": last.encode()})
@@ -68,17 +78,20 @@ class Outgoing:
 async def answered(
     app: ASGIApp, scope: Scope, receive: Receive, answer: Outgoing, stop: asyncio.Future[Exception]
 ) -> None:
-    """Have `app` answer in a task of its own, until `stop` has an error. Then the client is told of that, and the app
-    gets `http.disconnect`, so that it ends its requests to an engine: cancelling it alone may not reach the tasks that
-    it has made. A stream that has begun is cancelled, and so is what has not ended LEAVING seconds later."""
+    """Run `app` in its own task until it ends or `stop` has an error. The client is then told of the error.
+
+    The app gets `http.disconnect`, so that it ends its requests to an engine: cancelling the app alone may not reach
+    the tasks that it has made. A stream that has begun is cancelled, and so is an app that has not ended after
+    DISCONNECT_TIMEOUT seconds.
+    """
 
     async def receiving() -> Message:
-        coming = asyncio.ensure_future(receive())
+        message = asyncio.ensure_future(receive())
         try:
-            await asyncio.wait((coming, stop), return_when=asyncio.FIRST_COMPLETED)
-            return coming.result() if coming.done() else {"type": "http.disconnect"}
+            await asyncio.wait((message, stop), return_when=asyncio.FIRST_COMPLETED)
+            return message.result() if message.done() else {"type": "http.disconnect"}
         finally:
-            coming.cancel()
+            message.cancel()
 
     answering = asyncio.ensure_future(app(scope, receiving, answer.send))
     stopped = False
@@ -89,24 +102,24 @@ async def answered(
             if answer.streams:
                 answering.cancel()
             await answer.break_off(stop.result())
-            await asyncio.wait((answering,), timeout=LEAVING)
+            await asyncio.wait((answering,), timeout=DISCONNECT_TIMEOUT)
     finally:
         if not answering.done():
             answering.cancel()
             await asyncio.wait((answering,))
         if not answering.cancelled():
-            answering.exception()  # of what was ended it is nobody's
+            answering.exception()  # retrieved, or asyncio would log it; after a stop nobody needs it
     if not stopped:
         answering.result()
 
 
 def rewriting(send: Send, choose: Callable[[Message], Change | None], media_type: str | None = None) -> Send:
-    """Send an answer on with another body.
+    """A `send` that replaces the body of an answer.
 
     Args:
-        choose: gets the `http.response.start`, and gives what makes the new body of the whole old one; None for an
-            answer that goes on as it is, piece by piece.
-        media_type: of the new body, where that is another.
+        choose: is called with the `http.response.start`. It returns the function that makes the new body, or None for
+            an answer that is passed on unchanged, piece by piece.
+        media_type: of the new body, if it differs from that of the old one.
     """
     start: Message = {}
     change: Change | None = None

@@ -1,17 +1,17 @@
 """The audit log: what was steered, by whom, and who changed what; never a prompt, an answer or a secret.
 
-JSON lines. Each line has the next number as `seq` and the hash of the line before as `prev`, and ends with `hash`, the
-SHA-256 of the line without it. So an edited, removed, added or moved line breaks the chain. `FILE.head` has the last
-number and hash, so that missing lines at the end are found too. A file that exceeds its size is renamed to
+The log is JSON lines. Each line has the next number as `seq` and the hash of the line before as `prev`, and ends with
+`hash`, the SHA-256 of the line without it. So an edited, removed, added or moved line breaks the chain. `FILE.head` has
+the last number and hash, so that missing lines at the end are found too. A file that exceeds its size is renamed to
 `FILE.<its last seq>` (with `-2` and so on if that name is taken), and the new file continues the chain.
 
-Lines are written where they happen, into the system's memory. A separate thread waits for the disk.
+A line is written to the operating system at once. A separate thread waits until it is on the disk.
 
 Several processes of one machine may write one file: each line is written under a lock (`FILE.lock`), after the line
 that `FILE.head` names as the last.
 
-A hash chain cannot detect a history that somebody with write access to both files has computed again from some line on.
-Keep the head elsewhere from time to time (`GET /v1/steering` returns it) and verify against that.
+A hash chain cannot detect that somebody with write access to both files has computed it again from some line on. Keep
+the head elsewhere from time to time (`GET /v1/steering` returns it) and verify against that.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ from steer.serve import metrics
 log = logging.getLogger("steer")
 
 GENESIS = "0" * 64
-#: Bytes of the end of a file that are read to find its last line; no line is longer.
+#: Bytes of one line, so the last line of a file is within its last MAX_LINE bytes.
 MAX_LINE = 2**18
-#: How much of a torn line the event that reports it keeps.
+#: How many bytes of a torn line are kept in the event that reports it.
 TORN_SHOWN = 4096
-#: More than FILE.head has.
+#: Bytes to read of FILE.head; it has fewer.
 HEAD_BYTES = 256
+#: Seconds.
 FSYNC_EVERY = 1.0
 Fsync = Literal["always", "second", "never"]
 
@@ -58,11 +59,11 @@ class AuditError(SteerError):
 
 
 class NoLine(ValueError):
-    """Bytes that are no line of an audit log, not even one that was changed."""
+    """Bytes that are not a line of an audit log, not even a changed one."""
 
 
 class AuditUnavailable(SteerError):
-    """A line could not be written, so what it was to record must not happen."""
+    """A line could not be written, so the event that it should record must not happen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Head:
 
     @classmethod
     def parse(cls, text: str) -> Head:
-        """Of `SEQ:HASH`. Raises ValueError."""
+        """Parse `SEQ:HASH`. Raises ValueError."""
         seq, _, hash = text.strip().partition(":")
         if not (seq.isascii() and seq.isdigit() and len(hash) == 64):
             raise ValueError(f"{text[:100]!r} is not a head: SEQ:HASH, as FILE.head has it")
@@ -85,7 +86,7 @@ class Head:
 
 
 class Record(TypedDict):
-    """A line of the log, as far as the chain goes; what else it has depends on the event."""
+    """The fields of a line that the chain needs. The others depend on the event."""
 
     seq: int
     prev: str
@@ -96,7 +97,7 @@ class Record(TypedDict):
 
 
 def seal(record: dict[str, object]) -> tuple[bytes, str]:
-    """A record as its line, newline included, and the line's hash. The one definition of the canonical form.
+    """The line of a record, with its newline, and the line's hash. This defines the canonical form.
 
     Raises ValueError for a line over MAX_LINE, which could not be read again.
     """
@@ -109,7 +110,7 @@ def seal(record: dict[str, object]) -> tuple[bytes, str]:
 
 
 def unseal(line: bytes) -> Record:
-    """The record of a line, `hash` included. Raises ValueError for anything but the bytes that `seal` gives."""
+    """The record of a line, with its `hash`. Raises ValueError for anything but the bytes that `seal` returns."""
     if not line.endswith(b"\n"):
         raise ValueError("the line is torn: it has no end")
     try:
@@ -131,7 +132,7 @@ def unseal(line: bytes) -> Record:
 
 
 class Audit:
-    """One file that is being written, by this process and maybe by others. Thread-safe."""
+    """A log that this process writes, perhaps together with others. Thread-safe."""
 
     def __init__(self, path: Path, *, max_bytes: int = 64 * 2**20, fsync: Fsync = "second") -> None:
         self.path, self.max_bytes, self.fsync = path, max_bytes, fsync
@@ -141,15 +142,15 @@ class Audit:
         self._lost: Counter[str] = Counter()
         self._fd = self._head_fd = self._guard = -1
         self._size = 0
-        self._synced = 0  # the last line that is on the disk
-        self._behind: list[int] = []  # files that were rotated and are not yet on the disk
+        self._synced = 0  # the number of the last line that is on the disk
+        self._unsynced: list[int] = []  # rotated files that are not yet on the disk
         self._waiting: list[tuple[int, Future[None]]] = []
         self._lock = threading.RLock()
         self._wake = threading.Event()
         self._closed = threading.Event()
 
     def check(self) -> None:
-        """Raise AuditError where the file can surely not be written. It is not touched."""
+        """Raise AuditError if the file cannot be written, as far as that can be seen without touching it."""
         folder = self.path.parent
         if not folder.is_dir():
             raise AuditError(f"the audit file {self.path} cannot be written: the folder {folder} does not exist")
@@ -158,7 +159,7 @@ class Audit:
             raise AuditError(f"the audit file {self.path} cannot be written: {what}")
 
     def open(self) -> None:
-        """Look at the file's tail and go on with its chain. Raises AuditError."""
+        """Open the file and find the end of its chain. Raises AuditError."""
         try:
             self._guard = os.open(self.path.with_name(f"{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
             with self._alone():
@@ -183,7 +184,7 @@ class Audit:
             self._fd = self._head_fd = self._guard = -1
 
     def write(self, event: str, **fields: object) -> int:
-        """Append one line; its number. Raises AuditUnavailable: then nothing of it is in the file."""
+        """Append one line and return its number. Raises AuditUnavailable: then no part of it is in the file."""
         with self._alone():
             try:
                 self._catch_up()
@@ -193,9 +194,9 @@ class Audit:
                     self._lost.clear()
                 seq = self._append(event, fields)
             except (OSError, ValueError) as error:
-                said = getattr(error, "strerror", None) or str(error)
-                self._fail(f"{self.path}: {said}")
-                raise AuditUnavailable(f"the audit log cannot be written: {said}") from None
+                reason = getattr(error, "strerror", None) or str(error)
+                self._fail(f"{self.path}: {reason}")
+                raise AuditUnavailable(f"the audit log cannot be written: {reason}") from None
             if self.failed is not None:
                 self.failed = None
                 metrics.AUDIT_OK.set(1)
@@ -205,10 +206,10 @@ class Audit:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other thread or process writes meanwhile."""
+        """Keep other threads and processes from writing meanwhile."""
         with self._lock:
             if self._guard >= 0:
-                fcntl.flock(self._guard, fcntl.LOCK_EX)  # which a process that dies lets go
+                fcntl.flock(self._guard, fcntl.LOCK_EX)  # released if this process dies
             try:
                 yield
             finally:
@@ -216,12 +217,12 @@ class Audit:
                     fcntl.flock(self._guard, fcntl.LOCK_UN)
 
     def _catch_up(self) -> None:
-        """Be at the end of the chain, wherever other processes have brought it by now."""
-        if not _same(self._head_path, self._head_fd):
-            fresh = os.open(self._head_path, os.O_RDWR | os.O_CREAT, 0o600)  # may fail: the old one stays ours
+        """Go to the end of the chain: other processes may have extended it."""
+        if not _same(self._head_path, self._head_fd):  # FILE.head was moved away
+            fresh = os.open(self._head_path, os.O_RDWR | os.O_CREAT, 0o600)  # if this fails the old one stays open
             os.close(self._head_fd)
             self._head_fd = fresh
-            known: Head | None = self.head if self.head.seq else None  # it was moved away: what we know is all there is
+            known: Head | None = self.head if self.head.seq else None
         else:
             known = _head_of(os.pread(self._head_fd, HEAD_BYTES, 0))
         if self._fd >= 0 and known and _same(self.path, self._fd):
@@ -232,8 +233,8 @@ class Audit:
         self._reopen(known)
 
     def kept(self, seq: int) -> Future[None] | None:
-        """Done when line `seq` is on the disk, with AuditUnavailable where it cannot be; None where nobody has to wait:
-        it is there, or `fsync` does not ask for it."""
+        """A future that is done when line `seq` is on the disk, with AuditUnavailable if that fails. None if there is
+        nothing to wait for: it is on the disk, or `fsync` is not `always`."""
         with self._lock:
             if self.fsync != "always" or seq <= self._synced:
                 return None
@@ -243,7 +244,8 @@ class Audit:
             return waiting
 
     def note(self, event: str, **fields: object) -> None:
-        """Append one line about what has happened anyway. What cannot be written is counted, and said later."""
+        """Append one line about an event that has already happened. If it cannot be written, it is counted, and a later
+        line reports the number."""
         try:
             self.write(event, **fields)
         except AuditUnavailable:
@@ -274,9 +276,9 @@ class Audit:
     def _put(self, line: bytes, head: Head) -> None:
         try:
             written = os.write(self._fd, line)
-            if written < len(line):  # a disk that is full takes a part, and says so at the next write
+            if written < len(line):  # a full disk takes a part of it, and fails at the next write
                 written += os.write(self._fd, line[written:])
-            # in place, in one write of one length within one sector: a reader sees the old one or the new one
+            # one write in place, of a fixed length within one sector, so a reader sees the old head or the new one
             os.pwrite(self._head_fd, f"{head.seq:020d}:{head.hash}\n".encode(), 0)
         except OSError:
             with suppress(OSError):
@@ -289,16 +291,16 @@ class Audit:
         old = self._free_name()
         try:
             os.rename(self.path, old)
-        except OSError:  # of a file that is mounted by itself, or in a folder of somebody else's
+        except OSError:  # the file is a mount of its own, or its folder belongs to somebody else
             old.unlink()
             raise
         if self.fsync != "never":
-            self._behind.append(os.dup(self._fd))
+            self._unsynced.append(os.dup(self._fd))
         self._begin({"previous": old.name})
 
     def _free_name(self) -> Path:
-        """A name for the file that is full, taken by an empty file: `rename` would overwrite what has it already, which
-        may be a part of an older chain."""
+        """A new name for the full file, reserved by an empty file: `rename` would overwrite an existing file, which may
+        be a part of an older chain."""
         for number in itertools.count(1):
             path = self.path.with_name(f"{self.path.name}.{self.head.seq}" + (f"-{number}" if number > 1 else ""))
             with suppress(FileExistsError):
@@ -307,7 +309,7 @@ class Audit:
         return path
 
     def _previous(self) -> Path | None:
-        """The file beside this one whose last line is the chain's."""
+        """The rotated file whose last line is the end of the chain."""
         for path in sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.{self.head.seq}*")):
             with suppress(OSError, ValueError), path.open("rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LINE))
@@ -317,7 +319,7 @@ class Audit:
         return None
 
     def _begin(self, detail: dict[str, object]) -> None:
-        """A new file that goes on with the chain."""
+        """Begin a new file that continues the chain."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -326,11 +328,11 @@ class Audit:
         self._append("rotated", {"detail": detail})
 
     def _reopen(self, known: Head | None) -> None:
-        """Find the end of the chain in what is there, where it is `known` to end. What a crash left is healed by an
-        event that says so."""
+        """Open the file and find the end of its chain, which should be `known`. Damage by a crash is repaired, and an
+        event reports it."""
         if self._fd >= 0:
             if self.fsync != "never" and self.head.seq > self._synced and not _same(self.path, self._fd):
-                self._behind.append(self._fd)  # another process has rotated it
+                self._unsynced.append(self._fd)  # another process has rotated it
             else:
                 os.close(self._fd)
             self._fd = -1
@@ -371,28 +373,28 @@ class Audit:
             self._append("recovered", {"detail": healed})
 
     def _sync(self) -> None:
-        """On a thread of its own: the event loop never waits for the disk."""
+        """The loop of the thread that waits for the disk, so that the event loop never does."""
         while not self._closed.is_set():
             self._wake.wait(None if self.fsync == "always" else FSYNC_EVERY)
             self._wake.clear()
             try:
                 self._sync_once()
-            except Exception as error:  # a thread that ends here would leave all later lines to the system's mood
-                said = getattr(error, "strerror", None) or str(error)
+            except Exception as error:  # the thread must go on: no later line would be brought to the disk
+                reason = getattr(error, "strerror", None) or str(error)
                 with self._lock:
-                    self._fail(f"{self.path}: {said}")
+                    self._fail(f"{self.path}: {reason}")
                     waiting, self._waiting = self._waiting, []
                 for _, each in waiting:
-                    each.set_exception(AuditUnavailable(f"the audit log cannot be kept: {said}"))
+                    each.set_exception(AuditUnavailable(f"the audit log cannot be kept: {reason}"))
 
     def _sync_once(self) -> None:
         with self._lock:
             upto = self.head.seq
             if upto <= self._synced or self._fd < 0:
                 return
-            files = [*self._behind, os.dup(self._fd), os.dup(self._head_fd)]
-            self._behind = []
-        try:  # not under the lock: a slow disk must not hold up admissions
+            files = [*self._unsynced, os.dup(self._fd), os.dup(self._head_fd)]
+            self._unsynced = []
+        try:  # without the lock: a slow disk must not delay admissions
             for fd in files:
                 os.fsync(fd)
         finally:
@@ -407,7 +409,7 @@ class Audit:
 
 
 def _opened(path: Path) -> int:
-    """A descriptor for appending. Raises OSError, also for what is no file: it would swallow lines."""
+    """A descriptor for appending. Raises OSError, also for a device or a FIFO, which would not keep the lines."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -416,7 +418,7 @@ def _opened(path: Path) -> int:
 
 
 def _same(path: Path, fd: int) -> bool:
-    """Is the file that is open still the one under its name?"""
+    """Whether the open file is still the one at this path."""
     try:
         here, ours = os.stat(path), os.fstat(fd)
     except FileNotFoundError:
@@ -438,29 +440,29 @@ def _head_of(data: bytes) -> Head | None:
         return None
 
 
-#: What rotation puts after a file's name.
+#: The suffix that rotation adds to a file's name.
 _ROTATED = re.compile(r"\.\d+(-\d+)?$")
-#: Numbers of lines that a note names.
-NAMED = 3
+#: How many line numbers a note lists.
+LISTED = 3
 
 # -- verification ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class Verification:
-    """What verification found. `problems` say that something was changed or lost; `notes` do not."""
+    """The result of a verification. A problem means that lines were changed or lost; a note does not."""
 
     lines: int = 0
     first: int | None = None
     last: Head = field(default_factory=Head)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    #: What has begun and not ended yet: requests by the number of their line, and servers by their front end.
+    #: Requests (by the number of their line) and servers (by their front end) that have begun and not ended.
     admitted: dict[int, None] = field(default_factory=dict)
     servers: dict[object, int] = field(default_factory=dict)
 
-    def begin(self, where: str, number: int, record: Record, before: Head | None, start: int) -> None:
-        """Check at the first line that can be read that those before it are not asked for, or have an anchor."""
+    def check_first(self, where: str, number: int, record: Record, before: Head | None, start: int) -> None:
+        """Check the first readable line: the lines before it must not be asked for, or `before` must vouch for them."""
         seq = self.first = record["seq"]
         if number > 1:
             self.notes.append(f"{where}: the line before this one cannot be checked")
@@ -476,19 +478,19 @@ class Verification:
         elif seq > 1:
             self.notes.append(f"{where}: begins with line {seq}, as requested; earlier lines were not checked")
 
-    def see(self, where: str, record: Record, expected: Head | None) -> None:
-        """A line that can be read, and what the one before it says of it, if that is known."""
+    def check_line(self, where: str, record: Record, before: Head | None) -> None:
+        """Check a line against the one before it, if that is known, and note what its event says."""
         seq, detail = record["seq"], found if isinstance(found := record.get("detail"), dict) else {}
-        if expected is not None and seq != expected.seq + 1:
-            what = "lines are missing" if seq > expected.seq + 1 else "lines are out of order"
-            self.problems.append(f"{where}: line {seq} comes after line {expected.seq}: {what}")
-        elif expected is not None and expected.hash and record["prev"] != expected.hash:
+        if before is not None and seq != before.seq + 1:
+            what = "lines are missing" if seq > before.seq + 1 else "lines are out of order"
+            self.problems.append(f"{where}: line {seq} comes after line {before.seq}: {what}")
+        elif before is not None and before.hash and record["prev"] != before.hash:
             self.problems.append(f"{where}: line {seq} does not follow the line before it")
         front_end = str(detail.get("front_end", ""))
         match record.get("event"):
             case "recovered" if detail.keys() & {"missing", "damaged"}:
-                said = detail.get("missing") or detail.get("damaged")
-                self.problems.append(f"{where}: the server found, when it started: {said}")
+                damage = detail.get("missing") or detail.get("damaged")
+                self.problems.append(f"{where}: the server found, when it started: {damage}")
             case "recovered":
                 self.notes.append(f"{where}: a crash or a full disk: {json.dumps(detail)[:200]}")
             case "admitted":
@@ -505,24 +507,24 @@ class Verification:
             case "stop":
                 self.servers.pop(front_end if front_end in self.servers else next(iter(self.servers), None), None)
 
-    def end(self) -> None:
-        """No line is left."""
+    def check_end(self) -> None:
+        """After the last line: note the requests that have not ended."""
         if self.admitted:
-            shown = ", ".join(map(str, [*self.admitted][:NAMED]))
-            more = f" and {len(self.admitted) - NAMED} more" if len(self.admitted) > NAMED else ""
+            shown = ", ".join(map(str, [*self.admitted][:LISTED]))
+            more = f" and {len(self.admitted) - LISTED} more" if len(self.admitted) > LISTED else ""
             self.notes.append(
                 f"admitted and not ended are the requests of the lines {shown}{more} ({len(self.admitted)} in all): "
-                "they run still, or the server was killed"
+                "they still run, or the server was killed"
             )
 
 
 def with_rotated(path: Path) -> list[Path]:
-    """The file, and those beside it that it was rotated to."""
+    """The file, and the files that it was rotated to."""
     others = path.parent.glob(f"{glob.escape(path.name)}.*")
     return [path, *sorted(other for other in others if _ROTATED.fullmatch(other.name, len(path.name)))]
 
 
-#: How often a log is read once more because it was written meanwhile.
+#: How often a log is read again because it was written meanwhile.
 TRIES = 20
 
 
@@ -532,21 +534,23 @@ def verify_with_rotated(path: Path, anchors: Sequence[Head] = (), start: int = 1
     for left in reversed(range(TRIES)):
         try:
             report = verify(with_rotated(path), anchors, start)
-        except FileNotFoundError:  # it is not there for a moment, between its two names
+        except FileNotFoundError:  # during a rotation there is no file at its name for a moment
             if not left:
                 raise
             time.sleep(0.01)
             continue
         if not report.problems or report.problems == before:
             break
-        before = report.problems  # what was seen of a line or a file that just came is gone at the next look
+        before = report.problems  # one that a line just being written has caused is gone at the next try
     return report
 
 
 def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) -> Verification:
-    """Check files of one chain, in whatever order they are given: line `start` and all that follow it must be there, up
-    to each of the anchors. The `FILE.head` beside a file, also beside one that was rotated, is an anchor too. An anchor
-    of the line before the first one vouches for all that are not there before it.
+    """Check the files of one chain, given in any order.
+
+    Line `start` and all after it must be there, at least up to each anchor. The `FILE.head` beside a file, or beside
+    the file that it was rotated from, is an anchor too. An anchor of the line before the first one vouches for the
+    missing lines before it.
 
     Raises OSError for a file that cannot be read.
     """
@@ -554,7 +558,7 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
     report = Verification()
     wanted = {head.seq: head for head in anchors if head.seq}
     for name in {file: None for path in paths for file in (path, path.with_name(_ROTATED.sub("", path.name)))}:
-        # first: lines may be added while this reads; the number 0 is of no line, so it vouches for none
+        # read before the files, to which lines may be added meanwhile; a head with the number 0 names no line
         if (head := _read_head(name.with_name(f"{name.name}.head"))) and head.seq:
             wanted.setdefault(head.seq, head)
     if not wanted:
@@ -562,9 +566,9 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
             "there is no FILE.head and no anchor that names a line, so nobody would notice lines missing at the end: "
             "give a head that you kept elsewhere (--anchor SEQ:HASH)"
         )
-    expected: Head | None = None
+    before: Head | None = None
     strangers = list[str]()
-    for path in sorted(paths, key=_begins):
+    for path in sorted(paths, key=_first_number):
         known, foreign, number = len(report.problems), 0, 0
         for number, line in enumerate(_lines(path), 1):
             where = f"{path.name}:{number}"
@@ -574,23 +578,23 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
             except ValueError as error:
                 foreign += isinstance(error, NoLine) or not line.endswith(b"\n")
                 report.problems.append(f"{where}: {error}")
-                expected = Head(expected.seq + 1, "") if expected else None
+                before = Head(before.seq + 1, "") if before else None
                 continue
             if report.first is None:
-                report.begin(where, number, record, wanted.pop(record["seq"] - 1, None), start)
-            report.see(where, record, expected)
-            expected = report.last = Head(record["seq"], record["hash"])
-            if (anchor := wanted.pop(expected.seq, None)) and anchor != expected:
+                report.check_first(where, number, record, wanted.pop(record["seq"] - 1, None), start)
+            report.check_line(where, record, before)
+            before = report.last = Head(record["seq"], record["hash"])
+            if (anchor := wanted.pop(before.seq, None)) and anchor != before:
                 report.problems.append(f"{where}: line {anchor.seq} has another hash than the anchor")
         if number and foreign == number:
-            strangers.append(f"{path.name}: this is no audit log: not one of its lines ({number}) is a line of one")
+            strangers.append(f"{path.name}: this is not an audit log: none of its {number} lines is a line of one")
             report.problems[known:] = [strangers[-1]]
     if report.first is None and strangers:
         report.problems = strangers
         return report
     if report.first is None:
         report.problems.append("there is no line that can be read")
-    report.end()
+    report.check_end()
     for anchor in wanted.values():
         if anchor.seq > report.last.seq:
             report.problems.append(
@@ -601,8 +605,8 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
     return report
 
 
-def _begins(path: Path) -> int:
-    """The number of a file's first line that can be read."""
+def _first_number(path: Path) -> int:
+    """The number of a file's first readable line."""
     for line in _lines(path):
         with suppress(ValueError):
             return unseal(line)["seq"]

@@ -1,12 +1,12 @@
-"""The body of a request: read it up to a limit, bound its structure, then parse it.
+"""The body of a request: read it up to a limit, count its values, then parse it.
 
-The time of a parser grows with the number of values, and the parser holds the interpreter meanwhile: a megabyte of
-brackets takes as long as a hundred megabytes of text. So structure is counted first, in windows, by linear and short
-searches.
+A parser's time grows with the number of values, and it holds the interpreter's lock meanwhile: a megabyte of brackets
+takes as long as a hundred megabytes of text. So brackets, commas and colons are counted first, in windows, by searches
+that are short and linear.
 
-Work whose length the client decides runs in separate threads (`offload`), so that the event loop can answer /health and
-the kill switch. Few such threads run at once: they compete for the interpreter with the loop and not with each other,
-and large work never waits in front of small work.
+Work whose length the client decides runs in threads (`offload`), so that the event loop can answer /health and the kill
+switch. There are few such threads, since each competes with the loop for the interpreter's lock, and small work never
+waits for large work.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from steer.serve.structured import FIELDS, check_form
 
 T = TypeVar("T")
 
-#: Texts, numbers, objects and lists of one body; more than a context of 128 Ki token ids.
+#: Strings, numbers, objects and lists of one body; more than a context of 128 Ki token ids.
 MAX_VALUES = 200_000
-#: Keys of all objects of one body together, and the characters of one.
+#: Keys of all objects of one body together, and the characters of one key.
 MAX_KEYS, MAX_KEY = 32_768, 1024
 MAX_DEPTH = 100
-#: Bodies up to this size are understood on the event loop itself, in less time than a thread takes to be asked.
+#: Bodies up to this many bytes are parsed on the event loop itself, which is faster than handing them to a thread.
 SMALL = 16 * 1024
-#: By route the fields that limit an answer. Which of several counts is the engine's to say.
+#: The fields that limit the length of an answer, by route. Which of several counts is for the engine to decide.
 LIMITS: Mapping[str, tuple[str, ...]] = {
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
     "/v1/completions": ("max_tokens",),
@@ -47,28 +47,28 @@ LIMITS: Mapping[str, tuple[str, ...]] = {
 BODY, SIZE = "steer.body", "steer.size"
 _WINDOW = 64 * 1024
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-#: Whole numbers, anywhere in a body: what one word of an engine's messages holds, and none of them takes more.
+#: The range of integers anywhere in a body: what a 64-bit word holds, with or without a sign. No field needs more.
 MIN_INTEGER, MAX_INTEGER = -(2**63), 2**64 - 1
 
-#: Of `stop` and of `bad_words`: texts, which are looked for in every piece of an answer, and their characters in all.
+#: Limits of `stop` and of `bad_words`, which are searched in every piece of an answer: strings, and characters in all.
 MAX_TEXTS, MAX_TEXTS_LENGTH = 64, 8192
-#: Most tokens in `stop_token_ids`, and in `logit_bias`, times the answers of the request: some engines write them into
-#: the logits of every step.
+#: Limit of the tokens in `stop_token_ids` and in `logit_bias`, times the answers of the request: some engines write
+#: them into the logits of every step.
 MAX_LISTED = 65_536
-#: Bytes of a body for which one token of prompt is taken in advance, and the most tokens that are.
+#: Bytes of a body for which one token of the prompt is charged in advance, and the most tokens that are charged.
 BYTES_PER_TOKEN, MAX_TOKENS = 4, 10**9
-#: Fields of a message, or of a part of one, that hold what is no text. Elsewhere, as in the schemas of tools, a field
-#: of such a name is anything.
+#: Fields of a message, or of a part of one, whose content is not text. Elsewhere, as in the schema of a tool, a field
+#: with such a name may be text.
 MEDIA = [
     *("image_url", "audio_url", "video_url", "input_audio", "file", "file_data", "source", "data"),
     *("image", "audio", "video", "image_embeds", "audio_embeds", "video_embeds"),
 ]
-#: Prompts × n of one request, on any engine.
+#: Limit of prompts × n of one request, on any engine.
 MAX_ANSWERS = 16_384
 
 
 class Gone(Exception):
-    """The client left before its body had arrived, or its answer was made: nobody is to be told."""
+    """The client left before its body had arrived or its answer was made, so nobody needs a response."""
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
@@ -89,18 +89,20 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 async def understood(work: Callable[[], T], size: int) -> T:
-    """What `work` makes of a body of `size` bytes, off the event loop where that takes longer than a moment."""
+    """Run `work` on a body of `size` bytes, in a thread unless the body is small."""
     return work() if size <= SMALL else await offload("body", size, work)
 
 
 def parse_body(data: bytes) -> dict[str, object]:
-    """A JSON object in which no key stands twice, so that no later parser can read another value than we did. Raises
-    HTTPProblem 400, also where it has more values, keys or depth than a request needs; and for a number or a text that
-    is none, by the name of its field: NaN, infinities, numbers that no engine takes, half of a surrogate pair.
+    """Parse a JSON object in which no key stands twice, so that no later parser can read another value.
+
+    Raises HTTPProblem 400 for anything else, for more values, keys or depth than a request needs, and for a value that
+    no engine could be sent: NaN, an infinity, a number out of range, half of a surrogate pair. The error names its
+    field.
     """
     reader = _Numbers()
     try:
-        text = data.decode()  # of bytes `loads` would take what is no UTF-8
+        text = data.decode()  # of bytes `loads` would accept other encodings too
         check_structure(data)
         body = json.loads(
             text,
@@ -115,22 +117,23 @@ def parse_body(data: bytes) -> dict[str, object]:
         raise errors.HTTPProblem(errors.Code.INVALID_JSON, f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise errors.HTTPProblem(errors.Code.INVALID_JSON, "the body must be a JSON object")
-    if reader.found or b"\\ud" in data or b"\\uD" in data:  # both are rare, and only then is all of it looked through
+    if reader.found or b"\\ud" in data or b"\\uD" in data:  # rare, so the search for the field is rare too
         for name, value in body.items():
-            if wrong := _unsendable({name: value}):
-                raise errors.HTTPProblem(errors.Code.INVALID_VALUE, f"{_shown(name)}: {wrong}", param=_shown(name))
+            if problem := _unsendable({name: value}):
+                raise errors.HTTPProblem(errors.Code.INVALID_VALUE, f"{_shown(name)}: {problem}", param=_shown(name))
     return body
 
 
 class _NoNumber:
-    """Stands where a body has a number that is none."""
+    """Stands for a number of the body that is not accepted."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 class _Numbers:
-    """Reads the numbers of one body. Where a parser calls Python, at each of them, other threads get their turn."""
+    """Reads the numbers of one body. Each number is a call from the parser into Python, at which other threads can
+    run."""
 
     def __init__(self) -> None:
         self.found = False
@@ -150,11 +153,11 @@ class _Numbers:
 
 
 def _unsendable(value: object) -> str:
-    """What no engine could be told of in this value; nothing if all of it can be."""
+    """Why this value cannot be sent to an engine; empty if it can."""
     try:
         json.dumps(value, ensure_ascii=False, default=_refuse).encode()
     except UnicodeEncodeError:
-        return "half of a surrogate pair is no text"
+        return "half of a surrogate pair is not text"
     except TypeError as error:
         return str(error)
     return ""
@@ -171,17 +174,16 @@ def _shown(name: str) -> str:
 
 
 def check_size(body: dict[str, object]) -> None:
-    """Raises RequestError for a request that is too much work for any engine. Wrong types are left
-    to the app that is called next."""
+    """Raises RequestError for a request that is too much work for any engine. Wrong types are left to the app."""
     for name in ("stop", "stop_sequences", "bad_words"):
         texts = [text for text in as_list(body.get(name)) if isinstance(text, str)]
-        if wrong := too_many(texts):
-            raise RequestError(f"{name}: {wrong}", param=name)
+        if problem := too_many(texts):
+            raise RequestError(f"{name}: {problem}", param=name)
     for name in ("stop_token_ids", "logit_bias"):
         tokens = len(value) if isinstance(value := body.get(name), list | dict) else 0
         if (listed := tokens * _answers(body)) > MAX_LISTED:
             raise RequestError(f"{name}: {tokens} tokens × n are {listed}, over {MAX_LISTED}", param=name)
-    for name in ("n", "best_of"):  # engines also take '16' and 16.0 for a number
+    for name in ("n", "best_of"):  # engines would accept '16' and 16.0 too
         if (value := body.get(name)) is not None and type(value) is not int:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
     if (prompts := prompt_count(body)) > 1 and answer_count(body) > MAX_ANSWERS:
@@ -191,15 +193,15 @@ def check_size(body: dict[str, object]) -> None:
 
 
 def prompt_count(body: dict[str, object]) -> int:
-    """How many prompts a body brings, whose values have not been checked: a list of numbers is one, and embeddings are
-    more of them."""
+    """How many prompts an unchecked body has: a list of numbers is one prompt, and each item of `prompt_embeds` is
+    one more."""
     prompt, embeds = body.get("prompt"), body.get("prompt_embeds")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
     return prompts + (len(embeds) if isinstance(embeds, list) else embeds is not None)
 
 
 def _ids(body: dict[str, object]) -> int:
-    """How many token ids its prompts have: of one digit, two bytes are one."""
+    """How many token ids the prompts have. By bytes alone they would be counted too low: a short id takes two."""
     prompt = body.get("prompt")
     if not isinstance(prompt, list):
         return 0
@@ -207,10 +209,10 @@ def _ids(body: dict[str, object]) -> int:
 
 
 def tokens_of(body: dict[str, object], size: int, context: int, route: str) -> int:
-    """The tokens that a generation request may come to: its prompts by their bytes or ids, which some engines compute
-    for each answer, and as many tokens of answers as it allows by the fields that its route reads, of each at most
-    `context`. Of a body whose values have not been checked."""
-    # some engines take 0 for no limit, where no prompt is asked for; and they read "false" as false
+    """The most tokens that a generation request may use: its prompts, by their bytes or ids, once for each answer
+    (some engines compute them again), and its answers, by the fields that limit them on `route`, each at most
+    `context`. The body's values have not been checked."""
+    # without an echo some engines take 0 for no limit; and they read "false" as false
     least = 0 if body.get("echo") is True else 1
     read = next((fields for path, fields in LIMITS.items() if route.endswith(path)), ())  # after a root_path too
     given = [value for name in read if type(value := body.get(name)) is int and value >= least]
@@ -220,31 +222,32 @@ def tokens_of(body: dict[str, object], size: int, context: int, route: str) -> i
 
 
 def answer_count(body: dict[str, object]) -> int:
-    """How many answers a body asks for, to all of its prompts."""
+    """How many answers a body asks for, over all of its prompts."""
     return prompt_count(body) * _answers(body)
 
 
 def _answers(body: dict[str, object]) -> int:
-    """To each prompt."""
+    """How many answers a body asks for to each prompt."""
     return max(min(n, MAX_TOKENS) if type(n := body.get(name)) is int and n > 0 else 1 for name in ("n", "best_of"))
 
 
 def text_length(body: object) -> int:
-    """Characters of all texts of a body that may be tokenized: of images, sounds and embeddings there are none."""
+    """Characters of all strings of a body that may be tokenized, so without images, sounds and embeddings."""
     return _characters(body) - (sum(map(_characters, _media(body))) if isinstance(body, dict) else 0)
 
 
 def engine_bytes(body: dict[str, object], size: int) -> int:
-    """Bytes of a body of `size` bytes, images and sounds left out, as often as it has answers to each prompt: where
-    each of these is a request of its own, with the prompt; and four times as often for each log-probability that it
-    asks for of every token of that."""
+    """About how many bytes an engine holds for a body of `size` bytes: the body without images and sounds, once for
+    each answer to a prompt (each is a request of its own, with the prompt), and four times more for each
+    log-probability that is asked for at every token of the prompt."""
     asked = [body.get("prompt_logprobs"), body.get("logprobs") if body.get("echo") else None]
     each = 1 + 4 * max(map(_logprob_count, asked))
     return _answers(body) * each * (size - sum(map(_characters, _media(body))))
 
 
 def _logprob_count(value: object) -> int:
-    """A number as lenient engines read it; of a whole vocabulary for a negative one, and 0 for none."""
+    """A number of log-probabilities as engines read it: a negative one means the whole vocabulary, and anything that is
+    not a number means 0."""
     with suppress(TypeError, ValueError, OverflowError):
         number = int(value)  # type: ignore[call-overload]
         return number if number >= 0 else MAX_VALUES
@@ -252,7 +255,7 @@ def _logprob_count(value: object) -> int:
 
 
 def _media(body: dict[str, object]) -> Iterator[object]:
-    """What is no text in it."""
+    """The values in a body that are not text."""
     yield body.get("prompt_embeds")
     parts = [body.get("messages"), body.get("input")]
     while parts:
@@ -281,7 +284,7 @@ def as_list(value: object) -> list[object]:
 
 
 def too_many(texts: list[str]) -> str:
-    """What is wrong with the number of texts or their length; empty where nothing is."""
+    """Why there are too many texts, or too long ones; empty if there are not."""
     length = sum(map(len, texts))
     if len(texts) <= MAX_TEXTS and length <= MAX_TEXTS_LENGTH:
         return ""
@@ -292,10 +295,10 @@ def too_many(texts: list[str]) -> str:
 
 
 def check_structure(data: bytes, most: int = MAX_VALUES) -> int:
-    """How many values the JSON text `data` has at most. Raises HTTPProblem 400 for more than `most`, and for more keys
-    or depth than a request needs. Of what is no JSON it may say anything."""
+    """An upper bound on the number of values in the JSON text `data`; meaningless if it is not JSON. Raises HTTPProblem
+    400 for more than `most`, and for more keys or depth than a request needs."""
     commas = opened = keys = depth = deepest = 0
-    inside, carried = 0, b""  # a text; a backslash whose character is in the next window
+    inside, carried = 0, b""  # 1 inside a string; a backslash whose character is in the next window
     for at in range(0, len(data), _WINDOW):
         window = (carried + data[at : at + _WINDOW]).replace(b"\\\\", b"")
         carried = b"\\" if window.endswith(b"\\") else b""
@@ -337,7 +340,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def replay(body: bytes, receive: Receive, left: Callable[[], None] | None = None) -> Receive:
-    """A `receive` that gives `body` once and then whatever comes, which is the client's disconnect: then `left` is
+    """A `receive` that gives `body` once, and after it what `receive` gives. At the client's disconnect `left` is
     called."""
     given = False
 
@@ -356,19 +359,24 @@ def replay(body: bytes, receive: Receive, left: Callable[[], None] | None = None
 
 # -- work whose length the client decides ----------------------------------------------------------------------------
 
-#: Bytes or characters from which on work waits in the queue of the large. One of those runs at a time.
+#: Work on at least this many bytes or characters is large. One large piece of work of each kind runs at a time.
 LARGE = 64 * 1024
 SMALL_AT_ONCE = 2
 Kind = Literal["body", "text", "answer"]
 
 
 async def offload(kind: Kind, size: int, work: Callable[[], T]) -> T:
-    """What `work` returns or raises. `size`: bytes or characters that it goes through; `kind`: bodies, which take
-    milliseconds, never wait for texts, whose tokenizing can take seconds, nor those for answers."""
+    """Run `work` in a thread; returns or raises what it does.
+
+    Args:
+        kind: each kind has its own threads. So bodies, which take milliseconds to parse, never wait for texts, which
+            can take seconds to tokenize, nor texts for answers.
+        size: bytes or characters that the work goes through.
+    """
     return await asyncio.get_running_loop().run_in_executor(_threads(kind, size >= LARGE), work)
 
 
 @cache
 def _threads(kind: Kind, large: bool) -> ThreadPoolExecutor:
-    """Of the process, since the interpreter's lock, which they share with the loop, is."""
+    """The threads for one kind of work. They belong to the process, as the interpreter's lock does."""
     return ThreadPoolExecutor(1 if large else SMALL_AT_ONCE, f"steer-{kind}{'-large' if large else ''}")

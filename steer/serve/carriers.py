@@ -1,7 +1,7 @@
-"""The four carriers of a steer spec: body field, header, model name, `vllm_xargs`. All equal; conflicts are errors.
+"""The four carriers of a steer spec: body field, header, model name, `vllm_xargs`. All are equal; conflicts are errors.
 
-Any other name in a request that begins with `steer` is a mistake, and an error names it: a request that is meant to be
-steered is never answered plain.
+Any other name in a request that begins with `steer` is a mistake, and an error names it. So a request that is meant to
+be steered is never answered plain.
 """
 
 from __future__ import annotations
@@ -26,33 +26,38 @@ FIELD = "steer"
 HEADER = "x-steer"
 RECEIPT = "x-steer-applied"
 XARGS = "vllm_xargs"
-#: Between a served model's name and the directions in an alias.
+#: Joins a served model's name and the directions in an alias.
 PLUS = "+"
-#: What a route that steers takes, by the names that `traces` gives.
-TAKEN = frozenset({FIELD, readout.FIELD, f"{XARGS}.{FIELD}", f"header {HEADER}", "model"})
-#: Fields of a body, as `bare` has them, whose inside is what the model is given or must write: there a key that begins
-#: with `steer` is content. In all others it is a mistake, whoever wrapped the request.
+#: The names from `traces` that a route accepts as carriers or as the read-out.
+ACCEPTED = frozenset({FIELD, readout.FIELD, f"{XARGS}.{FIELD}", f"header {HEADER}", "model"})
+#: Names of body fields, normalised by `bare`, whose content is for the model or describes its answer. There a key that
+#: begins with `steer` is content. In all other fields it is a mistake, at any depth.
 _CONTENT = {"messages", "input", "prompt", "prompts", "system", "instructions", "documents", "tools", "functions"}
 _CONTENT |= {"toolchoice", "functioncall", "responseformat", "structuredoutputs", "guidedjson", "text", "outputconfig"}
-#: Those whose own keys the client chooses, so that only a carrier's very name is a mistake there.
+#: Fields whose keys the client chooses, so that only the exact name of a carrier is a mistake there.
 _TAGS = {"chattemplatekwargs", "metadata"}
-#: Those in which a text may be a request's fields as JSON.
+#: Fields in which a string may hold the fields of a request as JSON.
 _QUOTING = {"chattemplatekwargs", "generationconfig", "body", "metadata", "options", "parameters", "request"}
 _QUOTING |= {"requests", "samplingparams", "kvtransferparams", "streamoptions"}
-#: Those that are there for nothing else than fields of one's own, so that a text in them is one of these too.
+#: Fields that exist only to pass further fields, so that a string in them may be one, in any notation.
 _VEHICLES = {"extraargs", "extrabody", "extraheaders", "extraquery", "headers", "vllmxargs"}
 _QUOTING |= _VEHICLES
 
 
-#: Names of carriers and of the read-out, as `bare` has them.
+#: Names of the carriers and of the read-out, normalised by `bare`.
 _NAMES = {bare(name) for name in (FIELD, HEADER, readout.FIELD)}
 _PLAIN_ROLES = {"system", "developer", "user", "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """What one request carries: each carrier that is present with its parsed value, the model without alias, and
-    whether there are tools in it."""
+    """What one request carries.
+
+    Attributes:
+        found: the parsed value of each carrier that is present.
+        model: the name of the model, without the directions of an alias.
+        tools: whether the request has tools, or answers of tools.
+    """
 
     found: dict[str, tuple[RequestedDirection, ...]]
     model: str | None
@@ -60,8 +65,8 @@ class Carried:
 
 
 def read(body: dict[str, object], headers: Headers, served: Sequence[str], query: bytes = b"") -> Carried:
-    """Read all carriers of a request. Raises SpecError with every problem of every carrier, and for names that are
-    nearly one."""
+    """Read all carriers of a request. Raises SpecError with every problem of every carrier, and for names that look
+    like a carrier and are none."""
     found: dict[str, tuple[RequestedDirection, ...]] = {}
     problems: list[str] = []
     param: str | None = None
@@ -74,10 +79,10 @@ def read(body: dict[str, object], headers: Headers, served: Sequence[str], query
             problems.extend(error.problems)
             param = param or error.param
 
-    for name in islice((name for name in traces(body, headers, served, query) if name not in TAKEN), MAX_ITEMS):
+    for name in islice((name for name in traces(body, headers, served, query) if name not in ACCEPTED), MAX_ITEMS):
         param = param or name[:100]
         problems.append(
-            f"'{name[:100]}': no request asks for steering like this; accepted: the fields '{FIELD}', "
+            f"'{name[:100]}': steering cannot be requested like this; accepted: the fields '{FIELD}', "
             f"'{readout.FIELD}' and '{XARGS}.{FIELD}' and the header 'X-Steer'"
         )
     if FIELD in body:
@@ -106,9 +111,11 @@ def read(body: dict[str, object], headers: Headers, served: Sequence[str], query
 
 
 def has_tools(body: dict[str, object]) -> bool:
-    """May a request of any generation route have tools, or what tools have answered? Whatever is not known to have none
-    counts: other roles than the plain ones, and earlier turns that the server keeps. What a client has written into a
-    text is not seen."""
+    """Whether a request of any generation route may have tools, or answers of tools.
+
+    In doubt it has: roles other than the plain ones count, and so do earlier turns that the server keeps. Tools that a
+    client describes inside a text are not seen.
+    """
     if any(body.get(name) for name in ("previous_response_id", "previous_input_messages")):
         return True
     items: list[object] = [body, body.get("chat_template_kwargs")]
@@ -116,11 +123,11 @@ def has_tools(body: dict[str, object]) -> bool:
         items += found if isinstance(found := body.get(name), list) else []
     for item in tuple(items[2:]):
         items += found if isinstance(item, dict) and isinstance(found := item.get("content"), list) else []
-    return any(_of_tools(item) for item in items if isinstance(item, dict))
+    return any(_mentions_tools(item) for item in items if isinstance(item, dict))
 
 
-def _of_tools(item: Mapping[str, object]) -> bool:
-    """Of a body, a template's variables, a message or a part of one."""
+def _mentions_tools(item: Mapping[str, object]) -> bool:
+    """`item`: a body, a template's variables, a message or a part of one."""
     named = any(
         value and re.search("tools|functions|tool_calls|function_call$", str(name)) for name, value in item.items()
     )
@@ -129,17 +136,17 @@ def _of_tools(item: Mapping[str, object]) -> bool:
 
 
 def traces(body: object, headers: Headers, served: Sequence[str], query: bytes = b"") -> Iterator[str]:
-    """The name of everything in a request that asks for steering or seems to: `steer`, `steering`, `metadata.steer`,
-    `requests.0.steer`, `header x-steer`, `model` where it is an alias, `?steer`."""
+    """The name of everything in a request that asks for steering, or seems to: `steer`, `steering`, `metadata.steer`,
+    `requests.0.steer`, `header x-steer`, `?steer`, and `model` if it is an alias."""
     for name in map(str.lower, headers.keys()):
-        if nearly(name) and name != RECEIPT:  # which asks for nothing
+        if nearly(name) and name != RECEIPT:  # a receipt that is sent back asks for nothing
             yield f"header {name}"
     for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if nearly(name):
             yield f"?{name}"
     left = MAX_VALUES
     places: list[tuple[_Place | None, object]] = [(None, body)]
-    while places:  # not by recursion: what is told of is bounded by the body's parser, and not here
+    while places:  # a loop, since values may be nested more deeply than Python can recurse
         place, value = places.pop()
         if isinstance(value, list):
             places.extend(((place, i), each) for i, each in enumerate(value) if isinstance(each, dict | list))
@@ -152,7 +159,7 @@ def traces(body: object, headers: Headers, served: Sequence[str], query: bytes =
                     continue
                 elif isinstance(inner, dict | list):
                     places.append(((place, key), inner))
-                elif isinstance(inner, str) and plain in _QUOTING:  # as a form's field has it, or who quoted the whole
+                elif isinstance(inner, str) and plain in _QUOTING:  # the field of a form, or a body quoted as a whole
                     if inner.lstrip()[:1] in ("{", "["):
                         left -= check_structure(inner.encode(errors="surrogatepass"), left)
                     unwrapped = _unwrapped(inner)
@@ -163,13 +170,13 @@ def traces(body: object, headers: Headers, served: Sequence[str], query: bytes =
                     yield _name((place, key))
 
 
-#: Where a value is in a body: where what holds it is, None for the body itself, and its key or number there.
+#: Where a value is in a body: the place of its container (None for the body itself), and its key or index there.
 _Place: TypeAlias = "tuple[_Place | None, str | int]"
 
 
 def _name(place: _Place | None) -> str:
-    """Like `requests.0.steer`, of each key its beginning; one with a dot in it in quotes, since it is no path. Made for
-    what is told alone: a body has many places, and deep ones."""
+    """The path of a place, as `requests.0.steer`. Long keys are cut, and a key that contains a dot is quoted. It is
+    made only for what is reported: a body has many places, some of them deep."""
     parts: list[str] = []
     while place is not None:
         place, key = place
@@ -178,7 +185,7 @@ def _name(place: _Place | None) -> str:
 
 
 def _unwrapped(value: str) -> object:
-    """What a text holds as JSON, where it is that."""
+    """The value that a string holds as JSON, or the string itself."""
     with suppress(ValueError, RecursionError):
         return json.loads(value)
     return value

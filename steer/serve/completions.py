@@ -1,5 +1,5 @@
-"""`POST /v1/chat/completions` and `/v1/completions` on the own engine: from a checked body to an answer or a stream, in
-OpenAI's shape."""
+"""`POST /v1/chat/completions` and `/v1/completions` on the transformers engine: from a checked body to an answer or a
+stream in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def router(served: Served) -> APIRouter:
         engine.admit(body.n)
 
         def prepare() -> list[Job]:
-            asked = served.tokens(body)
+            defaults = served.tokens(body)
             text = served.loaded.chat_text(
                 messages,
                 add_generation_prompt=body.begins_answer,
                 **{**served.template, **body.template_variables},
             )
-            served.check_length(text, "messages")  # variables are a part of it too
+            served.check_length(text, "messages")  # again: variables of the template can be long too
             prompt = served.loaded.piece_ids(text)
             limit = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             room, stops = served.room(prompt, getattr(body, limit), "messages", limit), Stops(body.stops)
-            samplings = body.sampling(asked, room, body.wanted_logprobs)
+            samplings = body.sampling(defaults, room, body.wanted_logprobs)
             steer = served.steer(admission, prompt)
             return [Job(i, prompt, sampling, stops, steer, read) for i, sampling in enumerate(samplings)]
 
@@ -114,7 +114,7 @@ def router(served: Served) -> APIRouter:
             ]
             return {**base, "object": "chat.completion", "choices": choices, "usage": _used(prompt_tokens, answers)}
 
-        return await served.told(request, answers, whole)
+        return await served.respond(request, answers, whole)
 
     @router.post(
         "/v1/completions",
@@ -133,13 +133,13 @@ def router(served: Served) -> APIRouter:
             )
 
         def prepare() -> list[Job]:
-            asked = served.tokens(body)
+            defaults = served.tokens(body)
             jobs: list[Job] = []
             stops = Stops(body.stops)
             for prompt in prompts:
                 ids = served.loaded.text_ids(prompt) if isinstance(prompt, str) else prompt
                 room = served.room(ids, body.max_tokens, "prompt")
-                for i, sampling in enumerate(body.sampling(asked, room, body.logprobs)):
+                for i, sampling in enumerate(body.sampling(defaults, room, body.logprobs)):
                     scored = body.logprobs if body.echo and i == 0 else None
                     jobs.append(Job(len(jobs), ids, sampling, stops, served.steer(admission, ids), read, scored))
             return jobs
@@ -187,7 +187,7 @@ def router(served: Served) -> APIRouter:
                 )
             return {**base, "object": "text_completion", "choices": choices, "usage": _used(prompt_tokens, answers)}
 
-        return await served.told(request, answers, whole)
+        return await served.respond(request, answers, whole)
 
     return router
 
@@ -201,8 +201,13 @@ async def _chunks(
     chunk: Mapping[str, object],
     opening: Sequence[Choice] = (),
 ) -> AsyncGenerator[Mapping[str, object], None]:
-    """The chunks of a stream, each with one choice. `part` makes the choice that a piece adds to the answer of a job,
-    None where it adds nothing yet; `chunk` is what stands in each; `opening` comes first."""
+    """The chunks of a stream, each with one choice.
+
+    Args:
+        part: makes the choice that a piece adds to the answer of a job; None if it adds nothing yet.
+        chunk: the fields that all chunks have.
+        opening: the choices that come first.
+    """
     counted: dict[str, object] = {"usage": None} if options and options.include_usage else {}
     for choice in opening:
         yield {**chunk, "choices": [choice], **counted}

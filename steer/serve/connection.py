@@ -1,4 +1,5 @@
-"""uvicorn's connection, with bounds on what one client can make it hold or do; and whether a server can listen."""
+"""uvicorn's HTTP connection with limits on what one client can make it hold or do, and a check of the address to listen
+on."""
 
 from __future__ import annotations
 
@@ -20,27 +21,28 @@ if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-#: Bytes of request line and headers, of a chunk's extensions, or of trailers: more than a door lets in.
-MOST = 128 * 2**10
-#: Requests on one connection that wait for the answer to the one before.
-WAITING = 16
-#: Pieces of a body, after which they must have PIECE bytes on the average: each is a call in Python.
-PIECES, PIECE = 4096, 64
-#: Seconds in which a client takes nothing of what is written for it: a version of a direction may wait for its end.
-PATIENCE = 60.0
-#: How uvicorn is told of it.
+#: Bytes of the request line with its headers, of a chunk's extensions, or of trailers. `access` allows fewer.
+MAX_HEAD = 128 * 2**10
+#: Requests on one connection that wait for the answer to the request before.
+MAX_PIPELINED = 16
+#: A body of more than MAX_PIECES pieces must have at least MIN_PIECE bytes a piece on average: each piece costs a call
+#: in Python.
+MAX_PIECES, MIN_PIECE = 4096, 64
+#: Seconds after which a client that reads nothing is disconnected: its request may keep a version of a direction alive.
+WRITE_TIMEOUT = 60.0
+#: The import string of `Bounded`, for uvicorn.
 PROTOCOL = f"{__name__}:Bounded"
-#: Headers by which a client asks for another protocol.
+#: Headers with which a client asks for another protocol.
 _UPGRADE = (b"connection", b"upgrade", b"http2-settings")
 
 
 class Bounded(HttpToolsProtocol):
-    """Ends a connection that is over one of the bounds: MOST bytes since its headers, a piece of a body or a
-    request was last whole (httptools itself keeps them all, and joins the pieces of one header in the square of its
-    length), WAITING, PIECES or PATIENCE.
+    """Closes a connection that exceeds a limit: MAX_HEAD bytes without a complete header block, piece of a body or
+    request (httptools keeps all of them, and joins the pieces of one header in quadratic time), MAX_PIPELINED,
+    MAX_PIECES or WRITE_TIMEOUT.
 
-    What stands after a body is no header, whenever it comes: a trailer that is meant to steer ends the connection.
-    A request for another protocol than websockets is read as one without it.
+    A trailer (a header after the body) never becomes a header of the request. A trailer that is meant to steer ends the
+    connection. A request to upgrade to anything but websockets is served as a plain request.
     """
 
     _since = 0
@@ -61,16 +63,16 @@ class Bounded(HttpToolsProtocol):
                 self._go_on_without(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             cause = error.__context__
-            self._end(str(cause) if isinstance(cause, _Refused) else "what came is no request of HTTP/1.1")
-        if self._since > MOST and not self.transport.is_closing():
-            self._end(f"the headers are over {MOST} bytes")
+            self._end(str(cause) if isinstance(cause, _Refused) else "the bytes received are not an HTTP/1.1 request")
+        if self._since > MAX_HEAD and not self.transport.is_closing():
+            self._end(f"the headers are over {MAX_HEAD} bytes")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
     def _end(self, why: str) -> None:
-        """Say why, where no answer to another request is due, and close."""
+        """Close the connection, and say why unless the client is waiting for the answer to another request."""
         if self.transport.is_closing():
             return
         running = self._running
@@ -83,14 +85,14 @@ class Bounded(HttpToolsProtocol):
         self.transport.close()
 
     def _leave(self) -> None:
-        """Tell the request that runs that nobody waits for its answer: uvicorn tells the last one that came."""
+        """Tell the running request that its client has left. uvicorn would tell the newest request instead."""
         self.pipeline.clear()
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
 
     def _go_on_without(self, rest: bytes) -> None:
-        """Read the request that asks for another protocol once more, as one that does not."""
+        """Parse the request that asks for another protocol again, without the headers that ask for it."""
         lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
         lines += [b"%s: %s" % each for each in self.headers if each[0] not in _UPGRADE]
         self.parser = httptools.HttpRequestParser(self)
@@ -103,7 +105,7 @@ class Bounded(HttpToolsProtocol):
 
     @property
     def _read_again(self) -> bool:
-        """Is this a request that `_go_on_without` reads?"""
+        """Whether `_go_on_without` will parse this request again."""
         return bool(self.parser.should_upgrade()) and not self._should_upgrade()
 
     def on_message_begin(self) -> None:
@@ -114,21 +116,21 @@ class Bounded(HttpToolsProtocol):
         if self._in_headers:
             super().on_header(name, value)
         elif nearly(name.decode("latin-1")):
-            raise _Refused(f"the trailer {name.decode('latin-1')!r}: no request asks for steering like this")
+            raise _Refused(f"the trailer {name.decode('latin-1')!r}: steering cannot be requested like this")
 
     def on_headers_complete(self) -> None:
         self._since, self._in_headers = 0, False
         if self.parser.get_method() == b"CONNECT":
             raise _Refused("the method CONNECT is not served")
-        if len(self.pipeline) >= WAITING:
-            raise _Refused(f"{WAITING} requests wait on this connection, and no more can")
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise _Refused(f"{MAX_PIPELINED} requests wait on this connection, which is the limit")
         if not self._read_again:
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._since, self._pieces, self._bytes = 0, self._pieces + 1, self._bytes + len(body)
-        if self._pieces > PIECES and self._bytes < PIECE * self._pieces:
-            raise _Refused(f"the body comes in pieces of less than {PIECE} bytes on the average")
+        if self._pieces > MAX_PIECES and self._bytes < MIN_PIECE * self._pieces:
+            raise _Refused(f"the body comes in pieces of less than {MIN_PIECE} bytes on average")
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -150,12 +152,12 @@ class Bounded(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _wait_for_client(self, before: int) -> None:
-        """End the connection if what is written, `before` bytes when it was last looked at, is as much still."""
-        left = self.transport.get_write_buffer_size()
-        if left == before:
+        """Abort the connection if its write buffer still has the `before` bytes of WRITE_TIMEOUT seconds ago."""
+        size = self.transport.get_write_buffer_size()
+        if size == before:
             self.transport.abort()
         else:
-            self._stuck = self.loop.call_later(PATIENCE, self._wait_for_client, left)
+            self._stuck = self.loop.call_later(WRITE_TIMEOUT, self._wait_for_client, size)
 
     def _stop_waiting(self) -> None:
         if self._stuck is not None:
@@ -164,23 +166,24 @@ class Bounded(HttpToolsProtocol):
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise InvalidInput where a server cannot listen here; it would itself notice only when the model is loaded."""
+    """Raise InvalidInput if a server cannot listen here. Without this check it would fail only after the model is
+    loaded."""
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise InvalidInput(f"--host {host}: {error.strerror}; accepted: an address of this machine") from error
-    refused: list[OSError] = []
+    failures: list[OSError] = []
     for family, *_, address in found:
         try:
             socket.create_server(address, family=family).close()
         except OSError as error:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                said = os.strerror(error.errno)
-                raise InvalidInput(f"--port {port}: {said}; give another (--port 0 takes a free one)") from error
-            refused.append(error)  # of a family that this machine does not have
-    if len(refused) == len(found):
-        raise InvalidInput(f"--host {host}: {refused[0].strerror}; accepted: an address of this machine")
+                reason = os.strerror(error.errno)
+                raise InvalidInput(f"--port {port}: {reason}; give another (--port 0 takes a free one)") from error
+            failures.append(error)  # an address family that this machine does not have
+    if len(failures) == len(found):
+        raise InvalidInput(f"--host {host}: {failures[0].strerror}; accepted: an address of this machine")
 
 
 class _Refused(Exception):
-    """Out of a callback of the parser, which ends the connection."""
+    """Raised in a callback of the parser to end the connection."""

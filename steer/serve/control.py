@@ -1,8 +1,8 @@
 """The control plane of one server: the policy in force, the kill switch, the audit log, and the running requests.
 
 If a server has several front ends, each has a `Control`; the switch and the rates are in their shared table. One
-`Control` serves `access`, the middleware and the control routes. It belongs to the event loop, except that the watcher
-of the policy file and moves of names come on their own threads.
+`Control` serves `access`, the middleware and the control routes. It runs on the event loop, except that changes of the
+policy file and moves of names come from other threads.
 """
 
 from __future__ import annotations
@@ -38,20 +38,24 @@ log = logging.getLogger("steer")
 
 #: Characters of a model's name that the audit log keeps.
 MODEL_SHOWN = 128
-#: Of one key's refusals by one rule in a minute, those that the audit log keeps one by one.
+#: How many refusals of one key by one rule the audit log keeps one by one in a minute.
 REFUSALS_KEPT = 10.0
 _DEFAULTS = ControlSettings.model_construct()
-#: Names in what front ends share: the switch, and of requests that run the steered ones.
+#: Names in the shared table of the front ends: the switch, and the number of steered requests that run.
 SWITCH, STEERED = "switch", "steered"
-#: Who moves a name: set where a route does it, unset where the folder does.
+#: Who moves a name: set by a route, unset where the folder's watcher does it.
 _moving: ContextVar[Caller | None] = ContextVar("steer_moving", default=None)
 
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One request, from before it is read to its end. `tokens` are charged to its key's rates and not yet used, and
-    `answers` are what it counts for `requests_at_once`; `spec` and what follows are of an admitted one, `line` is the
-    audit line of its admission."""
+    """One request, from before it is read to its end.
+
+    Attributes:
+        tokens: charged to its key's rates in advance, and given back at the end.
+        answers: how many it counts for `requests_at_once`.
+        spec, request_id, line: of an admitted request; `line` is the number of its line in the audit log.
+    """
 
     caller: Caller
     tokens: int = 0
@@ -59,46 +63,46 @@ class Run:
     spec: Spec = field(default_factory=Spec)
     request_id: str = ""
     line: int | None = None
-    #: Why it was ended before its end.
-    ended: Refusal | None = None
+    #: Why it was aborted.
+    aborted: Refusal | None = None
     _stop: asyncio.Future[Exception] | None = field(default=None, init=False)
 
-    def abort(self, why: Refusal) -> None:
-        """On the event loop."""
-        self.ended = why
+    def abort(self, reason: Refusal) -> None:
+        """End it early. Call this on the event loop."""
+        self.aborted = reason
         if self._stop is not None and not self._stop.done():
-            self._stop.set_result(why)
+            self._stop.set_result(reason)
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, answer: Outgoing) -> None:
         """Have `app` answer it, until it is aborted."""
-        if self.ended is not None:
-            await answer.break_off(self.ended)
+        if self.aborted is not None:
+            await answer.break_off(self.aborted)
             return
         self._stop = asyncio.get_running_loop().create_future()
         await answered(app, scope, receive, answer, self._stop)
 
 
 MINUTE = 60.0
-#: Seconds of a drain in which what has not ended is told so.
+#: The last seconds of a drain, in which the requests that still run are aborted and told so.
 GRACE = 1.0
 TAKEN_AWAY = "the API key was taken away"
 
 
 class RateLimiter:
     """One kind of rate (requests, or tokens) of all keys: token buckets that hold at most a minute's amount and fill
-    evenly. They are in the table that all front ends share; check and charge together under its lock.
+    evenly. They are in the table that all front ends share; check and charge under its lock, in one step.
 
-    A request is counted before any work is done for it, and charged all the tokens that it can use once it is read.
-    What it did not use is given back when it ends. So requests that run at once cannot exceed together what they could
-    use one after the other, and a request that fails is counted too. A bucket may be overdrawn: an answer's cost is
-    known at its end. `clock` is one clock of the whole machine.
+    A request is counted before any work is done for it, so a request that fails is counted too. Once it is read, it is
+    charged all the tokens that it can use, and what it did not use is given back at its end. So requests that run at
+    the same time cannot use more than they could one after the other. A bucket may be overdrawn, since the cost of an
+    answer is known only at its end. `clock`: one clock for the whole machine.
     """
 
     def __init__(self, kind: str, shared: Shared, clock: Callable[[], float] = time.monotonic) -> None:
         self._kind, self._shared, self._clock = kind, shared, clock
 
     def wait(self, key: str, per_minute: float | None, amount: float) -> float:
-        """Seconds until `key` may have `amount`; 0 where it may now, or has no such limit."""
+        """Seconds until `key` may have `amount`; 0 if it may have it now, or has no such limit."""
         if per_minute is None:
             return 0.0
         missing = min(amount, per_minute) - self._level(key, per_minute, self._clock())
@@ -111,13 +115,14 @@ class RateLimiter:
                 self._shared.put(f"{self._kind}:{key}", self._level(key, per_minute, now) - amount, now)
 
     def _level(self, key: str, per_minute: float, now: float) -> float:
-        """What the bucket holds now, at a rate that a new policy may have changed."""
+        """What the bucket holds now. A new policy may have changed the rate."""
         level, when = self._shared.get(f"{self._kind}:{key}") or (per_minute, now)
         return min(per_minute, level + (now - when) * per_minute / MINUTE)
 
 
 class Control:
-    """Everything is allowed, and nothing is kept, where the settings name no policy and no audit log."""
+    """The control plane. Without a policy in the settings everything is allowed, without an audit log nothing is
+    logged."""
 
     def __init__(self, settings: ControlSettings = _DEFAULTS) -> None:
         """Raises PolicyError for a policy file that is not acceptable."""
@@ -128,30 +133,35 @@ class Control:
             if settings.audit
             else None
         )
-        #: What a server without keys answers to; None where keys say who may call. Until `listen` the strictest.
+        #: The hosts and pages that a server without keys answers; None where keys decide. The strictest until `listen`.
         self.allowed_origins: AllowedOrigins | None = None if self.in_force else AllowedOrigins()
-        #: Of pages elsewhere that may call.
+        #: The origins of other servers' pages that may call.
         self.origins: frozenset[str] = frozenset()
         self.policy_problems: tuple[str, ...] = ()
-        #: All requests that run and can be ended, plain ones too.
+        #: All requests that run and can be aborted, plain ones too.
         self.runs: set[Run] = set()
         self.registry: Registry | None = None
         self._share(Shared())
-        self._refusals = RateLimiter("refusals", Shared())  # what is kept of them is each front end's own
+        self._refusals = RateLimiter("refusals", Shared())  # not shared: each front end limits its own audit lines
         self._unkept: Counter[tuple[str | None, str]] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._good: bytes | None = None  # what the policy file was at the last look, if it was acceptable
+        self._good: bytes | None = None  # the policy file at the last look, if it was acceptable
         self._read = time.monotonic()  # when the policy file was last read, acceptable or not
-        #: Looks at the policy file.
+        #: Watches the policy file.
         self.follower: Follower | None = None
 
-    # -- life ----------------------------------------------------------------------------------------------------
+    # -- start and stop ------------------------------------------------------------------------------------------
 
     def listen(self, host: str | None, origins: Iterable[str] = (), *, guarded: bool = False) -> None:
-        """Where the server will listen (None: all interfaces), and the origins of pages elsewhere that may call it.
-        `guarded`: others' keys, or a socket that only this machine has, say who may call.
+        """Decide which hosts and pages are answered.
 
-        Raises InvalidInput where others, or all web pages, would reach a server that wants no key.
+        Args:
+            host: where the server will listen; None for all interfaces.
+            origins: those of other servers' pages that may call.
+            guarded: whether something else decides who may call: the engine's own keys, or a local socket.
+
+        Raises:
+            InvalidInput: other machines, or all web pages, would reach a server that needs no key.
         """
         self.origins = frozenset(origins)
         if self.in_force or guarded:
@@ -175,7 +185,7 @@ class Control:
         self.allowed_origins = AllowedOrigins(named, self.origins, addresses=where is None)
 
     def _share(self, shared: Shared) -> None:
-        """Share the switch and the rates with all front ends that have `shared`."""
+        """Keep the switch and the rates in `shared`, which all front ends have."""
         self.shared = shared
         self._requests, self._tokens = RateLimiter("requests", shared), RateLimiter("tokens", shared)
         with shared.lock():
@@ -184,8 +194,8 @@ class Control:
                 shared.put(SWITCH, self.settings.steering)
 
     def start(self, registry: Registry, model: str, shared: Shared | None = None) -> None:
-        """Open the audit log and follow the policy file and the registry; `shared` with other front ends. Raises
-        AuditError."""
+        """Open the audit log, and follow the policy file and the registry. `shared`: the table of all front ends, if
+        there are several. Raises AuditError."""
         if shared is not None:
             self._share(shared)
         if self.audit:
@@ -200,7 +210,7 @@ class Control:
             self._warn_of_what_cannot_be_applied(self.in_force.policy)
             log.info("policy: %d keys", len(self.in_force.policy.keys))
         if self.settings.policy:
-            # the folder is watched, since editors and ConfigMaps put a new file in place
+            # the folder is watched, since editors and ConfigMaps replace the file
             folder = self.settings.policy.parent
             self.follower = Follower(folder, self._look, name="steer-policy", recursive=False, calls=self.shared.calls)
             self.follower.start()
@@ -220,44 +230,44 @@ class Control:
     # -- policy --------------------------------------------------------------------------------------------------
 
     def _warn_of_what_cannot_be_applied(self, what: Policy) -> None:
-        """Log the directions that it names and that are not served, and each key whose own steering fails in all its
-        requests, or is left out of them."""
+        """Log the directions that the policy names and that are not served, and each key whose required or default
+        steering cannot be applied."""
         assert self.registry is not None
         own = [item for rules in what.keys.values() for item in (*rules.required, *(rules.default or ()))]
         served = self.registry.names()
-        for said, names in (("limits", set(what.directions)), ("needs", {name for item in own for name in item.names})):
+        for verb, names in (("limits", set(what.directions)), ("needs", {name for item in own for name in item.names})):
             if missing := ", ".join(sorted(names - served.keys())):
                 all_served = ", ".join(served) or "none"
-                log.warning("the policy %s directions that are not served: %s; served: %s", said, missing, all_served)
+                log.warning("the policy %s directions that are not served: %s; served: %s", verb, missing, all_served)
         for name, rules in what.keys.items():
-            for said, wanted in (("required", ()), ("default", rules.default)):
+            for kind, wanted in (("required", ()), ("default", rules.default)):
                 try:
                     if wanted is not None:
                         self.registry.merge(self.registry.resolve(wanted), self.registry.resolve(rules.required))
                 except UnknownDirection:
-                    pass  # it may come yet
+                    pass  # it may still be added
                 except SteerError as error:
-                    log.warning("the %s steering of the key '%s' cannot be applied: %s", said, name, error)
+                    log.warning("the %s steering of the key '%s' cannot be applied: %s", kind, name, error)
 
     def _look(self) -> None:
-        """On the follower's thread: the file may be another, and another front end may have moved the switch."""
+        """On the follower's thread: the file may have changed, and another front end may have moved the switch."""
         self.reload()
-        if self._ends_running and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._end_steered)
+        if self._aborts_steered and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._abort_steered)
 
     @property
-    def _ends_running(self) -> bool:
-        """Does what is steered and runs end, as the switch is now?"""
+    def _aborts_steered(self) -> bool:
+        """Whether steered requests that run are aborted, as switch and policy are now."""
         return not self.steering and self.in_force is not None and self.in_force.policy.on_kill == "abort"
 
-    def _end_steered(self) -> None:
+    def _abort_steered(self) -> None:
         """On the event loop."""
-        if self._ends_running:
+        if self._aborts_steered:
             for run in self.running:
                 run.abort(self.off(run.spec))
 
     def reload(self) -> None:
-        """Read the policy file again. One that is not acceptable leaves the old in force, and says why."""
+        """Read the policy file again. If it is not acceptable, the old policy stays in force, and the log says why."""
         assert self.settings.policy is not None
         path = self.settings.policy
         try:
@@ -282,12 +292,12 @@ class Control:
             if self.registry is not None:
                 self._warn_of_what_cannot_be_applied(fresh.policy)
             self._note("policy", outcome="ok", detail={"policy": fresh.digest})
-            self.shared.ask()  # it holds in all front ends together, whichever has seen it first
+            self.shared.ask()  # the other front ends read it too
             if fresh.policy.on_kill == "abort" and self._loop is not None and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._end_removed)
+                self._loop.call_soon_threadsafe(self._abort_removed)
 
-    def _end_removed(self) -> None:
-        """On the event loop: end what runs for secrets that are no keys any more."""
+    def _abort_removed(self) -> None:
+        """On the event loop: abort the requests whose key was removed."""
         assert self.in_force is not None
         keys = self.in_force.policy.keys
         for run in tuple(self.runs):
@@ -299,15 +309,15 @@ class Control:
     def policy_digest(self) -> str | None:
         return self.in_force.digest if self.in_force else None
 
-    # -- who -----------------------------------------------------------------------------------------------------
+    # -- callers -------------------------------------------------------------------------------------------------
 
     def caller(self, scope: Scope) -> Caller:
-        """Who makes this request. With a policy in force, nobody whom the door has not let in."""
+        """Who makes this request, as `Access` has found; NOBODY if it has not and a policy is in force."""
         return scope.get(CALLER, ANYONE if self.in_force is None else NOBODY)
 
     def renewed(self, scope: Scope) -> Caller:
-        """Who makes this request, by the policy that is in force now: a body may come long after the headers with the
-        key. Raises Refusal where that is no key any more, or has another name."""
+        """Who makes this request by the policy that is in force now: a body may come long after the headers with the
+        key. Raises Refusal if the key was removed meanwhile, or has another name."""
         caller = self.caller(scope)
         if self.in_force is not None and caller.name is not None:
             self.check_policy()
@@ -323,8 +333,8 @@ class Control:
         return Rules(self.in_force.policy if self.in_force else None, None if self.steering else self.off)
 
     def manager(self, scope: Scope) -> Caller:
-        """Who makes this request and may manage: directions, and the kill switch. Raises Refusal for who may not."""
-        peer = (scope.get("client") or (None,))[0]  # after a proxy on this machine: the one that the proxy names
+        """Who makes this request, if they may manage directions and the kill switch. Raises Refusal if they may not."""
+        peer = (scope.get("client") or (None,))[0]  # behind a proxy on this machine: the client that the proxy names
         if self.in_force is None:
             if not (self.settings.insecure or peer is None or is_loopback(peer)):
                 raise forbidden("manage", "without a policy, a server is managed from its own machine alone")
@@ -333,9 +343,11 @@ class Control:
         return self.caller(scope)
 
     def refused(self, error: SteerError, caller: Caller, scope: Scope) -> None:
-        """Count and keep a refusal by policy; of other errors nothing is kept. Nobody can fill the disk with them: a
-        request without a key is counted alone, and of a key's refusals by one rule REFUSALS_KEPT in a minute are kept
-        one by one. The next line that is says how many were not."""
+        """Count a refusal by policy and write it to the audit log; other errors are not logged.
+
+        Nobody can fill the disk with refusals: a request without a key is only counted, and in a minute REFUSALS_KEPT
+        refusals of one key by one rule get a line each. The next line says how many got none.
+        """
         if not isinstance(error, Refusal):
             return
         metrics.POLICY_REFUSED.labels(rule=error.rule).inc()
@@ -358,15 +370,14 @@ class Control:
         )
 
     def check_policy(self) -> None:
-        """Raises Refusal (503) while the policy file has not been read for so long that nobody can say whom it lets in:
-        a key may have been taken away in it."""
+        """Raises Refusal (503) while `policy_unread`: a key may have been removed from the file."""
         if self.policy_unread:
-            said = f"the policy file has not been read for {STALLED:g} s, so no key is known to hold; the log says why"
-            raise Refusal(Code.POLICY_UNREAD, "policy", said, Retry_After="10")
+            message = f"the policy file has not been read for {STALLED:g} s, so no key is known to hold; see the log"
+            raise Refusal(Code.POLICY_UNREAD, "policy", message, Retry_After="10")
 
     @property
     def policy_unread(self) -> bool:
-        """Has the policy file not been read for so long that nobody can say whom it lets in?"""
+        """Whether the policy file has not been read for so long that its keys may be out of date."""
         return self.follower is not None and time.monotonic() - self._read > STALLED
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -377,8 +388,8 @@ class Control:
         return [run for run in self.runs if run.spec]
 
     def enter(self, caller: Caller) -> Run:
-        """Take one request of the caller's rates, before it is read: what fails has been one too. Raises Refusal (429).
-        Whoever has entered must `leave`."""
+        """Charge one request to the caller's rates before it is read, so that a request that fails counts too. Every
+        `enter` needs a `leave`. Raises Refusal (429)."""
         rules, name = caller.rules, caller.name
         if rules is not None and name is not None:
             with self.shared.lock():
@@ -392,9 +403,13 @@ class Control:
         return Run(caller)
 
     def reserve(self, run: Run, scope: Scope, tokens: int, answers: int = 1) -> None:
-        """Take all the tokens that a whole request may come to, and each of its answers as a request that runs, by the
-        rules that hold now. Raises Refusal (429, and 401 where the key is none any more), and RequestError where these
-        are more than the key may ever have."""
+        """Charge all the tokens that the request may use, and count each of its answers as a running request, by the
+        rules in force now.
+
+        Raises:
+            Refusal: 429 over a limit, 401 if the key was removed meanwhile.
+            RequestError: the request has more answers than the key may ever have at once.
+        """
         run.caller = self.renewed(scope)
         rules, name = run.caller.rules, run.caller.name
         if rules is not None and name is not None and answers > 1 and (limit := rules.requests_at_once) is not None:
@@ -414,7 +429,7 @@ class Control:
             run.tokens += tokens
 
     def leave(self, run: Run) -> None:
-        """The request has ended, whatever became of it; what it took and did not use is given back."""
+        """The request has ended in any way: give back what it has charged."""
         rules, name = run.caller.rules, run.caller.name
         if rules is not None and name is not None:
             self.shared.count_own(_at_once(name), -run.answers)
@@ -428,9 +443,9 @@ class Control:
             raise _over(rule, caller.rules, math.ceil(wait))
 
     async def begin(self, run: Run, spec: Spec, model: str | None, scope: Scope) -> None:
-        """The request is admitted. Raises Refusal (503) for a steered one whose line cannot be kept.
+        """The request is admitted. Raises Refusal (503) if it is steered and its audit line cannot be written.
 
-        Where each line is to be on the disk first (`--audit-fsync always`), this waits for it, and nobody else does.
+        With `--audit-fsync always` this waits until the line is on the disk; other requests do not wait.
         """
         run.spec, run.request_id = spec, request_id(scope)
         self.add(run)
@@ -455,7 +470,7 @@ class Control:
             raise
 
     def add(self, run: Run) -> None:
-        """It runs, and can be ended. Whoever adds one must `discard` it; `end` does."""
+        """Register a running request, so that it can be aborted. Every `add` needs a `discard`; `end` does that."""
         self._loop = asyncio.get_running_loop()
         self.runs.add(run)
         if run.spec:
@@ -489,18 +504,18 @@ class Control:
             )
 
     def drain(self, seconds: float) -> None:
-        """As the server stops, on a thread that may wait: let what runs here end, and end it GRACE before the time is
-        up, so that clients are told and the audit log has it."""
+        """Wait until the running requests have ended, and abort them GRACE before `seconds` are over, so that clients
+        and the audit log are told. Call this on a thread that may block, when the server stops."""
         deadline = time.monotonic() + max(seconds, GRACE)
         while self.runs and time.monotonic() < deadline - GRACE:
             time.sleep(0.02)
         if self.runs and self._loop is not None:
-            self._loop.call_soon_threadsafe(self.end_all)
+            self._loop.call_soon_threadsafe(self.abort_all)
             while self.runs and time.monotonic() < deadline:
                 time.sleep(0.02)
 
-    def end_all(self) -> None:
-        """On the event loop: end what runs, since the server stops."""
+    def abort_all(self) -> None:
+        """On the event loop: abort all running requests, since the server stops."""
         for run in tuple(self.runs):
             run.abort(Refusal(Code.STOPPING, "stopping", "the server is stopping", Retry_After="10"))
 
@@ -508,7 +523,8 @@ class Control:
 
     @property
     def steering(self) -> bool:
-        """Is steering switched on? Read of each request; what moves it is seen by the next one, on every front end."""
+        """Whether steering is switched on. Every request reads this, so a change holds from the next request on, on
+        every front end."""
         return bool(self.shared.number(SWITCH))
 
     @property
@@ -518,12 +534,11 @@ class Control:
 
     @property
     def steered(self) -> int:
-        """The steered requests that run on all front ends."""
+        """How many steered requests run on all front ends."""
         return self.shared.total(STEERED)
 
     def switch(self, enabled: bool, caller: Caller, reason: str = "") -> None:
-        """From here on, and before anything else runs on this loop, no steered request is admitted (or is again); nor
-        on any other front end."""
+        """Switch steering on or off, at once and on every front end: once it is off, no steered request is admitted."""
         reason = printable(reason)
         with self.shared.lock():
             self.shared.text = reason
@@ -534,20 +549,20 @@ class Control:
             "switch",
             key=caller.name,
             outcome="on" if enabled else "off",
-            detail={"reason": reason, "running": self.steered, "aborted": self._ends_running},
+            detail={"reason": reason, "running": self.steered, "aborted": self._aborts_steered},
         )
-        self._end_steered()
-        self.shared.ask()  # the others end what runs on them
+        self._abort_steered()
+        self.shared.ask()  # the other front ends abort theirs
 
     def off(self, asked: Spec) -> Refusal:
-        """What a steered request gets while steering is off."""
-        said = f"steering is switched off on this server{f': {self.reason}' if self.reason else ''}"
-        return Refusal(Code.STEERING_OFF, "switch", said, asked=asked, Retry_After="60")
+        """The error of a steered request while steering is off."""
+        message = f"steering is switched off on this server{f': {self.reason}' if self.reason else ''}"
+        return Refusal(Code.STEERING_OFF, "switch", message, asked=asked, Retry_After="60")
 
-    # -- what is kept ---------------------------------------------------------------------------------------------
+    # -- audit log ------------------------------------------------------------------------------------------------
 
     def moving(self, caller: Caller) -> None:
-        """In this context, and in threads that begin in it, names are moved by `caller`."""
+        """Note that `caller` is who moves names in this context, and in threads started in it."""
         _moving.set(caller)
 
     def _moved(self, move: Move) -> None:
@@ -571,11 +586,11 @@ def _at_once(key: str) -> str:
 
 
 def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:
-    said = f"over this key's {rule} ({getattr(rules, rule):g}); try again in {seconds} s"
-    return Refusal(Code.RATE_LIMIT_EXCEEDED, rule, said, Retry_After=str(seconds))
+    message = f"over this key's {rule} ({getattr(rules, rule):g}); try again in {seconds} s"
+    return Refusal(Code.RATE_LIMIT_EXCEEDED, rule, message, Retry_After=str(seconds))
 
 
 def request_id(scope: Scope) -> str:
-    """The id under which a request is kept, made once: its own `X-Request-Id` is the client's to choose, so it is not
-    ours."""
+    """The id of a request in the audit log, made once. An `X-Request-Id` of the client is not used: the client could
+    choose any."""
     return scope.setdefault("steer.request_id", f"req-{uuid.uuid4().hex}")

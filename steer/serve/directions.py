@@ -31,47 +31,48 @@ class DirectionCard(TypedDict):
     id: Annotated[str, Field(description="its name")]
     object: Literal["direction"]
     status: Annotated[
-        Literal["served", "stale"], Field(description="stale: its file was changed to one that is not acceptable")
+        Literal["served", "stale"],
+        Field(description="stale: the file was replaced by an invalid one, and the version before is served"),
     ]
-    errors: Annotated[list[str], Field(description="what is wrong with the file, where it is stale")]
+    errors: Annotated[list[str], Field(description="the problems of a stale file")]
     digest: Annotated[str, Field(description="sha256 of the file's bytes: the version")]
     created: Annotated[int, Field(description="when this version was loaded, in seconds since 1970")]
     method: Annotated[str, Field(description="how it was made")]
     source_layer: Annotated[int | None, Field(description="the layer whose direction serves all layers, if one does")]
-    rank: Annotated[int, Field(description="rows of each layer")]
-    mode: Annotated[Mode, Field(description="of a request that names none")]
-    strength: Annotated[float, Field(description="of a request that names none")]
-    modes: Annotated[list[Mode], Field(description="for which the file has what is needed")]
+    rank: Annotated[int, Field(description="rows at each layer")]
+    mode: Annotated[Mode, Field(description="the mode of a request that names none")]
+    strength: Annotated[float, Field(description="the strength of a request that names none")]
+    modes: Annotated[list[Mode], Field(description="the modes for which the file has what they need")]
     calibrated: Annotated[
-        dict[Mode, Dose], Field(description="by mode the least and the largest strength up to which no harm was seen")
+        dict[Mode, Dose], Field(description="for each mode the range of strengths in which no harm was seen")
     ]
     sites: Annotated[list[Site], Field(description="where it acts")]
     condition: Annotated[
         str | None,
-        Field(description="one that was found on it, where the caller may write it; no request has it by itself"),
+        Field(description="a condition that was found for it, if the caller may use it; never applied by itself"),
     ]
     bytes: Annotated[int, Field(description="size of the file")]
-    usable: Annotated[bool, Field(description="may the caller steer with it")]
-    may: Annotated[Bounds, Field(description="what the caller may ask for with it, where it is usable")]
+    usable: Annotated[bool, Field(description="whether the caller may steer with it")]
+    may: Annotated[Bounds, Field(description="what the caller may ask for with it, if it is usable")]
     requests: NotRequired[
         Annotated[int, Field(description="requests that use this version now; for the managing role")]
     ]
 
 
 class DirectionDetail(DirectionCard):
-    """A direction with what its file says."""
+    """A direction with the metadata of its file."""
 
-    meta: Annotated[DirectionMeta, Field(description="of the file")]
-    profile: Annotated[list[LayerProfile], Field(description="of each layer")]
+    meta: Annotated[DirectionMeta, Field(description="the metadata of the file")]
+    profile: Annotated[list[LayerProfile], Field(description="figures of each layer")]
 
 
 class FailedDirection(TypedDict):
-    """A file that was offered and is not served."""
+    """A file that is not served."""
 
     id: Annotated[str, Field(description="its name")]
     object: Literal["direction"]
     status: Literal["failed"]
-    errors: Annotated[list[str], Field(description="what is wrong with the file")]
+    errors: Annotated[list[str], Field(description="the problems of the file")]
 
 
 class DirectionList(TypedDict):
@@ -92,7 +93,7 @@ def router(control: Control) -> APIRouter:
         assert control.registry is not None, "the server has started"
         return control.registry
 
-    @routes.get("", summary="All served directions, and what was offered but is not served", responses=documented())
+    @routes.get("", summary="All served directions, and files that are not served", responses=documented())
     async def list_directions(request: Request) -> DirectionList:
         caller = control.caller(request.scope)
         limits = control.rules.limits(registry())
@@ -111,7 +112,7 @@ def router(control: Control) -> APIRouter:
 
     @routes.get(
         "/{name}",
-        summary="One direction with its metadata and per-layer profile",
+        summary="One direction with its metadata and the figures of each layer",
         responses=documented(Code.DIRECTION_NOT_FOUND),
     )
     async def get_direction(name: str, request: Request) -> DirectionDetail:
@@ -120,10 +121,10 @@ def router(control: Control) -> APIRouter:
             version = registry().get(name, caller.may_know)
         except UnknownDirection as error:
             raise _not_found(error) from error
-        told, meta = card(name, version, registry(), caller, control.rules.limits(registry())), version.direction.meta
+        own, meta = card(name, version, registry(), caller, control.rules.limits(registry())), version.direction.meta
         return {
-            **told,
-            "meta": meta if told["condition"] else meta.model_copy(update={"condition": None}),
+            **own,
+            "meta": meta if own["condition"] else meta.model_copy(update={"condition": None}),
             "profile": await anyio.to_thread.run_sync(version.direction.profile),
         }
 
@@ -146,7 +147,7 @@ def router(control: Control) -> APIRouter:
     async def put_direction(name: str, request: Request) -> DirectionCard:
         check_name(name)
         data = await read_body(request.scope, request.receive, MAX_BYTES)
-        caller = control.manager(request.scope)  # who may have lost the right while the file came
+        caller = control.manager(request.scope)  # checked again: the right may have been lost while the file came
         control.moving(caller)
 
         def put() -> Version:
@@ -188,13 +189,13 @@ def router(control: Control) -> APIRouter:
 def card(
     name: str, version: Version, registry: Registry, caller: Caller, limits: Mapping[str, Sequence[Limits]]
 ) -> DirectionCard:
-    """What `caller` is told of a direction in a list; `limits`: of each version (`Rules.limits`). Only a manager is
-    told how many requests use it now, which would tell of others."""
+    """The card of a direction as `caller` may see it. Only the managing role sees how many requests use it now, which
+    says something about others. `limits`: those of each version (`Rules.limits`)."""
     meta, problems = version.direction.meta, registry.failures.get(name)
     rules = [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())]
     may = bounds(rules, registry.placement.shape)
     found = meta.condition if may["conditions"] and "answer" in may["tokens"] else None
-    told: DirectionCard = {
+    out: DirectionCard = {
         "id": name,
         "object": "direction",
         "status": "stale" if problems else "served",
@@ -215,8 +216,8 @@ def card(
         "may": may,
     }
     if caller.manages:
-        told["requests"] = version.pins
-    return told
+        out["requests"] = version.pins
+    return out
 
 
 def _not_found(error: UnknownDirection) -> errors.HTTPProblem:

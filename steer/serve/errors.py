@@ -1,4 +1,4 @@
-"""Errors as the OpenAI API gives them: one table from exception to status, one shape of body."""
+"""Errors in the shape of the OpenAI API: one table of codes, one function from exception to response."""
 
 from __future__ import annotations
 
@@ -36,36 +36,35 @@ _NONE: Mapping[str, str] = MappingProxyType({})
 
 
 class Code(Enum):
-    """Every `code` of an error, with its status and what it says to a client. Its value on the wire is the name in
-    small letters."""
+    """Every `code` of an error, with its status and its meaning. On the wire it is its name in lower case."""
 
     AUDIT_UNAVAILABLE = 503, "the audit log cannot be written, so nothing is steered"
     BODY_TOO_COMPLEX = 400, "the body nests too deeply, or has too many values or keys"
     BODY_TOO_LARGE = 413, "the body is over the limit of bytes"
-    CONTENT_TYPE = 415, "the header `Content-Type` is missing or another: JSON for requests, octet-stream for a file"
+    CONTENT_TYPE = 415, "the header `Content-Type` is missing or wrong: JSON for requests, octet-stream for a file"
     CONTEXT_LENGTH_EXCEEDED = 400, "prompt and answer do not fit into the model's context"
     DEFAULT_UNAVAILABLE = 503, "the default steering of the server or the key cannot be applied"
-    DIRECTION_NOT_FOUND = 404, "no direction of this name, on `/v1/directions`; in a request it is `invalid_value`"
+    DIRECTION_NOT_FOUND = 404, "`/v1/directions` has no direction of this name; in a spec this is `invalid_value`"
     ENGINE_FAILED = 503, "the engine has failed: the server must be restarted"
     HEADERS_TOO_LARGE = 431, "the headers are over the limit of bytes"
     HOST_NOT_ALLOWED = 421, "the server has no keys and is not known by this name: `--allowed-hosts`"
-    INVALID_API_KEY = 401, "the key is missing, unknown or was taken away"
-    INVALID_DIRECTION = 400, "what was sent is no direction, or not one for this model; `problems` lists the reasons"
-    INVALID_HTTP = 400, "what came is no request of HTTP/1.1, or more than one connection may send"
-    INVALID_JSON = 400, "the body is no JSON object, or has a key twice"
-    INVALID_VALUE = 400, "a field has a value that is not accepted, or is not known; `param` names it"
+    INVALID_API_KEY = 401, "the key is missing, unknown or was removed"
+    INVALID_DIRECTION = 400, "the file is not a direction, or not one for this model; `problems` lists the reasons"
+    INVALID_HTTP = 400, "the bytes are not an HTTP/1.1 request, or exceed a limit of one connection"
+    INVALID_JSON = 400, "the body is not a JSON object, or has a key twice"
+    INVALID_VALUE = 400, "a field is unknown, or has a value that is not accepted; `param` names it"
     METHOD_NOT_ALLOWED = 405, "the route has no such method"
     MODEL_NOT_FOUND = 404, "no model of this name; `/v1/models` lists the names"
     NO_FREE_ROWS = 409, "no row is free: delete a direction, wait for requests to end, or start with more `--rows`"
     NOT_FINITE = 400, "steering at this strength took the stream out of the range of the model's dtype"
-    NOT_FOUND = 404, "no route of this path, or one that only the vLLM backend has"
-    ORIGIN_NOT_ALLOWED = 403, "a web page of an origin that is not among `--cors-origins`"
+    NOT_FOUND = 404, "no route with this path, or one that only the vLLM backend has"
+    ORIGIN_NOT_ALLOWED = 403, "a web page whose origin is not among `--cors-origins`"
     PATH_TOO_LONG = 414, "the path is over the limit of bytes"
-    POLICY_UNREAD = 503, "the policy file has not been read for a while, so no key is known to hold"
-    QUEUE_FULL = 429, "no free place in the queue: try again after `Retry-After` seconds"
+    POLICY_UNREAD = 503, "the policy file has not been read for a while, so it is not known which keys are valid"
+    QUEUE_FULL = 429, "the queue is full: try again after `Retry-After` seconds"
     RATE_LIMIT_EXCEEDED = 429, "over a limit of this key: try again after `Retry-After` seconds"
-    REQUIRED_UNAVAILABLE = 503, "steering that is required of this key cannot be applied"
-    REQUEST_FAILED = 500, "this one request failed; all others go on"
+    REQUIRED_UNAVAILABLE = 503, "steering that is required for this key cannot be applied"
+    REQUEST_FAILED = 500, "this request failed; all others go on"
     STEERING_FORBIDDEN = 403, "this key may not do that; the message names the rule"
     STEERING_OFF = 503, "steering is switched off"
     STOPPING = 503, "the server is stopping: ask another one, or this one again later"
@@ -81,7 +80,7 @@ class Code(Enum):
 
 
 class HTTPProblem(SteerError):
-    """A problem with a code of its own."""
+    """An error with its code."""
 
     def __init__(
         self, code: Code, message: str, *, param: str | None = None, headers: Mapping[str, str] = _NONE
@@ -95,7 +94,7 @@ def unsupported(message: str, param: str | None = None) -> HTTPProblem:
 
 
 class Unserved(ValueError):
-    """Fields that a request may not have: `found` has each with what is wrong about it."""
+    """Fields that a request may not have: `found` has (field, problem) for each."""
 
     def __init__(self, found: Iterable[tuple[str, str]]) -> None:
         self.found = tuple(found)
@@ -103,13 +102,13 @@ class Unserved(ValueError):
 
 
 class Problem(TypedDict):
-    """What is wrong, in the shape of the OpenAI API."""
+    """An error in the shape of the OpenAI API."""
 
     message: Annotated[str, Field(description="which value, which rule, and what would be accepted")]
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
-    param: Annotated[str | None, Field(description="the field that is wrong, where it is one")]
+    param: Annotated[str | None, Field(description="the field that is wrong, if it is a field")]
     code: Annotated[str | None, WithJsonSchema({"enum": [*(code.wire for code in Code), None]})]
-    problems: NotRequired[Annotated[list[str], Field(description="of `invalid_direction`: every reason")]]
+    problems: NotRequired[Annotated[list[str], Field(description="every reason for `invalid_direction`")]]
 
 
 class ErrorAnswer(TypedDict):
@@ -119,8 +118,8 @@ class ErrorAnswer(TypedDict):
 
 
 def documented(*codes: Code) -> dict[int | str, dict[str, object]]:
-    """The errors of a route for its OpenAPI document: by status those that its handler may give, and as `default` what
-    comes from the layers around it."""
+    """The errors of a route for the OpenAPI document: those of its handler by status, and as `default` those of the
+    layers around it."""
     by_status: dict[int, list[str]] = {}
     for code in codes:
         by_status.setdefault(code.status, []).append(f"`{code.wire}`: {code.meaning}")
@@ -141,11 +140,11 @@ def body(status: int, message: str, *, param: str | None, code: str | None) -> E
 
 
 def response(code: Code, message: str, *, param: str | None = None, problems: Sequence[str] = ()) -> JSONResponse:
-    """`problems`: every reason, where there may be several."""
-    told = body(code.status, message, param=param, code=code.wire)
+    """`problems`: every reason, if there may be several."""
+    content = body(code.status, message, param=param, code=code.wire)
     if problems:
-        told["error"]["problems"] = list(problems)
-    return JSONResponse(told, code.status)
+        content["error"]["problems"] = list(problems)
+    return JSONResponse(content, code.status)
 
 
 def of(error: Exception) -> JSONResponse:
@@ -181,12 +180,12 @@ async def on_steer_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_validation_error(_request: Request, error: Exception) -> JSONResponse:
-    """The problems of one body, up to `MAX_PROBLEMS`, in one message that names each field."""
+    """All problems of a body, up to `MAX_PROBLEMS`, in one message that names each field."""
     assert isinstance(error, RequestValidationError)
     problems: dict[str, str] = {}
     others: list[ErrorDetails] = []
     for item in islice(error.errors(), MAX_PROBLEMS):
-        if isinstance(item, str):  # an engine's own, of no field
+        if isinstance(item, str):  # raised by an engine, without a field
             problems.setdefault("body", item[:MAX_PROBLEM])
             continue
         where = item["loc"][item["loc"][:1] == ("body",) :]
@@ -201,17 +200,18 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
     return response(Code.INVALID_VALUE, message, param=next(iter(problems)))
 
 
-#: How pydantic tells of a problem where an engine hands its whole text on.
-_TOLD = re.compile(r"^(\S.*)\n +(.*) \[type=(\w+), input_value=(.*), input_type=\S+\]$", re.MULTILINE)
+#: One problem in the text of a pydantic ValidationError, which an engine may pass on as a whole.
+_PYDANTIC = re.compile(r"^(\S.*)\n +(.*) \[type=(\w+), input_value=(.*), input_type=\S+\]$", re.MULTILINE)
 
 
 def pydantic_text(message: str) -> tuple[str, str] | None:
-    """What pydantic tells in a text of its own, in plain words, and the first field that it is of; None for others."""
+    """The text of a pydantic ValidationError in plain words, and the first field that it names; None for other
+    texts."""
     found: dict[str, str] = {}
-    for place, said, kind, value in _TOLD.findall(message)[:MAX_PROBLEMS]:
+    for place, reason, kind, value in _PYDANTIC.findall(message)[:MAX_PROBLEMS]:
         what = describe_expected(kind, {})
         own = kind == "value_error"
-        wrong = said.removeprefix("Value error, ") if own else f"{value[:60]} is not accepted{what and f': {what}'}"
+        wrong = reason.removeprefix("Value error, ") if own else f"{value[:60]} is not accepted{what and f': {what}'}"
         parts = place.split(".")
         found.setdefault(".".join(field_path(parts[parts[:1] == ["body"] :])), wrong)
     if not found:
@@ -220,9 +220,9 @@ def pydantic_text(message: str) -> tuple[str, str] | None:
 
 
 def no_route(path: str) -> JSONResponse:
-    """Of a client whose base URL is perhaps another than it must be."""
-    said = f"there is no route {path[:100]!r} here; the base URL of a client ends in /v1, as in /v1/chat/completions"
-    return response(Code.NOT_FOUND, said)
+    """404, with a hint: often the client's base URL is wrong."""
+    message = f"there is no route {path[:100]!r} here; the base URL of a client ends in /v1, as in /v1/chat/completions"
+    return response(Code.NOT_FOUND, message)
 
 
 async def on_http_exception(request: Request, error: Exception) -> JSONResponse:

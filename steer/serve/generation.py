@@ -1,4 +1,4 @@
-"""From a checked request to answers: prompts to ids, tokens to text, and events of a stream."""
+"""From a checked request to its answers: prompts to token ids, tokens to text, and the events of a stream."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from steer.spec import Readout, RequestedDirection
 
 log = logging.getLogger("steer")
 T = TypeVar("T")
-#: About what an answer says of a token: its text and a number.
+#: About how many bytes an answer has for each token: its text and a number.
 TOKEN_BYTES = 64
-#: Answers of one request that run at once, so that the requests of others have room beside a large one.
+#: How many answers of one request run at the same time, so that others have room beside a large request.
 AT_ONCE = 16
-#: What `generate` takes where a model that is to be sampled does not say.
+#: The `top_k` of `generate` if a model that is sampled has none.
 TOP_K = 50
-#: Settings by which `generate` would choose other tokens and which are not served, with the value that changes nothing.
+#: Settings of `generate` that change tokens and are not served, each with the value that changes nothing.
 _LEFT_OUT: dict[str, object] = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
@@ -69,12 +69,12 @@ _LEFT_OUT: dict[str, object] = {
 
 @dataclass(slots=True)
 class Piece:
-    """What one generated token adds to an answer: text (perhaps none yet), and itself unless it only ends it."""
+    """What one generated token adds to an answer: text (perhaps none yet), and the token unless it only ends it."""
 
     text: str
     token: Token | None = None
     finish: Finish | None = None
-    #: At the end of the answer to a request with a condition, or in a phase: did that hold, did it come.
+    #: At the end of an answer whose steering has a condition or a phase: whether the condition held or the phase came.
     applied: bool | None = None
 
 
@@ -85,13 +85,13 @@ class WholeAnswer:
     finish: Finish = "length"
     made: int = 0
     applied: bool | None = None
-    #: The tokens of the prompt, where they were to be scored.
+    #: The tokens of the prompt, if they were to be scored.
     scored: list[Token] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One answer to make: its place in the request, prompt, sampling, what steers it and what is read."""
+    """One answer to make: its index in the request, its prompt, sampling, steering and read-out."""
 
     index: int
     prompt: list[int]
@@ -99,14 +99,14 @@ class Job:
     stop: Stops | None
     steer: RequestSteer | None = None
     read: Readout | None = None
-    #: How many of the likeliest tokens are told for each token of the prompt; None where it is not scored.
+    #: How many of the most likely tokens are reported for each token of the prompt; None if the prompt is not scored.
     scored: int | None = None
 
 
 @dataclass
 class Served:
-    """What the routes of the own engine share: the model with its tokenizer, its engine, registry and control. Runs
-    jobs on the engine."""
+    """What the routes of the transformers engine share: the model with its tokenizer, the engine, registry and control.
+    Runs jobs on the engine."""
 
     model_name: str
     loaded: Loaded
@@ -117,9 +117,9 @@ class Served:
     max_body: int
     template: Mapping[str, object]
 
-    #: What the model's own settings say where a request does not.
+    #: The model's own settings, for what a request does not say.
     defaults: Sampling = field(init=False)
-    #: The most characters that the tokens of the context stand for, as the vocabulary writes them.
+    #: The most characters that a text within the context can have, by the longest token of the vocabulary.
     longest_text: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -133,17 +133,17 @@ class Served:
             min_p=_or(generation.min_p, 0.0),
             repetition_penalty=_or(generation.repetition_penalty, 1.0),
         )
-        left = [name for name, neutral in _LEFT_OUT.items() if getattr(generation, name, None) not in (None, neutral)]
-        if left:
-            log.warning("settings of the model's generation_config.json that are not applied: %s", ", ".join(left))
+        ignored = [name for name, same in _LEFT_OUT.items() if getattr(generation, name, None) not in (None, same)]
+        if ignored:
+            log.warning("settings of the model's generation_config.json that are not applied: %s", ", ".join(ignored))
 
     @property
     def fingerprint(self) -> str:
-        """`system_fingerprint` of every answer: what this server's answers depend on besides the request."""
+        """`system_fingerprint` of every answer: the versions that answers depend on."""
         return f"steer-{__version__}-{(self.loaded.template_sha256 or 'base')[:8]}"
 
     def check_model(self, name: str) -> None:
-        """Raise HTTPProblem 404 for a model that is not this one; the middleware has taken aliases apart."""
+        """Raise HTTPProblem 404 for another model's name. The middleware has resolved aliases."""
         if name != self.model_name:
             raise errors.HTTPProblem(
                 errors.Code.MODEL_NOT_FOUND,
@@ -153,12 +153,12 @@ class Served:
             )
 
     def steer(self, admission: Admission, prompt: Sequence[int]) -> RequestSteer | None:
-        """What steers a prompt of these tokens, in slots of the bank."""
+        """The steering of a prompt with these tokens, in slots of the bank."""
         spec = admission.spec
         return self.engine.steering.bank.steer(spec, len(prompt), spec.phase(self.loaded.thinking, prompt))
 
     def steer_fields(self, read: Readout | None, tokens: list[Token], applied: bool | None) -> SteerFields:
-        """The parts of a choice that say what was read at its tokens, and whether its condition or phase was met."""
+        """The fields of a choice with the read-out of its tokens, and with whether its condition or phase was met."""
         out: SteerFields = {}
         if applied is not None:
             out["steer_applied"] = applied
@@ -174,15 +174,15 @@ class Served:
         param: str,
         work: Callable[[], T],
     ) -> T:
-        """What `work` makes of `texts`, and of whatever else the body says, in a thread, unless the client goes first.
-        Raises as `check_length`."""
+        """Run `work` on `texts` and the rest of the body, in a thread, until it ends or the client leaves. Raises what
+        `check_length` does."""
         for text in texts:
             self.check_length(text, param)
         return await unless_gone(request, offload("text", request.scope[SIZE], work))
 
     def check_length(self, text: str | list[int], param: str) -> None:
-        """Raise HTTPProblem for a text that is too long for any answer, before a minute is spent on counting its
-        tokens."""
+        """Raise HTTPProblem for a text that is surely longer than the context. Without this check, counting its tokens
+        could take a minute."""
         if len(text) > (most := self.longest_text):
             raise errors.HTTPProblem(
                 errors.Code.CONTEXT_LENGTH_EXCEEDED,
@@ -192,8 +192,8 @@ class Served:
             )
 
     def room(self, prompt: Sequence[int], wanted: int | None, param: str, limit: str = "max_tokens") -> int:
-        """How many tokens the answer may have. Raises RequestError where prompt and answer do not fit the context.
-        `param` and `limit`: the fields that they are from."""
+        """How many tokens the answer may have. Raises RequestError if prompt and answer do not fit the context. `param`
+        and `limit`: the names of the fields that prompt and limit come from."""
         if not prompt:
             raise RequestError("the prompt has no tokens", param=param)
         context = self.engine.context
@@ -207,12 +207,12 @@ class Served:
         vocabulary = self.engine.steering.anatomy.vocabulary
         if (bad := next((t for t in prompt if not 0 <= t < vocabulary), None)) is not None:
             raise RequestError(f"token id {str(bad)[:40]} is outside the vocabulary of {vocabulary}", param=param)
-        most: int | None = self.loaded.model.generation_config.max_new_tokens  # where a request does not say
+        most: int | None = self.loaded.model.generation_config.max_new_tokens  # if the request has no limit
         return min(left, most or left) if wanted is None else wanted
 
     def tokens(self, body: GenerationRequest) -> Sampling:
-        """What a request says in tokens and in words, as a part of its `Sampling`. Raises RequestError for a token that
-        the model does not have."""
+        """The parts of the request's `Sampling` that concern single tokens and words. Raises RequestError for a token
+        id that the model does not have."""
         vocabulary = self.engine.steering.anatomy.vocabulary
         biased = sorted((int(token), value) for token, value in (body.logit_bias or {}).items())
         for name, ids in ("stop_token_ids", body.stop_token_ids), ("logit_bias", [token for token, _ in biased]):
@@ -230,13 +230,15 @@ class Served:
         )
 
     def _spelled(self, word: str) -> list[tuple[int, ...]]:
-        """A word at the beginning of a text and, where that is as many tokens with another first one, inside of it."""
+        """The tokens of a word at the beginning of a text, and also those inside a text, if they are as many and the
+        first one differs."""
         first, inside = (tuple(self.loaded.piece_ids(before + word.lstrip())) for before in ("", " "))
         different = first and len(first) == len(inside) and first[0] != inside[0]
         return [spelled for spelled in (first, inside if different else ()) if spelled]
 
     async def pieces(self, job: Job, turns: asyncio.Semaphore) -> AsyncGenerator[Piece, None]:
-        """What goes wrong between tokens and text is a RequestFailed. `turns`: of the request."""
+        """The pieces of an answer. Raises RequestFailed for an error between tokens and text. `turns`: the semaphore
+        of the request."""
         made, ends = 0, job.sampling.ends(self.engine.eos_ids)
         current_usage().answer(lambda: made)
         try:
@@ -279,27 +281,27 @@ class Served:
         return out
 
     async def answers(self, jobs: Sequence[Job]) -> list[WholeAnswer]:
-        """All of them, AT_ONCE at a time; when one fails the others are cancelled."""
+        """All answers, AT_ONCE at a time. If one fails, the others are cancelled."""
         turns = asyncio.Semaphore(AT_ONCE)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self.answer(job, turns)) for job in jobs]
         return [task.result() for task in tasks]
 
-    async def told(
+    async def respond(
         self, request: Request, answers: Sequence[WholeAnswer], make: Callable[[], Mapping[str, object]]
     ) -> Response:
-        """What `make` makes of `answers`, as JSON, off the event loop where that takes longer than a moment."""
+        """The JSON response that `make` makes of `answers`; a large one is made in a thread."""
 
         def data() -> bytes:
-            return written(make()).encode()
+            return dumps(make()).encode()
 
         each = [tokens for answer in answers for tokens in (answer.scored, answer.tokens) if tokens]
-        size = TOKEN_BYTES * sum(len(tokens) * _told(tokens[-1]) for tokens in each)
-        made = data() if size <= SMALL else await unless_gone(request, offload("answer", size, data))
-        return Response(made, media_type="application/json")
+        size = TOKEN_BYTES * sum(len(tokens) * _numbers_of(tokens[-1]) for tokens in each)
+        content = data() if size <= SMALL else await unless_gone(request, offload("answer", size, data))
+        return Response(content, media_type="application/json")
 
     async def interleaved(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Pieces of all jobs as they come, each with its job's index."""
+        """The pieces of all jobs as they come, each with the index of its job."""
         queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
         turns = asyncio.Semaphore(AT_ONCE)
 
@@ -329,26 +331,26 @@ class Served:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def written(value: object, levels: int = 7) -> str:
-    """`value` as JSON, as `json.dumps` writes it, but in pieces: one call would hold the interpreter to its end."""
+def dumps(value: object, levels: int = 7) -> str:
+    """The same as `json.dumps`, in pieces: one call would hold the interpreter's lock until its end."""
     if levels and isinstance(value, dict):
-        return "{" + ",".join(f"{_encode(key)}:{written(each, levels - 1)}" for key, each in value.items()) + "}"
+        return "{" + ",".join(f"{_encode(key)}:{dumps(each, levels - 1)}" for key, each in value.items()) + "}"
     if levels and isinstance(value, list):
-        return "[" + ",".join([written(each, levels - 1) for each in value]) + "]"
+        return "[" + ",".join([dumps(each, levels - 1) for each in value]) + "]"
     return _encode(value)
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
-def _told(token: Token) -> int:
-    """How many numbers an answer says of it, at most; one too many where none was asked for."""
+def _numbers_of(token: Token) -> int:
+    """An upper bound on the numbers that an answer has for this token."""
     return 1 + len(token.top) + (0 if token.reading is None else 4 * token.reading.before.size)
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives. Raises Gone, and cancels it, when the client disconnects first. Errors inside task groups come
-    out as themselves."""
+    """The result of `work`. If the client disconnects first, `work` is cancelled and this raises Gone. Errors inside
+    task groups are raised as themselves."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -376,7 +378,7 @@ def _or(value: T | None, default: T) -> T:
 
 
 def stream(chunks: AsyncGenerator[Mapping[str, object], None]) -> StreamingResponse:
-    """`chunks` as server-sent events; an error in mid-stream becomes an event, since the status is already sent."""
+    """`chunks` as server-sent events. An error becomes an event too, since the status has been sent."""
 
     async def events() -> AsyncGenerator[str, None]:
         try:

@@ -1,10 +1,10 @@
-"""The two pages that every server gives to browsers, the same on every engine.
+"""The two web pages of a server, the same on every engine.
 
-The playground at `/` asks plain and steered side by side: static files without a build step. It uses the same routes as
-any other client, so it can do nothing that a client cannot. Its own files (`PATHS`) need no key.
+The playground at `/` shows plain and steered answers side by side: static files without a build step. It uses the same
+routes as any other client, so it can do nothing that a client cannot. Its own files (`PATHS`) need no key.
 
-`/docs` shows the server's own OpenAPI document as one plain page, without a script and without another host. FastAPI's
-pages load programs from other hosts, which would then run in the origin of the routes that manage.
+`/docs` shows the server's OpenAPI document as one plain page, without scripts and without other hosts. FastAPI's own
+pages load scripts from other hosts, which would then run in the origin of the managing routes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Response
 from starlette.routing import Route
 
-#: Everything comes from this server; no inline script or style, no frame around the page, no form that is sent.
+#: Everything comes from this server: no inline script or style, no frame around the page, no form that can be sent.
 PLAYGROUND_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 HEADERS = {
     "Content-Security-Policy": PLAYGROUND_POLICY,
@@ -31,7 +31,7 @@ ASSETS = "playground"
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 _FILES = {file.name: file.read_bytes() for file in (files("steer.serve") / ASSETS).iterdir()}
-#: Path → name of the file that it gives.
+#: The file of each path.
 PATHS = {"/": "index.html"} | {f"/{ASSETS}/{name}": name for name in sorted(_FILES)}
 
 
@@ -39,14 +39,14 @@ def router() -> APIRouter:
     routes = APIRouter(include_in_schema=False)
     for path, name in PATHS.items():
         file = Response(_FILES[name], media_type=TYPES[name.rpartition(".")[2]], headers=HEADERS)
-        routes.routes.append(Route(path, file, methods=["GET"]))  # an answer is an app, the same for each request
+        routes.routes.append(Route(path, file, methods=["GET"]))  # a Response is an ASGI app
     return routes
 
 
 DOCS = "/docs"
-#: FastAPI's pages, the one at `DOCS` among them.
+#: FastAPI's own pages, also the one at `DOCS`.
 FOREIGN = frozenset({DOCS, "/docs/oauth2-redirect", "/redoc"})
-#: No script at all, and no frame around it.
+#: No scripts at all, and no frame around the page.
 DOCS_POLICY = (
     "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
@@ -54,9 +54,8 @@ STYLE = f"{ASSETS}/reference.css"
 
 
 def put_docs_on(app: FastAPI) -> None:
-    """Give `app` the page, in place of any that FastAPI has put on it."""
+    """Add `/docs` to `app`, in place of FastAPI's own pages."""
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in FOREIGN]
-
     if app.openapi_url is None:
         return
 

@@ -1,10 +1,10 @@
-"""Prometheus metrics, on the default registry, so that they appear together with those of any engine in the process.
+"""Prometheus metrics, on the default registry, so that they appear together with those of the engine.
 
 If a server has several front ends, vLLM has prometheus_client keep all values in files, and the front end that is
 scraped adds them up. Each gauge says how the values of several front ends are combined.
 
 `Usage` counts the tokens of one HTTP request. The middleware opens one in the request's context, and the engine adds to
-it. The number of tokens of an answer is asked at its end, so nothing is counted while tokens are generated.
+it. The tokens of an answer are counted at its end, so that nothing is counted while tokens are generated.
 """
 
 from __future__ import annotations
@@ -64,18 +64,24 @@ _OF_REGISTRY: dict[Gauge, Callable[[Registry], float]] = {
     SWAPS: lambda registry: registry.swaps,
     FAILURES: lambda registry: len(registry.failures),
 }
-#: Are values kept in files? Then labels cannot be taken away.
+#: Whether values are kept in files. Then labels cannot be removed.
 _IN_FILES = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 for _result in ("ok", "failed"):
-    POLICY_RELOADS.labels(result=_result)  # a counter that begins with its first count shows no increase
+    POLICY_RELOADS.labels(result=_result)  # starts at 0, or the first count would not be an increase
 _open: ContextVar[Usage | None] = ContextVar("steer_usage", default=None)
 
 
 @dataclass(slots=True)
 class Usage:
-    """`failed` is set where an answer broke off after its status had been sent. `again`: tokens of prompts that were
-    computed once more, for further answers. `prompts`: how many are counted, where an engine asks for more by itself
-    (beam search does for each step of each beam); None for all."""
+    """The tokens of one request.
+
+    Attributes:
+        prompt: tokens of its prompts.
+        again: tokens of prompts that were computed again, for further answers.
+        failed: whether an answer failed after its status had been sent.
+        prompts: how many prompts are still to be counted; None for all. Beam search asks the engine for one at each
+            step of each beam, and only the request's own count.
+    """
 
     prompt: int = 0
     again: int = 0
@@ -84,7 +90,7 @@ class Usage:
     _answers: list[Callable[[], int]] = field(default_factory=list)
 
     def read(self, tokens: int, times: int = 1) -> None:
-        """Count a prompt of these tokens, which is computed so often."""
+        """Count a prompt with this many tokens, which is computed `times` times."""
         if self.prompts == 0:
             return
         if self.prompts is not None:
@@ -93,7 +99,7 @@ class Usage:
         self.again += tokens * (times - 1)
 
     def answer(self, made: Callable[[], int]) -> None:
-        """Count one more answer; `made` gives the tokens that it has by now."""
+        """Count one more answer; `made` returns how many tokens it has by now."""
         self._answers.append(made)
 
     @property
@@ -103,7 +109,7 @@ class Usage:
 
 @contextmanager
 def counting_usage() -> Iterator[Usage]:
-    """A new usage in this context."""
+    """Open a new usage in this context."""
     usage = Usage()
     token = _open.set(usage)
     try:
@@ -113,12 +119,12 @@ def counting_usage() -> Iterator[Usage]:
 
 
 def current_usage() -> Usage:
-    """The request's usage, or one that nobody reads where there is no request."""
+    """The request's usage; outside a request one that nobody reads."""
     return _open.get() or Usage()
 
 
 def count(spec: Spec, outcome: str, usage: Usage) -> None:
-    """One request that has ended."""
+    """Count a request that has ended."""
     if made := usage.completion:
         TOKENS.labels(steered=str(bool(spec)).lower()).inc(made)
     for entry in spec.entries:
@@ -135,8 +141,8 @@ def watch(registry: Registry, capacity: int) -> None:
 
 
 def refresh(registry: Registry) -> None:
-    """The info metric of what is served now. What is new is there before what is old goes, so that no scrape between
-    finds a served direction missing. Where values are in files, also what the gauges of `watch` say."""
+    """Bring the info metric up to date with the served directions. New labels are added before old ones are removed, so
+    that no scrape misses a served direction. If values are kept in files, this sets the gauges of `watch` too."""
     if _IN_FILES:
         for gauge, read in _OF_REGISTRY.items():
             gauge.set(read(registry))

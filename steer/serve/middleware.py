@@ -1,8 +1,8 @@
 """Carriers in, receipt out: an ASGI layer around each generation route of any server.
 
 It wraps the routes themselves (`wrap_routes`), after the server's own routing. So it compares no paths, and no prefix
-or mount can bypass it. It reads the body of a generation request, resolves and pins the spec and the read-out, hands
-the request on without the carriers (`scope["steer"]` has the admission), puts the receipt on the answer, and releases
+or mount can bypass it. It reads the body of a generation request, resolves and pins the spec and the read-out, passes
+the request on without the carriers (`scope["steer"]` has the admission), adds the receipt to the answer, and releases
 the admission when the answer has ended or the client has disconnected. `Control` decides who may do what, and what is
 logged.
 """
@@ -48,17 +48,17 @@ from steer.tokenization import rendered_otherwise
 
 log = logging.getLogger("steer")
 
-#: The variables of the chat template that a request gives.
+#: The field in which a request gives variables of the chat template.
 CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"
-#: Different warnings that are given: what clients send must not fill memory or the log.
-MOST_WARNINGS = 256
-#: How an event begins that ends a stream with an error: OpenAI's and Anthropic's.
+#: Limit on different warnings: requests must not fill the memory or the log.
+MAX_WARNINGS = 256
+#: The beginnings of an event that ends a stream with an error, as OpenAI's and Anthropic's APIs write it.
 FAILED = (b'data: {"error"', b"event: error", b"event: response.failed")
 Forward = Callable[[dict[str, object], Admission], None]
 
 
 def wrap_routes(app: Starlette, layers: Mapping[tuple[str, str], Callable[[ASGIApp], ASGIApp]]) -> set[str]:
-    """Put a layer around each route (path, method) that the Starlette app has; the paths that it has."""
+    """Put its layer around each of these routes (path, method) that the app has. Returns the paths that were found."""
     found: set[str] = set()
     for route in app.routes:
         for (path, method), layer in layers.items():
@@ -70,34 +70,44 @@ def wrap_routes(app: Starlette, layers: Mapping[tuple[str, str], Callable[[ASGIA
 
 
 class RenderingWatch:
-    """Says once in the log where chats are rendered otherwise than the prompts that a direction was measured on were.
+    """Warns once in the log if the chats that a direction steers are rendered in another way than the prompts that it
+    was measured on: a direction that was measured without thinking may not suit answers with thinking.
 
-    `default` are the template's variables where a request gives none. A direction that was measured without thinking
-    may not suit answers with it."""
+    `default`: the template's variables where a request gives none.
+    """
 
     def __init__(self, registry: Registry, default: Mapping[str, object] | None = None) -> None:
         self.registry, self.default = registry, dict(default or {})
-        self._told: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     def look(self, spec: Spec, body: Mapping[str, object]) -> None:
-        """At an admitted request: `body` is its JSON."""
-        if not spec or "messages" not in body or len(self._told) >= MOST_WARNINGS:
+        """Look at the body of an admitted request."""
+        if not spec or "messages" not in body or len(self._warned) >= MAX_WARNINGS:
             return
         given = body.get(CHAT_TEMPLATE_KWARGS)
         variables = self.default | given if isinstance(given, dict) else self.default
         for entry, meta in zip(spec.entries, self.registry.metas(spec), strict=False):
-            told = rendered_otherwise(meta.template, variables)
-            if told and (entry.digest, told) not in self._told:
-                self._told.add((entry.digest, told))
-                log.warning("direction '%s' acts on chats of another form: %s", entry.direction, told)
+            difference = rendered_otherwise(meta.template, variables)
+            if difference and (entry.digest, difference) not in self._warned:
+                self._warned.add((entry.digest, difference))
+                log.warning("direction '%s' acts on chats of another form: %s", entry.direction, difference)
 
 
 @dataclass(eq=False)
 class SteerMiddleware:
-    """`served` are the model names that aliases extend; `forward` may write the admission into the body for an engine
-    that has another interface; `readable` is how many layers the engine can read, 0 for none, and `unreadable` why;
-    `parsed` says that the app takes the body from `scope[BODY]`, and none has to be written for it again; `context` is
-    the most tokens that one prompt with its answer can have there; `rendering` looks at how chats are rendered."""
+    """The layer around one route.
+
+    Attributes:
+        served: the model names that aliases extend.
+        rendering: looks at how chats are rendered.
+        default: what steers requests without a carrier.
+        max_body: bytes.
+        forward: may write the admission into the body, for an engine with another interface.
+        readable: how many layers the engine can read.
+        unreadable: why it can read none.
+        parsed: whether the app takes the body from `scope[BODY]`, so that it need not be written as JSON again.
+        context: the most tokens of one prompt with its answer.
+    """
 
     app: ASGIApp
     _: KW_ONLY
@@ -193,10 +203,10 @@ class SteerMiddleware:
 
 
 class _Answer(Outgoing):
-    """The answer on its way out: its receipt goes on, and what becomes of it is seen.
+    """The answer as it is sent: adds the receipt, and records the outcome.
 
-    `outcome`: ok, error, aborted (by the kill switch, since its key was taken away, or as the server stopped), or
-    cancelled (by a client that left).
+    `outcome`: ok, error, aborted (by the kill switch, the removal of its key or the end of the server), or cancelled
+    (the client left).
     """
 
     def __init__(self, send: Send, run: Run) -> None:
@@ -205,7 +215,7 @@ class _Answer(Outgoing):
         self.outcome, self._left, self._failed = "cancelled", False, False
 
     def leave(self) -> None:
-        """The client has left: what some apps send then is no answer."""
+        """Record that the client has left: what some apps still send then is no answer."""
         self._left = True
 
     async def send(self, message: Message) -> None:

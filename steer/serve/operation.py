@@ -1,5 +1,4 @@
-"""Control routes about the server itself, the same on every engine: its health, whether steering is on, and the kill
-switch."""
+"""Control routes about the server itself, the same on every engine: health, the state of steering, the kill switch."""
 
 from __future__ import annotations
 
@@ -24,41 +23,41 @@ PATH = "/v1/steering"
 
 
 class ServerState(TypedDict):
-    """The state of a server as everybody may read it, with nothing of keys; of directions for the managing role."""
+    """The state of a server. It mentions no keys, and directions only to the managing role."""
 
-    directions: NotRequired[Annotated[int, Field(description="directions that are served; for the managing role")]]
+    directions: NotRequired[Annotated[int, Field(description="number of served directions; for the managing role")]]
     failed_directions: NotRequired[
         Annotated[list[str], Field(description="files that are not served; for the managing role")]
     ]
-    steering: Annotated[Literal["on", "off"], Field(description="is steering switched on")]
-    audit: Annotated[Literal["none", "ok", "failed"], Field(description="the audit log; none where there is none")]
+    steering: Annotated[Literal["on", "off"], Field(description="whether steering is switched on")]
+    audit: Annotated[Literal["none", "ok", "failed"], Field(description="the audit log; `none` without one")]
     policy: Annotated[
-        Literal["none", "unread", "stale"] | State, Field(description="the policy file, and the thread that follows it")
+        Literal["none", "unread", "stale"] | State, Field(description="the policy file, and the thread that watches it")
     ]
     folder: Annotated[
         Literal["none", "unreadable"] | State,
-        Field(description="the folder of directions, and the thread that follows it"),
+        Field(description="the folder of directions, and the thread that watches it"),
     ]
     seconds_since_look: Annotated[
-        dict[str, float], Field(description="seconds since `policy` and `folder` were looked at")
+        dict[str, float], Field(description="seconds since `policy` and `folder` were last looked at")
     ]
 
 
 class May(Bounds):
-    """What the caller may do; with one direction, `may` of its card, which is never more."""
+    """What the caller may do. For one direction `may` of its card can be narrower."""
 
     steer: bool
     modes: list[Mode]
-    readout: Annotated[bool, Field(description="may use `steer_readout`")]
-    forms: Annotated[bool, Field(description="may say of what form answers are, by a schema or a grammar")]
-    manage: Annotated[bool, Field(description="may change directions and use the kill switch")]
+    readout: Annotated[bool, Field(description="whether it may use `steer_readout`")]
+    forms: Annotated[bool, Field(description="whether it may constrain answers by a schema or a grammar")]
+    manage: Annotated[bool, Field(description="whether it may change directions and use the kill switch")]
 
 
 class PolicyState(TypedDict):
     """The policy file."""
 
     digest: Annotated[str | None, Field(description="sha256 of the policy in force; null without one")]
-    problems: Annotated[list[str], Field(description="why the file, as it is now, is not in force")]
+    problems: Annotated[list[str], Field(description="why the present file is not in force")]
 
 
 class AuditState(TypedDict):
@@ -72,14 +71,14 @@ class SteeringState(TypedDict):
     """The kill switch, and what the caller may do."""
 
     object: Literal["steering"]
-    enabled: Annotated[bool, Field(description="is steering switched on")]
+    enabled: Annotated[bool, Field(description="whether steering is switched on")]
     reason: Annotated[str, Field(description="why it was switched")]
     modes: Annotated[dict[Mode, str], Field(description="what each mode does")]
     scales: Annotated[dict[Mode, Scale], Field(description="strengths worth trying in each mode, and what they mean")]
     shifting: Annotated[tuple[Mode, ...], Field(description="modes whose threshold a request may shift")]
-    tokens: Annotated[dict[str, str], Field(description="what `tokens` of a spec can be, and what each means")]
+    tokens: Annotated[dict[str, str], Field(description="values of `tokens` in a spec, and what each means")]
     may: May
-    running: NotRequired[Annotated[int, Field(description="steered requests that run; for the managing role")]]
+    running: NotRequired[Annotated[int, Field(description="running steered requests; for the managing role")]]
     front_end: NotRequired[
         Annotated[
             list[int],
@@ -93,8 +92,8 @@ class SteeringState(TypedDict):
 class Switch(BaseModel, extra="forbid"):
     """The body of `POST /v1/steering`."""
 
-    enabled: bool = Field(strict=True, description="false: no steered request is admitted from the answer on")
-    reason: str = Field("", max_length=200, description="why; refused requests are told, and the audit log keeps it")
+    enabled: bool = Field(strict=True, description="false: from the answer on, no steered request is admitted")
+    reason: str = Field("", max_length=200, description="why; shown to refused requests and kept in the audit log")
 
 
 def router(control: Control) -> APIRouter:
@@ -102,7 +101,7 @@ def router(control: Control) -> APIRouter:
 
     @routes.get(
         "",
-        summary="Is steering on, what may the caller do, and for the managing role how policy and audit log are",
+        summary="Whether steering is on, what the caller may do, and for the managing role the state of policy and log",
         responses=documented(),
     )
     async def get_steering(request: Request) -> SteeringState:
@@ -121,16 +120,16 @@ def router(control: Control) -> APIRouter:
         ),
     )
     async def post_steering(body: Switch, request: Request) -> SteeringState:
-        control.switch(body.enabled, control.manager(request.scope), body.reason)  # still
+        # checked again: the caller may have lost the right while the body came
+        control.switch(body.enabled, control.manager(request.scope), body.reason)
         return steering(control, request.scope)
 
     return routes
 
 
 def health(control: Control, *, manages: bool = False) -> ServerState:
-    """For `/health`, to a caller who `manages` or not. `policy` and `folder` say also how it is with the threads that
-    follow them (`Follower.state`), `seconds_since_look` when those last looked."""
-    told: ServerState = {
+    """The answer of `/health`. `manages`: whether the caller has the managing role."""
+    state: ServerState = {
         "steering": "on" if control.steering else "off",
         "audit": "none" if control.audit is None else "failed" if control.audit.failed else "ok",
         "policy": _policy(control),
@@ -145,8 +144,9 @@ def health(control: Control, *, manages: bool = False) -> ServerState:
         },
     }
     if control.registry is not None and manages:
-        told["directions"], told["failed_directions"] = len(control.registry.names()), sorted(control.registry.failures)
-    return told
+        state["directions"] = len(control.registry.names())
+        state["failed_directions"] = sorted(control.registry.failures)
+    return state
 
 
 def _policy(control: Control) -> Literal["none", "unread", "stale"] | State:
@@ -167,7 +167,7 @@ def _folder(control: Control) -> Literal["none", "unreadable"] | State:
 
 
 def steering(control: Control, scope: Scope) -> SteeringState:
-    """For `/v1/steering`: the switch, and what the caller may do."""
+    """The answer of `/v1/steering`."""
     caller = control.caller(scope)
     rules, manages = caller.rules, True
     shape = None if control.registry is None else control.registry.placement.shape
@@ -175,7 +175,7 @@ def steering(control: Control, scope: Scope) -> SteeringState:
         control.manager(scope)
     except Refusal:
         manages = False
-    told: SteeringState = {
+    state: SteeringState = {
         "object": "steering",
         "enabled": control.steering,
         "reason": control.reason,
@@ -193,9 +193,9 @@ def steering(control: Control, scope: Scope) -> SteeringState:
         },
     }
     if caller.manages:
-        told["running"] = control.steered
-        told["front_end"] = [control.shared.index, control.shared.count]
-        told["policy"] = {"digest": control.policy_digest, "problems": list(control.policy_problems)}
+        state["running"] = control.steered
+        state["front_end"] = [control.shared.index, control.shared.count]
+        state["policy"] = {"digest": control.policy_digest, "problems": list(control.policy_problems)}
         audit = control.audit
-        told["audit"] = None if audit is None else {"head": str(audit.head), "failed": audit.failed}
-    return told
+        state["audit"] = None if audit is None else {"head": str(audit.head), "failed": audit.failed}
+    return state

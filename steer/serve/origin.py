@@ -1,8 +1,8 @@
 """Web pages as callers: which pages a server without keys answers, and the content type that a body must have.
 
-A page can send requests to any address, also to one that only this machine reaches. Its browser adds two facts that the
-page cannot change: the page's own address (`Origin`), and the name by which it reached this server (`Host`). If a
-page's own name was made to point here (DNS rebinding), both have that name.
+A page can send requests to any address that its browser can reach, also to this machine's own. The browser adds two
+headers that the page cannot change: the page's address (`Origin`), and the name by which it reached this server
+(`Host`). If a foreign name was made to point here (DNS rebinding), both headers have that name.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from steer.serve.errors import Code, HTTPProblem
 #: In a list of hosts or origins: all of them.
 ANY = "*"
 JSON, FILE = "application/json", "application/octet-stream"
-#: Methods with which a browser changes nothing.
+#: Methods that change nothing.
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
-#: Of a header that is repeated in an error.
+#: Characters of a header that an error repeats.
 _SHOWN = 100
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]*))(?::\d*)?")
 
 
 @dataclass(frozen=True, slots=True)
 class AllowedOrigins:
-    """Which names of this server a request may have in `Host`, besides those of this machine alone, and the origins of
-    pages that may call it, besides its own.
+    """The values of `Host` and `Origin` that a server without keys accepts, besides names of this machine and its own
+    pages.
 
-    hosts: lower case, without a port; `*` is every name. addresses: may it be called by any IP address, as a server
-    can that listens on all of its own? No page's name is one, so none is let in by that.
+    Attributes:
+        hosts: further names of this server, in lower case and without a port; `*` is every name.
+        origins: of other servers' pages that may call.
+        addresses: whether `Host` may be any IP address, for a server that listens on all interfaces. This lets in no
+            page by DNS rebinding, which needs a name.
     """
 
     hosts: frozenset[str] = frozenset()
@@ -41,7 +44,7 @@ class AllowedOrigins:
     addresses: bool = False
 
     def check(self, headers: Headers) -> None:
-        """Raises HTTPProblem: 421 for a name that is not ours, 403 for a page that may not call."""
+        """Raises HTTPProblem: 421 for a name that is not this server's, 403 for a page that may not call."""
         host = header(headers, "host")
         if host is not None and not self.is_ours(host):
             raise HTTPProblem(
@@ -54,7 +57,7 @@ class AllowedOrigins:
             raise foreign(origin)
 
     def is_ours(self, host: str) -> bool:
-        """Is this value of `Host` a name of this server?"""
+        """Whether this value of `Host` is a name of this server."""
         name = name_of(host)
         if ANY in self.hosts or name in self.hosts or is_loopback(name):
             return True
@@ -62,29 +65,29 @@ class AllowedOrigins:
 
 
 def foreign(origin: str) -> HTTPProblem:
-    """What a page gets that may not call."""
-    said = f"pages of {origin[:_SHOWN]!r} may not call this server: the origin is not among its --cors-origins"
-    return HTTPProblem(Code.ORIGIN_NOT_ALLOWED, said)
+    """The error of a page that may not call."""
+    message = f"pages of {origin[:_SHOWN]!r} may not call this server: the origin is not among its --cors-origins"
+    return HTTPProblem(Code.ORIGIN_NOT_ALLOWED, message)
 
 
 def is_preflight(scope: Scope) -> bool:
-    """Does a browser ask here whether a page may call, on the page's behalf and without its key?"""
+    """Whether this is a browser's question if a page may call; it is asked without the page's key."""
     return scope.get("method") == "OPTIONS" and "access-control-request-method" in Headers(scope=scope)
 
 
 def check_kind(scope: Scope, kind: str) -> None:
-    """Raise HTTPProblem (415) where the request does not say that its body is `kind`. Any page may send what a form
-    sends, or a body without a type, unasked; for every other type its browser asks first."""
-    said = (header(Headers(scope=scope), "content-type") or "").partition(";")[0].strip().lower()
-    if said == kind or (kind == JSON and said.startswith("application/") and said.endswith("+json")):
+    """Raise HTTPProblem (415) unless the request's content type is `kind`. A page may send a form's content types, or a
+    body without a type, to any server; for all other types its browser sends a preflight request first."""
+    sent = (header(Headers(scope=scope), "content-type") or "").partition(";")[0].strip().lower()
+    if sent == kind or (kind == JSON and sent.startswith("application/") and sent.endswith("+json")):
         return
-    given = repr(said[:_SHOWN]) if said else "none"
+    given = repr(sent[:_SHOWN]) if sent else "none"
     raise HTTPProblem(Code.CONTENT_TYPE, f"this route needs the header 'Content-Type: {kind}' (got {given})")
 
 
 def plain_json(scope: Scope) -> Scope:
-    """The scope of a request whose type `check_kind` takes for JSON, with the type that everybody takes for it; of any
-    other as it is."""
+    """The scope with the content type `application/json`, if `check_kind` accepts its content type as JSON; unchanged
+    if not."""
     try:
         check_kind(scope, JSON)
     except HTTPProblem:
@@ -93,13 +96,13 @@ def plain_json(scope: Scope) -> Scope:
 
 
 def header(headers: Headers, name: str) -> str | None:
-    """The value of a header, None where it is not sent. Of one that is sent several times all values, separated by
-    commas: a check against known values then fails."""
+    """The value of a header, or None. If it was sent several times, all values, separated by commas, so that a check
+    against known values fails."""
     return ", ".join(found) if (found := headers.getlist(name)) else None
 
 
 def hosts_of(text: str) -> frozenset[str]:
-    """The names in an option: separated by commas."""
+    """The names in an option, where commas separate them."""
     return frozenset(name_of(part) for part in text.split(",") if part.strip())
 
 
@@ -123,7 +126,7 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def is_loopback(host: str | None) -> bool:
-    """Can `host` be reached from this machine alone?"""
+    """Whether `host` can be reached only from this machine."""
     if host is None:
         return False
     if host == "localhost":

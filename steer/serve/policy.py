@@ -1,6 +1,6 @@
-"""Who may do what: the policy file, parsed and checked as a whole before any of it is in force.
+"""Who may do what: the policy file (TOML), which is parsed and checked as a whole before any of it is in force.
 
-TOML. Every problem of a file is reported with its line. A file that has a problem never takes effect, not even in part.
+Every problem of a file is reported with its line. A file with a problem never takes effect, not even in part.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
     from steer.shape import Shape
 
 MAX_BYTES = 2**20
-#: Of one line: the time that TOML takes for a dotted key grows with the square of its length.
+#: Bytes of one line: the time to parse a dotted key of TOML grows with the square of its length.
 MAX_LINE = 2**13
-#: Characters that are parsed once more to find on which lines problems stand; those after are said to be on line 1.
+#: Characters that are parsed once more to find the lines of problems. Problems after them are reported for line 1.
 MAX_SEARCH = 2 * MAX_BYTES
-#: No key of a policy is nested deeper.
+#: No key of a policy is nested more deeply.
 DEPTH = 8
-#: In a key's list of directions: all of them, also those that come later.
+#: In a key's list of directions: all of them, also those that are added later.
 ANY = "*"
-#: A `max_strength`: what each direction's file says that it was calibrated for, and nothing where it says nothing.
+#: A `max_strength`: the calibrated strengths in each direction's file, and no strength if the file has none.
 CALIBRATED = "calibrated"
-#: What a sum of strengths may be over its limit.
+#: How far a sum of strengths may exceed its limit.
 ROUNDING = 1e-9
 _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -89,11 +89,11 @@ PerMinute = Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=Fals
 
 
 class _Table(BaseModel, extra="forbid", frozen=True):
-    """Of a policy file."""
+    """A table of the policy file."""
 
 
 class Limits(_Table):
-    """What steering may be asked for. Strengths of one file add up."""
+    """What a spec may ask for. The strengths of one file add up."""
 
     max_strength: Strength = Field(
         MAX_STRENGTH, description="largest strength, on either side of 0; 'calibrated': what a direction's file says"
@@ -103,22 +103,22 @@ class Limits(_Table):
     )
     tokens: tuple[Tokens, ...] | None = Field(
         None,
-        description="at which tokens it may act, as a spec says them: a spec that says none means all; last-N allows "
-        "every N, last-8 at most 8",
+        description="at which tokens it may act, written as in a spec: a spec without `tokens` means all; last-N "
+        "allows every N, last-8 at most 8",
     )
     layers: Annotated[str, BeforeValidator(_layers)] | None = Field(
-        None, description="at which layers it may act, like '10-20': a spec must then say layers within these"
+        None, description="at which layers it may act, like '10-20': a spec must then name layers within these"
     )
     conditions: Flag | None = Field(
         None,
-        description="may a spec have a condition, or one on this direction. Where it holds tells of the component, so "
-        "a key that says nothing may have one if it has `readout`",
+        description="whether a spec may have a condition (in `directions`: one on this direction). Whether it holds "
+        "reveals something of the component, so by default a key may have conditions if it has `readout`",
     )
-    with_tools: Flag = Field(True, description="may a request be steered that has tools, or answers of tools")
+    with_tools: Flag = Field(True, description="whether a request with tools, or answers of tools, may be steered")
 
     @property
     def conditional(self) -> bool:
-        """May a spec have a condition?"""
+        """Whether a spec may have a condition."""
         return self.conditions is not False
 
     @property
@@ -127,15 +127,15 @@ class Limits(_Table):
         return MAX_STRENGTH if isinstance(self.max_strength, str) else self.max_strength
 
     def broken(self, items: Sequence[spec.RequestedDirection]) -> Iterator[str]:
-        """What is wrong with `items` of one direction, as far as can be known without its file."""
+        """The limits that `items` of one direction break, as far as can be known without its file."""
         total = sum(abs(item.strength or 0) for item in items)
         if total > self.largest + ROUNDING:
             yield f"strength {total:g} is over max_strength"
         for item in items:
-            yield from (said for _, said in self.misplaced(item))
+            yield from (message for _, message in self.misplaced(item))
 
     def misplaced(self, item: spec.RequestedDirection | spec.Entry) -> Iterator[tuple[str, str]]:
-        """(rule, what is wrong) with where and when it acts."""
+        """(rule, message) for each limit that `item` breaks by where or when it acts."""
         if item.condition and not self.conditional:
             yield "conditions", "no condition is allowed"
         if item.shift is not None and abs(item.shift) > self.max_shift:
@@ -156,15 +156,17 @@ class Bounds(TypedDict):
 
     max_strength: Annotated[float, Field(description="largest strength, on either side of 0")]
     max_shift: Annotated[float, Field(description="largest shift of a threshold, up or down")]
-    calibrated: Annotated[bool, Field(description="no more than what a direction's file is calibrated for")]
-    tokens: Annotated[list[str], Field(description="what a spec may say; last-8 allows last-1 to last-8; [] nothing")]
+    calibrated: Annotated[bool, Field(description="whether calibrated strengths in the files of directions are limits")]
+    tokens: Annotated[
+        list[str], Field(description="what a spec may have as `tokens`; last-8 allows last-1 to last-8; [] nothing")
+    ]
     layers: Annotated[str | None, Field(description="within which layers a spec must stay; null for all")]
-    with_tools: Annotated[bool, Field(description="may steer requests that have tools")]
-    conditions: Annotated[bool, Field(description="may steer under conditions")]
+    with_tools: Annotated[bool, Field(description="whether requests with tools may be steered")]
+    conditions: Annotated[bool, Field(description="whether a spec may have a condition")]
 
 
 def bounds(limits: Sequence[Limits], shape: Shape | None) -> Bounds:
-    """What all of `limits` allow on a server of this shape, None while that is not known."""
+    """What all of `limits` allow together. `shape`: that of the served model; None while it is not known."""
     known = spec.TOKENS if shape is None else shape.tokens
     tokens: list[str] | None = None
     layers: tuple[int, int] | None = None
@@ -190,26 +192,26 @@ def bounds(limits: Sequence[Limits], shape: Shape | None) -> Bounds:
 
 
 class KeyRules(Limits):
-    """One key: what its holder may do. A key of which only the hash is given may make plain requests and no others."""
+    """What the holder of one key may do. A key with nothing but a hash may make plain requests only."""
 
     hash: str | tuple[str, ...] = Field(
         description="what `steer keys new` printed: 'sha256:' and 64 hexadecimal digits; a list of two while a secret "
         "is being replaced"
     )
-    steer: Flag = Field(True, description="may it ask for steering at all")
-    directions: tuple[str, ...] = Field((), description="directions that it may use and is told of; '*' is all")
+    steer: Flag = Field(True, description="whether it may ask for steering at all")
+    directions: tuple[str, ...] = Field((), description="directions that it may see and use; '*' is all")
     modes: tuple[Mode, ...] = Field(MODES, description="modes that it may use")
     max_shift: Shift = Field(0.0, description="by how much it may shift a threshold, up or down")
-    default: Specs | None = Field(None, description="steering of its requests that ask for nothing")
+    default: Specs | None = Field(None, description="steering of its requests that ask for none")
     required: Specs = Field((), description="steering of all its requests: applied last, and never switched off")
-    manage: Flag = Field(False, description="may it upload and delete directions, and move the kill switch")
-    readout: Flag = Field(False, description="may it read components along directions (`steer_readout`)")
+    manage: Flag = Field(False, description="whether it may upload and delete directions, and move the kill switch")
+    readout: Flag = Field(False, description="whether it may read components along directions (`steer_readout`)")
     forms: Flag = Field(
         False,
-        description="may it have answers held to a schema, a grammar, a regular expression, a choice or its tools: an "
-        "engine's time and memory for one have no bound, and all others wait",
+        description="whether it may constrain answers to a schema, a grammar, a regular expression, a choice or its "
+        "tools: the time and memory that an engine needs for one have no bound, and all other requests wait",
     )
-    metrics: Flag = Field(False, description="may it read /metrics, which tells of all directions")
+    metrics: Flag = Field(False, description="whether it may read /metrics, which names all directions")
     requests_per_minute: PerMinute | None = Field(None, description="generation requests in a minute")
     tokens_per_minute: PerMinute | None = Field(None, description="tokens of prompts and answers in a minute")
     requests_at_once: AtOnce | None = Field(None, description="answers (prompts × n) generated at the same time")
@@ -236,7 +238,7 @@ class KeyRules(Limits):
     @field_validator("directions")
     @classmethod
     def _are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        _raise(((str(i),), said) for i, name in enumerate(value) if name != ANY for said in _wrong_with_name(name))
+        _raise(((str(i),), problem) for i, name in enumerate(value) if name != ANY for problem in _name_problems(name))
         return value
 
     @model_validator(mode="after")
@@ -253,22 +255,22 @@ class KeyRules(Limits):
                 problems.append(f"'{item.direction}' is required, and cannot be had in another way")
         for items in by_direction(self.default or ()).values():
             problems += self.broken(items)
-        _raise((("default",), said) for said in problems)
+        _raise((("default",), problem) for problem in problems)
         return self
 
 
 class DirectionRules(Limits):
-    """One direction, for every key."""
+    """Limits on one direction, for every key."""
 
 
 class Policy(_Table):
     """The whole file."""
 
-    metrics_public: Flag = Field(False, description="is /metrics readable without a key")
+    metrics_public: Flag = Field(False, description="whether /metrics can be read without a key")
     on_kill: Literal["finish", "abort"] = Field(
         "finish",
-        description="what becomes of running requests: of the steered ones when steering is switched off, and of all "
-        "of a key when it is taken away",
+        description="what happens to running requests: to the steered ones when steering is switched off, and to all "
+        "of a key when it is removed",
     )
     required_when_off: Literal["refuse", "plain"] = Field(
         "refuse", description="while steering is off, what requests of a key with required directions get"
@@ -279,12 +281,12 @@ class Policy(_Table):
     @field_validator("directions")
     @classmethod
     def _are_names(cls, value: dict[str, DirectionRules]) -> dict[str, DirectionRules]:
-        _raise(((name,), said) for name in value for said in _wrong_with_name(name))
+        _raise(((name,), problem) for name in value for problem in _name_problems(name))
         return value
 
     @field_validator("keys")
     @classmethod
-    def _are_apart(cls, value: dict[str, KeyRules], info: ValidationInfo) -> dict[str, KeyRules]:
+    def _are_consistent(cls, value: dict[str, KeyRules], info: ValidationInfo) -> dict[str, KeyRules]:
         problems: list[tuple[tuple[str, ...], str]] = []
         owner: dict[str, str] = {}
         for name, rules in value.items():
@@ -296,7 +298,7 @@ class Policy(_Table):
             for direction, items in by_direction(rules.default or ()).items():
                 if (limits := info.data.get("directions", {}).get(direction)) is not None:
                     broken = limits.broken(items)
-                    problems += [((name, "default"), f"'{direction}': for any key {said}") for said in broken]
+                    problems += [((name, "default"), f"'{direction}': for any key {problem}") for problem in broken]
         _raise(problems)
         return value
 
@@ -308,7 +310,7 @@ def by_direction(items: Sequence[spec.RequestedDirection]) -> dict[str, list[spe
     return out
 
 
-def _wrong_with_name(name: str) -> Sequence[str]:
+def _name_problems(name: str) -> Sequence[str]:
     problems: list[str] = []
     with noted(problems):
         check_name(name)
@@ -316,23 +318,23 @@ def _wrong_with_name(name: str) -> Sequence[str]:
 
 
 def _raise(problems: Iterable[tuple[tuple[str, ...], str]]) -> None:
-    """Have each problem, with its place below the validator that calls this, in the ValidationError; none is well."""
+    """Raise a ValidationError with all problems, each with its place relative to the calling validator; nothing if
+    there are none."""
     if found := [
-        InitErrorDetails(type="value_error", loc=place, input=None, ctx={"error": ValueError(said)})
-        for place, said in problems
+        InitErrorDetails(type="value_error", loc=place, input=None, ctx={"error": ValueError(message)})
+        for place, message in problems
     ]:
         raise ValidationError.from_exception_data("policy", found)
 
 
 @dataclass(frozen=True, slots=True)
 class InForce:
-    """A policy that holds, and the digest of its file."""
+    """A policy in force, and the digest of its file."""
 
     policy: Policy
     digest: str
-    #: The names of keys by what is stored of their secrets. The time to find one tells nothing of the stored hashes:
-    #: Python finds a text by a hash that is keyed with random bits of the process, and no other secret has the SHA-256
-    #: of a stored one.
+    #: The names of keys by the stored hashes of their secrets. The time of a look-up reveals nothing about the stored
+    #: hashes: Python's dict hashes strings with a random key of the process, and no other secret has the same SHA-256.
     names: dict[str, str]
 
 
@@ -342,8 +344,8 @@ def load(path: Path) -> InForce:
 
 
 def fetch(path: Path) -> bytes:
-    """The bytes of a policy file, not many more than it may have. Raises PolicyError, also for what is no regular
-    file: to open a FIFO would wait for a writer."""
+    """The bytes of a policy file, at most MAX_BYTES + 1. Raises PolicyError, also for a path that is not a regular
+    file: opening a FIFO would wait for a writer."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(fd, "rb") as file:
@@ -368,7 +370,7 @@ def read(data: bytes, name: str = "policy") -> InForce:
         tree = tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise PolicyError(f"{name}:{data[: error.start].count(10) + 1}: not UTF-8") from None
-    except ValueError as error:  # a plain one for an integer of thousands of digits
+    except ValueError as error:  # not always a TOMLDecodeError: an integer of thousands of digits
         found = re.search(r"at line (\d+)", str(error))
         line = int(found[1]) if found else data.count(b"\n") + 1
         raise PolicyError(f"{name}:{line}: not TOML: {error}") from None
@@ -378,14 +380,14 @@ def read(data: bytes, name: str = "policy") -> InForce:
         policy = Policy.model_validate(tree)
     except ValidationError as error:
         lines = dict(_lines(text))
-        said = sorted({_said(item, lines) for item in error.errors(include_url=False)})
-        raise PolicyError(f"{name}:{line}: {what}" for line, what in said) from None
+        problems = sorted({_problem(item, lines) for item in error.errors(include_url=False)})
+        raise PolicyError(f"{name}:{line}: {message}" for line, message in problems) from None
     names = {each: key for key, rules in policy.keys.items() for each in rules.hashes}
     return InForce(policy, hashlib.sha256(data).hexdigest(), names)
 
 
-def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int]) -> tuple[int, str]:
-    """A problem's line, and what it is."""
+def _problem(item: ErrorDetails, lines: dict[tuple[str, ...], int]) -> tuple[int, str]:
+    """The line of a problem, and its message."""
     path = tuple(str(part) for part in item["loc"])
     while path and path not in lines and path[:-1]:
         path = path[:-1]
@@ -393,21 +395,20 @@ def _said(item: ErrorDetails, lines: dict[tuple[str, ...], int]) -> tuple[int, s
     table: type[BaseModel] = Policy if len(item["loc"]) == 1 else KeyRules
     if len(item["loc"]) > 1 and item["loc"][0] == "directions":
         table = DirectionRules
-    said = problem_text(*whole_ranges([{**item, "loc": item["loc"][2:]}], table))
+    message = problem_text(*whole_ranges([{**item, "loc": item["loc"][2:]}], table))
     if item["type"] == "extra_forbidden":
-        said = f"unknown; accepted: {', '.join(table.model_fields)}"
+        message = f"unknown; accepted: {', '.join(table.model_fields)}"
     elif item["type"] in ("dict_type", "model_type"):
-        said = f"{brief(item['input'])} is not accepted: a table"
+        message = f"{brief(item['input'])} is not accepted: a table"
     if item["loc"] == ("keys",):
-        said += "; `steer keys new NAME --policy FILE` adds a [keys.NAME]"
-    return lines.get(path, 1), f"{where}: {said}"
+        message += "; `steer keys new NAME --policy FILE` adds a [keys.NAME]"
+    return lines.get(path, 1), f"{where}: {message}"
 
 
 def _lines(text: str) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Each key path of a valid TOML text, tables and values, with the line on which it begins.
+    """Each key path of a valid TOML text, of tables and values, with the line on which it begins.
 
-    A statement is as many lines as it takes until they parse alone, so that TOML's own rules decide what belongs
-    together.
+    Lines are joined until they parse as a statement of their own, so TOML's own rules decide where one ends.
     """
     table: tuple[str, ...] = ()
     pending, start, searched = "", 1, 0

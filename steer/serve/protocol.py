@@ -1,9 +1,8 @@
-"""The parts of the OpenAI API that the own engine serves: request bodies, checked. The content of lists is checked
-before anything is built from it.
+"""The request bodies of the OpenAI API that the transformers engine serves, and their checks.
 
-Of fields that it does not serve, one that would change the answer is refused and the error names it; an unknown one
-too. Null, empty values and the values that clients send by default ask for nothing, and pass. A test reads the request
-types of the `openai` package and of vLLM, so that none of their fields is forgotten here.
+A field that is not served and would change the answer is refused, and so is an unknown field: the error names it. Null,
+empty values and the defaults that clients send are accepted, since they ask for nothing. A test reads the request types
+of the `openai` package and of vLLM, so that none of their fields is forgotten here.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from steer.serve.errors import Unserved
 
 MAX_N = 64
 MAX_TOP_LOGPROBS = 20
-#: Of every number that counts tokens, and of a seed: what engines keep them in.
+#: Limits of every number of tokens (int32 in engines), and of a seed (int64).
 MAX_COUNT, MAX_SEED = 2**31 - 1, 2**63 - 1
-#: Of `stop_token_ids` and `logit_bias`.
+#: Limit of `stop_token_ids` and `logit_bias`.
 MAX_IDS = 1024
 
 
-#: Fields that the middleware takes out of every body before it is checked here, as JSON schema.
+#: JSON schemas of the fields that the middleware takes out of every body before it is checked here.
 CARRIED: dict[str, dict[str, object]] = {
     carriers.FIELD: {"description": f"What steers the answer; {spec.ACCEPTED}"},
     readout.FIELD: {"description": f"What is read at each generated token; {readout.ACCEPTED}"},
     carriers.XARGS: {
         "type": "object",
-        "description": f"Another carrier of `{carriers.FIELD}`, as plain vLLM has it: flat texts only",
+        "description": f"Another carrier of `{carriers.FIELD}`, as in stock vLLM: the values must be strings",
     },
 }
 
@@ -48,7 +47,7 @@ def _each(names: str, *neutral: object) -> dict[str, tuple[object, ...]]:
     return dict.fromkeys(names.split(), neutral)
 
 
-#: Accepted with any value: they say who asks, and how it is kept or scheduled, and change no answer of one model here.
+#: Accepted with any value, since they do not change an answer: they say who asks, and how to store or schedule it.
 IGNORED = frozenset(
     _each(
         """
@@ -57,7 +56,7 @@ IGNORED = frozenset(
         """
     )
 )
-#: Not served, with the values that ask for nothing besides null and what is empty.
+#: Not served. Each has the values that ask for nothing, besides null and empty ones.
 NOT_SERVED: Mapping[str, tuple[object, ...]] = (
     _each(
         """
@@ -99,7 +98,7 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = (
     )
     | {
         "function_call": ("none", "auto"),
-        "include_reasoning": (True, False),  # nothing is taken out of an answer here, so nothing can be left in
+        "include_reasoning": (True, False),  # reasoning is never removed from an answer here
         "mm_payload": ("tensors",),
         "modalities": (["text"],),
         "response_format": ({"type": "text"},),
@@ -108,7 +107,7 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = (
     }
 )
 _EMPTY: tuple[object, ...] = ("", [], {})
-#: Fields of one route that are sent to the other.
+#: Fields that belong to one of the routes, for the error of the other.
 OF_ROUTE = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
 
 
@@ -124,41 +123,47 @@ class StreamOptions(BaseModel, extra="allow"):
 class GenerationRequest(
     BaseModel, extra="allow", allow_inf_nan=False, json_schema_extra=lambda schema: schema["properties"].update(CARRIED)
 ):
-    """What both generation routes share."""
+    """The fields that both generation routes share."""
 
     model: str = Field(description="the served model's name, or an alias `MODEL+DIRECTION`, which steers")
     stream: bool = Field(False, description="answer as server-sent events, a chunk for each piece of text")
     stream_options: StreamOptions | None = Field(None, description="`{include_usage}`")
     n: int = Field(1, ge=1, le=MAX_N, description="answers to each prompt")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default: the model's, or else greedy")
-    top_p: float | None = Field(None, gt=0, le=1, description="sample from the likeliest tokens of this probability")
+    top_p: float | None = Field(None, gt=0, le=1, description="sample from the most likely tokens up to this sum")
     top_k: int | None = Field(
-        None, ge=-1, le=MAX_COUNT, description="sample from this many likeliest tokens; 0 and -1 for all"
+        None, ge=-1, le=MAX_COUNT, description="sample from this many most likely tokens; 0 and -1 for all"
     )
-    min_p: float | None = Field(None, ge=0, le=1, description="leave out tokens below this share of the likeliest one")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="exclude tokens whose probability is below this share of the largest one"
+    )
     seed: int | None = Field(
         None,
         ge=-MAX_SEED,
         le=MAX_SEED,
-        description="repeats the same answers, whatever shares the batch; counts up over n",
+        description="makes answers repeatable, independent of other requests; the i-th answer has seed + i",
     )
-    stop: str | list[str] | None = Field(None, description="texts before which the answer ends")
+    stop: str | list[str] | None = Field(None, description="strings before which the answer ends")
     ignore_eos: bool = Field(False, description="go on after the end-of-sequence token")
 
     stop_token_ids: Annotated[list[int], FailFast()] = Field(
-        default_factory=list, max_length=MAX_IDS, description="tokens that end the answer, beside the model's own"
+        default_factory=list, max_length=MAX_IDS, description="tokens that end the answer, besides the model's own"
     )
-    min_tokens: int = Field(0, ge=0, le=2**31 - 1, description="tokens before which no token ends the answer")
-    bad_words: list[str] = Field(default_factory=list, description="texts that the answer must not have, as tokens")
+    min_tokens: int = Field(0, ge=0, le=2**31 - 1, description="the least number of tokens before the answer may end")
+    bad_words: list[str] = Field(
+        default_factory=list, description="words that the answer must not contain, compared as tokens"
+    )
     logit_bias: dict[str, float] | None = Field(
-        None, max_length=MAX_IDS, description="token id → what is added to its logit, from -100 to 100"
+        None, max_length=MAX_IDS, description="token id → number from -100 to 100 that is added to its logit"
     )
     presence_penalty: float | None = Field(
-        None, ge=-2, le=2, description="off the logit of what the answer has already"
+        None, ge=-2, le=2, description="subtracted from the logits of tokens that the answer has already"
     )
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="the same, times how often it has it")
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="subtracted from a token's logit for each time that the answer has it"
+    )
     repetition_penalty: float | None = Field(
-        None, ge=0.01, le=100, description="divides the logit of what prompt and answer have; default: the model's own"
+        None, ge=0.01, le=100, description="divides the logits of tokens in prompt and answer; default: the model's own"
     )
 
     #: Values of fields that are not served, which ask for nothing on this route.
@@ -176,14 +181,14 @@ class GenerationRequest(
         texts = [text for text in given if isinstance(text, str)]
         if len(texts) < len(given):
             raise ValueError(f"{brief(value)} is not accepted: a text, or a list of texts")
-        if wrong := body.too_many(texts):
-            raise ValueError(wrong)
+        if problem := body.too_many(texts):
+            raise ValueError(problem)
         return value
 
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _of_token_ids(cls, value: object) -> object:
-        """The first that is wrong, not thousands."""
+        """Raises Unserved for the first wrong item alone: there may be thousands."""
         for token, bias in value.items() if isinstance(value, dict) else ():
             number = isinstance(bias, int | float) and not isinstance(bias, bool) and abs(bias) <= 100
             if not (number and token.isascii() and token.isdigit() and len(token) < 10):
@@ -196,8 +201,8 @@ class GenerationRequest(
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     def sampling(self, defaults: Sampling, max_tokens: int, logprobs: int | None) -> list[Sampling]:
-        """One `Sampling` for each of the n answers, from what they have in common; a seed counts up over them, so that
-        they differ. Raises RequestError where they must be longer than they may be."""
+        """One `Sampling` for each of the n answers; the seed counts up, so that they differ. Raises RequestError if
+        `min_tokens` is over `max_tokens`."""
         if self.min_tokens > max_tokens:
             raise RequestError(
                 f"min_tokens: {self.min_tokens} is over the {max_tokens} tokens that the answer may have",
@@ -212,12 +217,12 @@ class GenerationRequest(
 def _given(
     cls: type[BaseModel], data: object, neutral: Mapping[str, tuple[object, ...]], carried: Iterable[str] = ()
 ) -> object:
-    """Without what is null, which is the default; raises Unserved for what is not served."""
+    """The fields that are given, without those that are null; raises Unserved for fields that are not served."""
     if not isinstance(data, dict):
         return data
     _check(data, cls.model_fields, neutral, carried)
     for name in ("max_tokens", "max_completion_tokens"):
-        if data.get(name) == -1:  # as several servers have it for: no limit
+        if data.get(name) == -1:  # several servers take this for "no limit"
             data = data | {name: None}
     return {name: value for name, value in data.items() if value is not None or _means_null(cls.model_fields.get(name))}
 
@@ -228,8 +233,12 @@ def _check(
     neutral: Mapping[str, tuple[object, ...]],
     carried: Iterable[str],
 ) -> None:
-    """Raises Unserved for what `data` asks for beside the fields that are `served`. `neutral` is of one route and goes
-    before `NOT_SERVED`; what is `carried` a client may have meant, and it is not here."""
+    """Raises Unserved for fields of `data` that are not `served` and ask for something.
+
+    Args:
+        neutral: values that ask for nothing on this route; it goes before `NOT_SERVED`.
+        carried: names that the middleware takes out; a misspelt field may have meant one of them.
+    """
     known = {*served}
     meant = known.union(carried)
     problems = ((name[:100], _wrong(name, data[name], meant, neutral)) for name in data if name not in known)
@@ -253,12 +262,12 @@ def _wrong(name: str, value: object, meant: set[str], own: Mapping[str, tuple[ob
 
 
 def _among(value: object, values: Iterable[object]) -> bool:
-    """Is it one of these, where true is not 1?"""
+    """Whether `value` is one of these; True is not 1."""
     return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values)
 
 
 def _means_null(field: FieldInfo | None) -> bool:
-    """Is null a value of its own, or missing where something must be said?"""
+    """Whether null must be kept: as a value that the field accepts, or to report that a required field is missing."""
     return field is not None and (field.is_required() or NoneType in get_args(field.annotation))
 
 
@@ -285,7 +294,7 @@ class Message(BaseModel, extra="allow"):
 
     @model_validator(mode="after")
     def _of_someone(self) -> Message:
-        """Only a model may have said nothing."""
+        """Only a message of the assistant may have no content."""
         if self.content is None and self.role != "assistant":
             raise Unserved([("content", "missing; accepted: a text, or a list of {'type': 'text', 'text': …}")])
         return self
@@ -298,13 +307,13 @@ class Message(BaseModel, extra="allow"):
         return self
 
     def plain(self) -> dict[str, object]:
-        """The message as templates want it: the content as one text, and whatever else it says."""
+        """The message for a chat template: the content as one string, and all other fields."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
         more = {name: value for name, value in (self.model_extra or {}).items() if name not in _OF_ANSWERS and value}
         return more | {"role": self.role, "content": content}
 
 
-#: What clients send back of an answer of this or another server: remarks that no model is told of.
+#: Fields of an answer that clients send back with it, and that the template must not see.
 _OF_ANSWERS = frozenset(("annotations", "provider_specific_fields"))
 
 
@@ -315,26 +324,26 @@ class ChatRequest(GenerationRequest):
         min_length=1, description="the conversation: `role` and `content` (text) of each"
     )
     max_tokens: int | None = Field(
-        None, ge=1, le=MAX_COUNT, description="most tokens of an answer; default: what the context leaves"
+        None, ge=1, le=MAX_COUNT, description="the most tokens of an answer; default: as many as the context has room"
     )
     max_completion_tokens: int | None = Field(
-        None, ge=1, le=MAX_COUNT, description="the same; it goes before `max_tokens`"
+        None, ge=1, le=MAX_COUNT, description="the same; it takes precedence over `max_tokens`"
     )
     logprobs: bool | None = Field(False, description="report the log-probability of each token")
     top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="and of the likeliest alternatives; needs `logprobs`"
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="report this many most likely alternatives too; needs `logprobs`"
     )
     add_generation_prompt: bool | None = Field(
         None, description="end the prompt where an answer begins; default: true, unless the last message is continued"
     )
-    continue_final_message: bool = Field(False, description="go on with the last message, whose end is left open")
+    continue_final_message: bool = Field(False, description="continue the last message instead of a new answer")
     chat_template_kwargs: dict[str, object] = Field(
         default_factory=dict, description="variables for the model's chat template"
     )
 
     @field_validator("messages", mode="before")
     @classmethod
-    def _no_text(cls, value: object) -> object:
+    def _is_a_list(cls, value: object) -> object:
         if isinstance(value, str):
             like = f"[{{'role': 'user', 'content': {brief(value)}}}]"
             raise ValueError(f"{brief(value)} is not accepted: a list, like {like}")
@@ -357,12 +366,12 @@ class ChatRequest(GenerationRequest):
 
     @property
     def begins_answer(self) -> bool:
-        """Does the prompt end where an answer begins?"""
+        """Whether the prompt ends where an answer begins."""
         return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
 
     @property
     def template_variables(self) -> dict[str, object]:
-        """What the chat template is told besides that and the messages."""
+        """Variables for the chat template, besides the messages and `add_generation_prompt`."""
         more = {"continue_final_message": True} if self.continue_final_message else {}
         return self.chat_template_kwargs | more
 
@@ -380,7 +389,7 @@ class CompletionRequest(GenerationRequest):
         description="a text or token ids, or a list of either for a batch"
     )
     max_tokens: int | None = Field(
-        16, ge=0, le=MAX_COUNT, description="most tokens of an answer; null for what the context leaves"
+        16, ge=0, le=MAX_COUNT, description="the most tokens of an answer; null: as many as the context has room"
     )
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="report log-probabilities, with this many alternatives"
@@ -390,7 +399,7 @@ class CompletionRequest(GenerationRequest):
     @field_validator("prompt", mode="wrap")
     @classmethod
     def _of_one_kind(cls, value: object, _each: object) -> object:
-        """In one pass, instead of pydantic's: that tries each item as each of the types."""
+        """Check all items in one pass. pydantic would try each item as each of the types."""
         items = value if isinstance(value, list) else []
         kinds = set(map(type, items))
         if kinds == {list}:

@@ -1,5 +1,5 @@
-"""How routes take bodies and tell of errors. Those that take JSON use the body that the middleware has read and parsed
-once."""
+"""Route classes: how routes read bodies and report errors. If the middleware has parsed a body, it is not parsed
+again."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from steer.serve.body import BODY, SMALL, Gone, parse_body, read_body, understoo
 from steer.serve.control import Control
 from steer.serve.origin import READING, check_kind
 
-#: Bytes of a body that steers nothing.
+#: Bytes of the body of a control route.
 MAX_CONTROL = 16 * 1024
 
 
 class HeadRequests:
-    """HEAD, which load balancers ask with, on every route that has GET: its answer without the body."""
+    """Answers HEAD, which load balancers use, on every route that has GET: with the same answer without its body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -47,7 +47,7 @@ def _checked(model: type[BaseModel], body: object) -> BaseModel:
 
 
 class JsonRoute(APIRoute):
-    """Its body is JSON. It is checked where it holds nobody up; FastAPI takes a checked one as it is."""
+    """A route with a JSON body. A large body is parsed and checked in a thread; FastAPI accepts the checked model."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[None, None, Response]]:
         handler, field = super().get_route_handler(), self.body_field
@@ -65,15 +65,15 @@ class JsonRoute(APIRoute):
                 body = await understood(partial(_checked, model, request.scope[BODY]), size)
             except Gone:
                 return Response(status_code=400)
-            request._body, request._json = b"{}", body  # where starlette keeps what it has read and parsed
+            request._body, request._json = b"{}", body  # Starlette's caches of the body and of its JSON
             return await handler(request)
 
         return handling
 
 
 def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> type[APIRoute]:
-    """Routes whose errors are OpenAI's, whatever the app around them makes of exceptions. Those that change something
-    are for who manages, and want a body, if any, of this `kind`."""
+    """A class of control routes. Their errors have OpenAI's shape, also in another app. Routes that change something
+    need the managing role, and their body must have the content type `kind`."""
 
     class OwnRoute(base):  # type: ignore[valid-type]
         def get_route_handler(self) -> Callable[[Request], Coroutine[None, None, Response]]:

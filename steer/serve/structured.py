@@ -1,6 +1,6 @@
-"""What a request says of the form of its answer: a schema, a grammar, a regular expression or a choice. An engine reads
-all of it before it answers anybody, so its size is bounded; what it costs is not, which is why a policy gives the right
-to it (`forms`)."""
+"""The form that a request asks for: a schema, a grammar, a regular expression or a choice. An engine compiles it while
+all others wait, so its size is limited. A small form can be expensive too, so a policy decides who may ask for one
+(`forms`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from steer.errors import RequestError
 
-#: Bytes, as JSON, of all of it in one request.
+#: Bytes, as JSON, of all forms in one request.
 MAX_FORM = 32 * 1024
-#: Where engines take it, by the names of several APIs, today's and those of before; of an object in `INNER` that part.
+#: The fields that have a form, in several APIs and in older versions of them. Of a field in `INNER` only that part.
 FIELDS = (
     "structured_outputs",
     "response_format",
@@ -26,7 +26,7 @@ INNER: Mapping[str, str] = {"text": "format", "output_config": "format"}
 
 
 def check_form(body: Mapping[str, object]) -> None:
-    """Raises RequestError for more than `MAX_FORM`. Wrong types are left to the app that is called next."""
+    """Raises RequestError for more than `MAX_FORM`. Wrong types are left to the app."""
     size = 0
     for name in FIELDS:
         form = body.get(name)

@@ -8,26 +8,26 @@ from functools import lru_cache
 
 from steer.tokenization import Decoder
 
-#: What a tokenizer gives for bytes that are not yet a whole character.
+#: What a tokenizer returns for bytes that are not yet a whole character.
 _INCOMPLETE = "\ufffd"
-#: So many tokens without a character are none's beginning: only an answer of broken characters or of special tokens has
-#: them, and it would be decoded from its first token at every new one.
+#: After this many tokens without text nothing is held back any more. No character is that long: the answer has broken
+#: bytes or special tokens, and would otherwise be decoded from its first token at every new one.
 _LATE = 64
 
 
-# Not `DecodeStream` of `tokenizers`: it has no end, so it would keep what is held back, and takes only fast tokenizers.
+# Not `DecodeStream` of `tokenizers`: it cannot return what it holds back at the end, and needs a fast tokenizer.
 class TextStream:
     """The text of one answer. `push` takes a token and returns the text that is certain by now.
 
-    Text that may be the beginning of a stop string, or of a character of several tokens, is held back.
+    Text is held back while it may be the beginning of a stop string, or of a character of several tokens.
     """
 
     def __init__(self, tokenizer: Decoder, stop: Stops | None = None) -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._ids: list[int] = []
-        self._start = 0  # where decoding begins: a few tokens back, for tokenizers that look at their neighbours
+        self._start = 0  # where decoding begins: a few tokens back, since the text of a token can depend on the last
         self._read = 0
-        self._held, self._state = "", 0  # what may be the beginning of a stop string, and of which
+        self._held, self._state = "", 0  # the beginning of a stop string, perhaps, and the state in `Stops`
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -39,14 +39,14 @@ class TextStream:
         if whole.endswith(_INCOMPLETE) and not late:
             return ""
         new = whole[len(self._decode(self._start, self._read)) :]
-        if new:  # a token without text (a special one) is no neighbour that the next could be decoded beside
+        if new:  # the next token is not decoded beside a special token, which has no text
             self._start, self._read = self._read, len(self._ids)
         elif late:
             del self._ids[self._read :]
         return self._until_stop(new)
 
     def finish(self) -> str:
-        """What was held back, at the end of the answer."""
+        """The text that was held back, at the end of the answer."""
         if self.stopped:
             return ""
         new = self._decode(self._start, len(self._ids))[len(self._decode(self._start, self._read)) :]
@@ -64,18 +64,21 @@ class TextStream:
             state = self._stop.step(state, letter)
             if found := self._stop.found[state]:
                 self.stopped, self._held = True, ""
-                return text[: at - found]  # the first to be complete, however the text fell into tokens
+                return text[: at - found]  # the stop string that is complete first, whatever the tokens are
         kept = 0 if final else self._stop.depth[state]
         self._state, self._held = state, text[len(text) - kept :]
         return text[: len(text) - kept]
 
 
 class Stops:
-    """Stop strings, all looked for at once in one pass over the text (Aho and Corasick 1975): a state is how far the
-    text has come in a stop string, as the longest beginning of one that it ends with.
+    """Searches for all stop strings in one pass over the text (Aho and Corasick 1975). A state stands for the longest
+    beginning of a stop string that the text ends with.
 
-    `depth`: that beginning's length for each state; `found`: the length of the longest stop string that is complete in
-    it, or 0. Not changed once it is made, so the answers of a request share it.
+    Immutable, so the answers of a request share it.
+
+    Attributes:
+        depth: for each state the length of that beginning.
+        found: for each state the length of the longest stop string that is complete, or 0.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -88,7 +91,7 @@ class Stops:
                 state = self._next[state].get(letter) or self._add(state, letter)
             self.found[state] = len(stop)
         queue = deque([0])
-        while queue:  # a state's fallback is known before those of longer beginnings
+        while queue:  # breadth first: the fallbacks of shorter beginnings are known first
             state = queue.popleft()
             for letter, then in self._next[state].items():
                 self._back[then] = self.step(self._back[state], letter) if state else 0
@@ -113,7 +116,7 @@ class Stops:
         return then or 0
 
 
-@lru_cache(maxsize=1 << 16)  # the likeliest tokens of an answer are often the same
+@lru_cache(maxsize=1 << 16)  # the most likely tokens are often the same ones
 def token_text(tokenizer: Decoder, token: int) -> str:
-    """One token alone as text, special tokens shown."""
+    """The text of one token alone, also of a special token."""
     return tokenizer.decode([token])

@@ -1,9 +1,9 @@
-"""What is added to the answers of vLLM's server: errors in plain words, the error of a request whose stream was lost,
-whether a condition held or a phase came, in each choice or its last chunk, and the read-out, either inside a whole
-answer or as one more chunk before a stream's end.
+"""What is added to or changed in the answers of vLLM's server: errors in plain words; the error of a lost request;
+whether a condition held or a phase came, in each choice or its last chunk; and the read-out, in a whole answer or as
+one more chunk before the end of a stream.
 
-The engine returns a read-out when its request has ended, so a stream has it in one piece. Joined together, the chunks
-of a stream say the same as a whole answer, as on the other engine.
+The engine returns a read-out when its request has ended, so a stream has it in one piece. The chunks of a stream have
+the same fields together as a whole answer, as on the other engine.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from steer.serve.answers import ReadReport
 from steer.serve.asgi import Outgoing, is_event_stream, rewriting
 
 EVENT = b"data: "
-#: The end of a stream, which no chunk's text holds: its line ends are escaped.
+#: The end of a stream. The text of a chunk cannot contain it, since its line ends are escaped.
 DONE = re.compile(rb"^data: \[DONE\]", re.MULTILINE)
-#: In a chunk that ends a choice, and in no text, whose quotes are escaped.
+#: Occurs in a chunk that ends a choice. The text of a chunk cannot contain it, since its quotes are escaped.
 ENDS = re.compile(rb'"finish_reason":\s*"')
-#: Makes the read-out of the one choice.
+#: Makes the read-out of the only choice.
 Fetch = Callable[[], Awaitable[ReadReport]]
-#: Of a choice that has ended, by the id of the answer and its own number: what `steer_applied` says; None for nothing.
+#: The value of `steer_applied` for a choice that has ended, by the answer's id and the choice's index; None for none.
 Met = Callable[[str, int], bool | None]
 
 
 def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
-    """Sends an answer on with what `met` says of its choices, and what `fetch` gives in its only one; others as they
-    are. Raises what `fetch` raises, unless a stream has begun: then it is an event of the stream."""
+    """A `send` that adds `steer_applied` by `met` to the choices of an answer, and the read-out of `fetch` to its only
+    choice. Raises what `fetch` raises, unless a stream has begun: then the error becomes an event of the stream."""
     streamed = False
     last = b""
 
-    def told(answer: dict[str, Any]) -> bytes:
+    def with_applied(answer: dict[str, Any]) -> bytes:
         for choice in answer.get("choices", ()):
             if choice.get("finish_reason") and (applied := met(answer["id"], choice["index"])) is not None:
                 choice["steer_applied"] = applied
@@ -46,12 +46,12 @@ def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
 
     async def whole(body: bytes) -> bytes:
         answer = json.loads(body)
-        if not isinstance(answer, dict) or "choices" not in answer:  # for a client that has left
+        if not isinstance(answer, dict) or "choices" not in answer:  # what vLLM sends to a client that has left
             return body
         if fetch is not None:
             for choice in answer["choices"]:
                 choice[FIELD] = await fetch()
-        return told(answer)
+        return with_applied(answer)
 
     async def with_chunk(message: Message) -> Message:
         nonlocal last
@@ -62,7 +62,8 @@ def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
             last = before
             lines = before.split(b"\n")
             before = b"\n".join(
-                EVENT + told(json.loads(line.removeprefix(EVENT))) if ENDS.search(line) else line for line in lines
+                EVENT + with_applied(json.loads(line.removeprefix(EVENT))) if ENDS.search(line) else line
+                for line in lines
             )
         chunk = b""
         if done and last and fetch is not None:
@@ -86,28 +87,28 @@ def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
 
 
 def restated(send: Send, sent: Collection[str]) -> Send:
-    """Sends an answer on; one that refuses the request with its message in plain words and, as `param`, the field that
-    is wrong, where that says it. `sent`: the fields of the request."""
+    """A `send` that rewrites the error of a refused request: the message in plain words, and `param` as the field that
+    is wrong, if the message names one. `sent`: the fields of the request."""
 
     async def change(body: bytes) -> bytes:
         try:
             answer = json.loads(body)
             error = answer["error"]
             error["message"], error["param"] = plainly(error["message"], error.get("param"), sent)
-        except (ValueError, TypeError, KeyError):  # not in the shape of OpenAI's errors, nor in Anthropic's
+        except (ValueError, TypeError, KeyError):  # neither OpenAI's nor Anthropic's shape of an error
             return body
         return json.dumps(answer).encode()
 
     return rewriting(send, lambda start: change if 400 <= start["status"] < 500 else None)
 
 
-#: What vLLM's errors name of itself.
+#: The suffix of vLLM's errors that names a parameter of vLLM.
 _PARAMETER = re.compile(r" \(parameter=(\w+)(, value=.*)?\)$", re.DOTALL)
-#: What Python says of a power that is too large.
+#: Python's message for a power that is too large.
 _OVERFLOW = re.compile(r"\(34, '[^']*'\)")
 _PROMPT = ("prompt", "messages", "input")
 _LIMIT = ("max_completion_tokens", "max_output_tokens", "max_tokens")
-#: How it calls a field of some routes: by the name of another route's, or by its own.
+#: vLLM's names for fields, each with the fields of our routes that it may mean.
 _MEANT: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("input_text", "input_tokens", "prompt"), _PROMPT),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), _LIMIT),
@@ -119,11 +120,11 @@ _OF_A_PROMPT = re.compile(r"\b(prompt|conversation|out of vocabulary)\b")
 
 
 def plainly(message: str, param: str | None, sent: Collection[str]) -> tuple[str, str | None]:
-    """One of vLLM's messages in plain words and bounded, and the field among those that were `sent` that it is of:
-    what it gives as `param`, else the first that it speaks of."""
-    if told := errors.pydantic_text(message):
-        return told
-    if _OVERFLOW.fullmatch(message):  # which only beam search does with it
+    """A message of vLLM in plain words and limited in length, and the field among those that were `sent` that is wrong:
+    the `param` of vLLM, or else the first field that the message mentions."""
+    if found_fields := errors.pydantic_text(message):
+        return found_fields
+    if _OVERFLOW.fullmatch(message):  # only beam search raises it, for this field
         return "length_penalty: too large a number", "length_penalty"
     if found := _PARAMETER.search(message):
         message, param = message[: found.start()], param or found[1]
@@ -136,8 +137,8 @@ def plainly(message: str, param: str | None, sent: Collection[str]) -> tuple[str
 
 
 def _mention(name: str, message: str) -> int:
-    """Where a message speaks of this field: by a name of several words, by quoting it, by beginning with it or by
-    quoting its value. The message's length where it does not."""
+    """The position at which a message mentions this field: it begins with the name, quotes the name or its value, or
+    has the words of a name of several words. The message's length if it does not."""
     word = re.escape(name)
     several = rf"\b{word.replace('_', '[ _]')}\b"
     found = re.search(
@@ -149,8 +150,8 @@ def _mention(name: str, message: str) -> int:
 
 
 class UnlessLost(Outgoing):
-    """Sends an answer on until `lost()`, and from there the error in its place: vLLM's routes each tell of errors in
-    their own way, some of a stream by breaking it off."""
+    """An answer that is sent until `lost()`, and ended with the error then. vLLM's routes report errors in different
+    ways, and some just end a stream."""
 
     def __init__(self, send: Send, lost: Callable[[], bool]) -> None:
         super().__init__(send)
@@ -164,7 +165,7 @@ class UnlessLost(Outgoing):
 
 
 def _chunk(last: bytes, field: ReadReport) -> bytes:
-    """A chunk like the `last` one, with nothing but the field."""
+    """A chunk like the `last` one that has only the field of the read-out."""
     line = next(line for line in reversed(last.splitlines()) if line.startswith(b"data: {"))
     envelope = {k: v for k, v in json.loads(line[6:]).items() if k not in ("usage", "choices")}
     chat = envelope.get("object") == "chat.completion.chunk"

@@ -1,9 +1,9 @@
-"""Requests whose stream was lost (see `steer.runtime.op`), in a worker: from the flags of a pass to what the engine is
-told about its requests, and what those with a condition have decided.
+"""Lost requests (see `steer.runtime.op`) in a worker: from the flags of a pass to what the engine is told about its
+requests. The decisions of conditions go the same way.
 
 The keys and values of a lost token are not those of the requested operation, and vLLM may already have given its block
-to another request with the same steering. A request with the same tokens up to the lost one fails too, as it would if
-it had computed them itself. The front end makes sure that no later request finds such blocks.
+to another request with the same steering. So a request with the same tokens up to the lost one fails too, as it would
+if it had computed them itself. The front end makes sure that no later request finds such blocks.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from steer.vllm import internals
 if TYPE_CHECKING:
     from steer.vllm.internals.types import ModelRunnerOutput, SchedulerOutput
 
-#: Lost requests that one which comes later is compared with: those whose end the front end may not have seen yet.
+#: How many recently lost requests a new one is compared with: the front end may not have seen their end yet.
 KEPT = 64
 
 
 @dataclass(slots=True)
 class SteeredRun:
-    """A steered request: what steers it, what stands at each position of its prompt (`internals.worker.prompt_of`), and
-    the position of its first lost token."""
+    """A steered request: the key of its steering, what is at each position of its prompt
+    (`internals.worker.prompt_of`), how many positions that are, and the position of its first lost token."""
 
     spec: str
     prompt: Sequence[object]
@@ -37,7 +37,7 @@ class SteeredRun:
     lost: int | None = None
 
     def falls_with(self, other: SteeredRun) -> bool:
-        """Has it read (or would it have computed) the first lost token of `other`?"""
+        """Whether it has read the first lost token of `other`, or would have computed the same one."""
         if other.lost is None or self.spec != other.spec or other.lost >= self.length:
             return False
         common = min(other.lost + 1, len(other.prompt))
@@ -46,7 +46,7 @@ class SteeredRun:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A pass that was enqueued. `scheduled` is vLLM's: only of lost requests it is asked where their tokens begin."""
+    """A pass that was enqueued. `scheduled` is vLLM's output of the scheduler, used only for lost requests."""
 
     losses: Losses
     requests: Sequence[str]
@@ -55,8 +55,9 @@ class Step:
 
 
 class SteeredRuns:
-    """`meet` and `end` run on the worker's main thread, `tell` where vLLM reads a step's outputs. Each writes down what
-    it knows before it reads what the other knows, so that of two that run at once at least one sees the other."""
+    """The steered requests of a worker. `meet` and `end` run on its main thread, `tell` on the thread that reads a
+    step's outputs. Each writes its own facts before it reads those of the other, so that if both run at the same time,
+    at least one sees the other's."""
 
     def __init__(self) -> None:
         self._running: dict[str, SteeredRun] = {}
@@ -76,7 +77,7 @@ class SteeredRuns:
         self._lost.pop(request, None)
 
     def tell(self, output: ModelRunnerOutput, step: Step | None) -> ModelRunnerOutput:
-        """vLLM's output of a step, with the requests of it that are lost by now, and those that decided in it."""
+        """vLLM's output of a step, with the requests that are lost by now, and the decisions of this step."""
         decided: dict[str, bool] = {}
         if step is not None:
             if found := step.losses.first(step.lengths):
@@ -90,7 +91,7 @@ class SteeredRuns:
 
     def _lose(self, request: str, position: int) -> None:
         run = self._running.get(request)
-        if run is None or run.lost is not None:  # it has ended, or is told of already
+        if run is None or run.lost is not None:  # it has ended, or is known to be lost
             return
         run.lost = position
         self._recent.append(run)

@@ -1,4 +1,5 @@
-"""A `Placement` (see `steer.registry`) on all workers of a vLLM engine: bytes go out, digests come back."""
+"""A `Placement` (see `steer.registry`) on all workers of a vLLM engine: they get the bytes and answer with the
+digest."""
 
 from __future__ import annotations
 
@@ -11,27 +12,27 @@ from steer.shape import Shape
 from steer.shared import Shared
 from steer.vllm.internals.types import Call
 
-#: Seconds in which requests that have ended here leave the workers, in which other front ends let go of what they have
-#: deleted, and between two looks.
-ENDING, LETTING_GO, PAUSE = 2.0, 10.0, 0.02
+#: Seconds to wait until ended requests have left the workers; until other front ends have released deleted directions;
+#: and between two tries.
+END_TIMEOUT, RELEASE_TIMEOUT, PAUSE = 2.0, 10.0, 0.02
 
 
 class VllmPlacement:
-    """`unload` only marks rows on the workers, which take them when they need them. Marks travel with the next load, or
-    `flush`: an unload comes from wherever a request ends, where nothing may wait for the workers."""
+    """Places versions on all workers. `unload` only marks rows, which the workers reuse when they need them. The marks
+    are sent with the next load or `flush`: an unload happens where requests end, which must not wait for workers."""
 
     def __init__(self, shape: Shape, call: Call) -> None:
         self.shape, self.call = shape, call
-        #: By which the workers know this front end, and what it has in common with others.
+        #: The name of this front end for the workers, and the table that it shares with others.
         self.front_end, self.shared = "", Shared()
         self._unloaded: list[str] = []
-        self._calling = threading.Lock()  # what goes out for one digest keeps its order
+        self._calling = threading.Lock()  # keeps the calls for one digest in order
 
     def load(self, digest: str, direction: Direction, data: bytes) -> None:
-        """Raises NoRoom, DirectionError or EngineFailed unless every worker has answered with this digest, or what a
-        call raises; those that have it are then told to let it go."""
+        """Load a direction on every worker. Raises NoRoom, DirectionError or EngineFailed unless all have answered with
+        this digest; those that have it are then told to unload it. Also raises what the call raises."""
         alone = self.shared.count == 1
-        deadline = time.monotonic() + (ENDING if alone else LETTING_GO)
+        deadline = time.monotonic() + (END_TIMEOUT if alone else RELEASE_TIMEOUT)
         asked = alone
         while True:
             with self._calling:
@@ -39,7 +40,7 @@ class VllmPlacement:
                 try:
                     answers = self.call("steer_load", data, digest, self.front_end)
                 except BaseException:
-                    self._unloaded.append(digest)  # with the next load: now the workers may not answer
+                    self._unloaded.append(digest)  # sent with the next load, since the workers may not answer now
                     raise
                 if answers and all(answer == {"digest": digest} for answer in answers):
                     return
@@ -48,7 +49,7 @@ class VllmPlacement:
             if not any("in_use" in answer for answer in answers) or time.monotonic() > deadline:
                 break
             if not asked:
-                self.shared.ask()  # all let go of what they have deleted
+                self.shared.ask()  # all front ends release what they have deleted
                 asked = True
             time.sleep(PAUSE)
         problems = sorted({_problem(answer) for answer in answers if answer != {"digest": digest}})
@@ -62,7 +63,7 @@ class VllmPlacement:
         self._unloaded.append(digest)
 
     def flush(self) -> None:
-        """Tell the workers of what was unloaded. Waits for them."""
+        """Send the workers what was unloaded, and wait for them."""
         if self._unloaded:
             with self._calling:
                 self._flush()

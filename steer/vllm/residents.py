@@ -1,8 +1,8 @@
-"""What one worker holds outside of the model, and puts back where it is lost: its directions, with which rows may be
-freed for others, and the tensors of the steering modules.
+"""What a worker keeps beside the model and restores if it is lost: its directions, with the rows that may be reused,
+and the tensors of the steering modules.
 
 While an engine runs, weights can be reloaded, put to sleep, and moved, and each of these operations treats the buffers
-of unknown modules in its own way. This module knows none of the operations. Whatever was called, before the next step
+of unknown modules in its own way. This module need not know the operations. Whatever was called, before the next step
 every tensor is restored to its place, or the step fails with a clear message.
 """
 
@@ -27,12 +27,12 @@ from steer.vllm.steering_module import SteeringModule
 
 
 class RowsInUse(NoRoom):
-    """Rows will be free when requests that are ending have left the workers."""
+    """No row is free now, but rows will be when requests that are ending have left the workers."""
 
 
 class Residents:
-    """What was unloaded stays until its rows are needed, and no row is given to another direction while a request that
-    may still run here uses it: a request stopped by a string ends in the front end before it ends here.
+    """The directions of a worker. An unloaded one stays until its rows are needed, and its rows are not reused while a
+    request that may still run here uses them: a request that a stop string ends is known to the front end first.
 
     All ranks of an engine see the same calls and steps in the same order, so they agree.
     """
@@ -41,11 +41,12 @@ class Residents:
         self.bank = bank
         self.retired: dict[str, None] = {}
         self._holders: dict[str, set[str]] = {}  # by digest: the front ends that may send requests with it
-        self._held: dict[str, list[Tensor]] = {}  # by digest: what its rows hold, on the host
-        self._users: dict[str, tuple[str, ...]] = {}  # by request: digests
+        self._held: dict[str, list[Tensor]] = {}  # by digest: the content of its rows, on the host
+        self._users: dict[str, tuple[str, ...]] = {}  # by request: its digests
 
     def meet(self, front_end: str) -> None:
-        """A front end is there, `INDEX:LIFE`. What one with the same index held before it has ended with that."""
+        """A front end `INDEX:LIFE` has connected. An earlier one with the same index is gone, and holds nothing any
+        more."""
         index = front_end.partition(":")[0]
         gone = {each for holders in self._holders.values() for each in holders if each.partition(":")[0] == index}
         for digest in tuple(self._held):
@@ -53,8 +54,8 @@ class Residents:
                 self.retire(digest, each)
 
     def load(self, data: bytes, expected: str, front_end: str = "") -> str:
-        """Make `data` resident for this front end. Returns its digest; raises DirectionError, NoRoom or RowsInUse, then
-        nothing that is served has changed."""
+        """Make `data` resident for this front end. Returns its digest. Raises DirectionError, NoRoom or RowsInUse; then
+        the served directions have not changed."""
         if expected not in self._held:
             found = digest_of(data)
             if found != expected:
@@ -84,22 +85,22 @@ class Residents:
         self.bank.unload(oldest)
 
     def retire(self, digest: str, front_end: str = "") -> None:
-        """No new request of this front end will use it. One that never got here is nothing to retire."""
+        """No new request of this front end will use this version. Does nothing if it is not here."""
         if digest in self._held:
             self._holders[digest].discard(front_end)
             if not self._holders[digest]:
                 self.retired[digest] = None
 
     def steer(self, request: str, spec: Spec, prompt: int, phase: Phase | None = None) -> RequestSteer:
-        """The index entries of `request`, of `prompt` tokens and in this `Spec.phase`, which uses these directions
-        until it `ends`."""
+        """The index entries of `request`, which uses these directions until `end`. `prompt`: how many tokens its prompt
+        has; `phase`: its `Spec.phase`."""
         self._use(request, [e.digest for each in spec.entries for e in (each, each.condition) if e])
         steer = self.bank.steer(spec, prompt, phase)
         assert steer is not None, "the front end sends no empty spec"
         return steer
 
     def rows_of(self, request: str, digests: Sequence[str], axes: bool = False) -> NDArray[np.int64]:
-        """The rows that `request` reads, which it uses until it `ends`."""
+        """The rows that `request` reads, and uses until `end`."""
         self._use(request, digests)
         return self.bank.rows_of(digests, axes)
 
@@ -115,7 +116,7 @@ class Residents:
         self._users.pop(request, None)
 
     def put_back(self) -> list[str]:
-        """Write what a direction's rows should hold wherever they do not; the digests of those."""
+        """Restore the rows whose content has changed. Returns the digests of these directions."""
         lost: list[str] = []
         for digest, held in self._held.items():
             views = self.bank.contents(digest)
@@ -129,8 +130,7 @@ class Residents:
 
 @dataclass(frozen=True, slots=True)
 class _Attached:
-    """A steering module, by its name on the module that is hooked, with that module's hooks and the steering module's
-    tensors."""
+    """A steering module and its tensors, its name on the hooked module, and the hooks of that module."""
 
     module: nn.Module
     name: str
@@ -150,15 +150,15 @@ class Kept:
             if isinstance(child, SteeringModule)
         ]
         tensors = [tensor for attached in self._attached for tensor in attached.tensors.values()]
-        # Captured graphs have addresses, not tensors.
+        # captured graphs read these addresses
         self._addresses = {id(tensor): tensor.data_ptr() for tensor in tensors}
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         self.nbytes = sum(storages.values())
 
     def put_back(self, model: nn.Module) -> list[str]:
-        """Make every steering module and buffer of `model` be where it was; the names of those that were not.
+        """Put every steering module and buffer of `model` back. Returns the names of those that were missing.
 
-        Raises UnsupportedModel where that cannot be: blocks or hooks that are gone, memory that has moved.
+        Raises UnsupportedModel if that is impossible: blocks or hooks are gone, or memory has moved.
         """
         there = set(model.modules())
         mended: list[str] = []

@@ -1,12 +1,12 @@
-"""vLLM's own OpenAI server with steering on: the carriers on its generation routes, receipts, aliases, control routes.
+"""vLLM's own OpenAI server with steering: carriers on its generation routes, receipts, aliases, control routes.
 
-All of it is added inside vLLM's app, after its API-key check and its other middleware, by either of its two official
+All of this is added inside vLLM's app, after its API-key check and its other middleware, by one of its two official
 extension points: the option `--middleware steer.vllm.server.Middleware`, or the endpoint plugin `steer` (an entry point
 `vllm.endpoint_plugins`, loaded if `VLLM_PLUGINS` names it).
 
 No request reaches a server's engine unless a layer here has let it pass. The outer layer closes the way (`Closed`). The
 layer on a route opens it, with a ticket for the admitted request (`Generation`) or for plain requests only (`Other`).
-A route without a layer (websockets, routes that are added later) generates nothing.
+A route without a layer (websockets, routes that are added later) cannot generate.
 """
 
 from __future__ import annotations
@@ -71,39 +71,38 @@ from steer.vllm.settings import read as settings_of
 
 log = logging.getLogger("steer")
 
-#: The routes that steer, with the fields under which vLLM hands no `vllm_xargs` to the engine.
+#: The routes that steer, each with the fields with which vLLM does not pass `vllm_xargs` to the engine.
 GENERATION_ROUTES: Mapping[str, tuple[str, ...]] = {
     "/v1/chat/completions": ("use_beam_search",),
     "/v1/completions": ("use_beam_search",),
     "/v1/responses": ("background",),
     "/v1/messages": (),
 }
-#: Fields that need the managing role, where there are keys. What vLLM keeps after a request of the Responses API, where
-#: it keeps it, knows no keys.
+#: Fields that need the managing role if there are keys, each with the reason. vLLM's store of responses does not
+#: separate keys.
 MANAGER_FIELDS: Mapping[str, str] = {
     "background": "what runs on without its request is in no key's limits",
     "previous_response_id": "a stored answer may be another key's",
-    "mm_processor_kwargs": "an image of any size can be made of a small one by it",
-    "media_io_kwargs": "any number of pictures can be made of a video by it",
-    "kv_transfer_params": "it says from which host keys and values are taken, which others may then be given",
-    "ec_transfer_params": "it says from which host what an encoder made is taken",
+    "mm_processor_kwargs": "it can enlarge a small image to any size",
+    "media_io_kwargs": "it can make any number of pictures of a video",
+    "kv_transfer_params": "it names the host from which keys and values are taken, which other requests may then get",
+    "ec_transfer_params": "it names the host from which an encoder's output is taken",
 }
-#: Where answers have choices, which the read-out and `steer_applied` go into. A server without one of these is none of
-#: ours.
+#: Routes whose answers have choices, to which the read-out and `steer_applied` are added. A server must have them.
 READ_ROUTES = ("/v1/chat/completions", "/v1/completions")
 NOT_READ = f"this route gives no read-out: ask {' or '.join(READ_ROUTES)}"
 MODELS_ROUTE = "/v1/models"
 HEALTH_ROUTE = "/health"
 MAX_BODY = 64 * 2**20
-#: Characters of text in one request: so many for each token of the context, and the least that this comes to. vLLM
-#: tokenizes one request after the other, and on some routes whatever their length, so all others wait for a long one.
+#: Limit of the characters of text in one request: TEXT_PER_TOKEN for each token of the context, at least MIN_TEXT. vLLM
+#: tokenizes one request after the other, on some routes at any length, so all others wait for a long one.
 TEXT_PER_TOKEN, MIN_TEXT = 16, 2 * 2**20
 
 
 def install(app: FastAPI) -> None:
-    """Put steering into vLLM's app, whose routes are there and whose engine may not be yet. Twice is once.
+    """Add steering to vLLM's app, whose routes exist and whose engine may not exist yet. A second call does nothing.
 
-    Raises UnsupportedModel where a route is missing.
+    Raises UnsupportedModel if a route is missing.
     """
     if getattr(app.state, "steer_installed", False):
         return
@@ -118,7 +117,7 @@ def install(app: FastAPI) -> None:
     for needed in (*READ_ROUTES, MODELS_ROUTE):
         if needed not in wrapped:
             raise UnsupportedModel(f"vLLM {internals.version()} serves no route {needed}")
-    found = settings_of(getattr(app.state.args, "additional_config", None))  # what the engine was told, or will be
+    found = settings_of(getattr(app.state.args, "additional_config", None))  # the settings that the engine gets too
     control = app.state.steer_control = Control(found.control if found else ControlSettings())
     check_door(control, app.state.args)
     app.include_router(directions_router(control))
@@ -129,13 +128,13 @@ def install(app: FastAPI) -> None:
 
 
 async def _no_route(default: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Where no route is: what FastAPI says itself is not in the form of OpenAI's errors."""
+    """The answer for an unknown path. FastAPI's own is not in the shape of OpenAI's errors."""
     found = default if scope["type"] != "http" else errors.no_route(scope["path"])
     await found(scope, receive, send)
 
 
 def guard(app: FastAPI) -> None:
-    """Put `Other` on every route and mount of vLLM's that has no layer of ours. Twice is once."""
+    """Put `Other` on every route and mount of vLLM that has no layer of ours. A second call does nothing."""
     for route in app.routes:
         inner = getattr(route, "app", None)
         ours = getattr(getattr(route, "endpoint", None), "__module__", "").startswith("steer.")
@@ -144,9 +143,10 @@ def guard(app: FastAPI) -> None:
 
 
 class Middleware:
-    """The door around every route of vLLM's app. With `--middleware` it also installs the rest when the app starts."""
+    """The outermost layer, around every route of vLLM's app: authentication. With `--middleware` it also installs the
+    rest when the app starts."""
 
-    #: Why the server of this process did not start.
+    #: The error with which the server of this process did not start.
     failed: ClassVar[Exception | None] = None
 
     def __init__(self, app: ASGIApp) -> None:
@@ -158,7 +158,7 @@ class Middleware:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
-        if not self._started:  # nobody follows the policy, and nothing is written down
+        if not self._started:  # the policy is not watched, and there is no audit log
             refused = errors.response(Code.STEERING_OFF, "steering did not start: the server's log says why")
             await refused(scope, receive, send)
             return
@@ -183,10 +183,10 @@ class Middleware:
             install(app)
             guard(app)
             control = control_of(app)
-            front = front_end_of(app)  # the server does not come up on an engine without steering
+            front = front_end_of(app)  # raises for an engine without steering
             control.start(front.registry, internals.server.served_names(app)[0], front.shared)
         except Exception as error:
-            # uvicorn takes what is raised for an app that has no lifespan, and serves
+            # not raised: uvicorn would take that for an app without a lifespan, and serve
             log.error("the server does not start: %s", error, exc_info=not isinstance(error, SteerError | OSError))
             Middleware.failed = error
             await receive()
@@ -203,8 +203,8 @@ class Middleware:
 
 
 def end_with_parent() -> None:
-    """End this front end when the process is gone that has started it: others could be started beside it on the same
-    port, and a switch would reach some of them only."""
+    """End this front end when its parent process is gone. Otherwise others could be started on the same port, and a
+    switch would reach only some of them."""
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(1)
@@ -213,20 +213,20 @@ def end_with_parent() -> None:
 
 
 class _Layer:
-    """Around an ASGI app."""
+    """A layer around an ASGI app."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
 
 class Closed(_Layer):
-    """Behind the door the way to the engine is closed, until the layer of a route opens it."""
+    """Closes the way to the engine. Only the layer of a route can open it."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "unsupported with steering on"})
             return
-        if scope["type"] == "http":  # what vLLM calls a request, in its logs and answers, is what the audit log does
+        if scope["type"] == "http":  # so vLLM's logs and answers have the request's id in the audit log
             named = {REQUEST_ID: request_id(scope)}
             scope = with_headers(scope, lambda headers: headers.update(named))
         with _passing(Passage()):
@@ -243,8 +243,8 @@ def _passing(way: Passage) -> Iterator[None]:
 
 
 def check_app(app: FastAPI) -> None:
-    """Raise UnsupportedModel for an app that would ignore the field `steer` and answer without a receipt. Its
-    connections are bounded from here on."""
+    """Raise UnsupportedModel for an app that would ignore the field `steer` and answer without a receipt. Also sets the
+    class of its connections, which has limits."""
     classes: list[object] = [layer.cls for layer in app.user_middleware]
     if Middleware not in classes:
         raise UnsupportedModel(
@@ -255,7 +255,7 @@ def check_app(app: FastAPI) -> None:
 
 
 class EndpointPlugin:
-    """For the entry point `vllm.endpoint_plugins`."""
+    """The plugin of the entry point `vllm.endpoint_plugins`."""
 
     name = "steer"
     required_tasks = ("generate",)
@@ -279,22 +279,27 @@ def control_of(app: FastAPI) -> Control:
 
 
 def check_door(control: Control, args: Namespace) -> None:
-    """Raises InvalidInput where the server must not listen: without keys for others, or with two kinds of keys."""
+    """Raises InvalidInput if the server must not listen: others could reach it without keys, or it would have two kinds
+    of keys."""
     keys = args.api_key or os.environ.get("VLLM_API_KEY")
     if keys and control.in_force is not None:
         raise InvalidInput("--api-key (or VLLM_API_KEY) and a policy exclude each other: put the keys into the policy")
     guarded = bool(keys or getattr(args, "uds", None))
     origins = list(args.allowed_origins)
     if "*" in origins and not (guarded or control.in_force or control.settings.insecure):
-        origins = []  # which is vLLM's own default, and would let every page in the world steer and manage
+        origins = []  # * is vLLM's own default, which would let every web page steer and manage
         log.warning("other origins' pages may not call: list them in --allowed-origins, or give a policy with keys")
     control.listen(args.host, origins, guarded=guarded)
 
 
 class Generation:
-    """On one generation route. The engine gets a ticket for what was admitted, so that what the receipt says is what is
-    applied, whatever is swapped in between. `reads`: have its answers choices, which can carry a read-out; `dropping`:
-    fields with which vLLM would not hand the ticket on."""
+    """The layer on one generation route. The engine gets a ticket for the admission, so exactly what the receipt says
+    is applied, even if a direction is swapped meanwhile.
+
+    Args:
+        reads: whether its answers have choices, which can carry a read-out.
+        dropping: fields with which vLLM would not pass the ticket on.
+    """
 
     def __init__(self, app: ASGIApp, *, reads: bool, dropping: Sequence[str]) -> None:
         self.app, self.reads, self.dropping = app, reads, tuple(dropping)
@@ -325,14 +330,14 @@ class Generation:
                 counts = (body.get("n"), body.get("best_of"))
                 several = prompt_count(body) > 1 or any(count not in (None, 1) for count in counts)
                 if several or body.get("use_beam_search"):
-                    told = f"{FIELD}: on this server one answer is read at a time: one prompt, and n = 1"
-                    raise SpecError(told, param=FIELD)
+                    message = f"{FIELD}: on this server one answer is read at a time: one prompt, and n = 1"
+                    raise SpecError(message, param=FIELD)
             elif not admission.spec:
                 return
             for field in self.dropping:
                 if body.get(field):
                     raise errors.unsupported(f"'{field}' cannot be used together with steering or a read-out", field)
-            if isinstance(xargs, dict):  # anything else is vLLM's to refuse
+            if isinstance(xargs, dict):  # vLLM refuses anything else
                 ticket = front.ticket(admission)
                 body[carriers.XARGS] = xargs | {KEY: ticket.name}
 
@@ -345,7 +350,7 @@ class Generation:
                 assert admission.readout is not None
                 tokenizer = internals.engine.tokenizer_of(scope["app"].state.engine_client)
                 readings = await front.readings(ticket, tokenizer)
-                # of a long answer it takes a fifth of a second, in which the loop serves others
+                # for a long answer this takes a fifth of a second, in which the loop serves others
                 return await to_thread.run_sync(report, admission.readout, readings)
 
             answer = UnlessLost(send, lambda: ticket is not None and ticket.lost)
@@ -386,8 +391,8 @@ class Generation:
 
 
 class Other(_Layer):
-    """On a route of vLLM's that does not steer. It may generate plain answers, for who needs no steering, where nothing
-    of the request bears any; every answer to such a request has the receipt of that."""
+    """The layer on a route of vLLM that does not steer. It generates only if nothing in the request asks for steering
+    and neither a default nor the key requires any. Such an answer has the receipt of a plain one."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -448,7 +453,7 @@ class Other(_Layer):
 
 
 def _may_be_plain(scope: Scope) -> bool:
-    """Is a request that carries nothing to be steered by nothing?"""
+    """Whether a request without a carrier is plain here, by the defaults, the key and the policy."""
     control, front = control_of(scope["app"]), front_end_of(scope["app"])
     nothing = carriers.Carried({}, None)
     try:
@@ -458,10 +463,10 @@ def _may_be_plain(scope: Scope) -> bool:
 
 
 async def _understood(scope: Scope, data: bytes) -> object:
-    """What a body says: of JSON the value, of a form its fields, {} of none; None where we cannot tell."""
+    """The parsed body: the value of JSON, the fields of a form, {} for none; None if it cannot be parsed."""
     kind = (origin.header(Headers(scope=scope), "content-type") or "").lower()
     forms = ("multipart/form-data", "application/x-www-form-urlencoded")
-    if kind.startswith(forms) and not data.lstrip().startswith(b"{"):  # which is JSON to who does not look at the type
+    if kind.startswith(forms) and not data.lstrip().startswith(b"{"):  # a route may parse { as JSON, whatever its type
         if not kind.startswith(forms[0]):  # vLLM would parse it on the event loop
             raise HTTPProblem(Code.CONTENT_TYPE, f"the content type is {brief(kind)}, which no route reads: send JSON")
         try:
@@ -472,7 +477,7 @@ async def _understood(scope: Scope, data: bytes) -> object:
     try:
         return await understood(lambda: parse_body(data), len(data)) if data else {}
     except HTTPProblem as error:
-        if error.code is Code.BODY_TOO_COMPLEX or error.param:  # vLLM would parse it on the event loop, or take it
+        if error.code is Code.BODY_TOO_COMPLEX or error.param:  # vLLM would parse it on the event loop, or accept it
             raise
         return None
 
@@ -482,7 +487,7 @@ async def _nothing() -> Message:
 
 
 def check_text(body: object, size: int, front: Frontend) -> None:
-    """Raise HTTPProblem for a body of `size` bytes that has more text than a request may."""
+    """Raise HTTPProblem if a body of `size` bytes has more text than a request may have."""
     most = max(MIN_TEXT, TEXT_PER_TOKEN * front.context)
     if size > most and text_length(body) > most:
         raise HTTPProblem(
@@ -495,9 +500,9 @@ def check_reserved(body: object, caller: Caller) -> None:
     if caller.manages or not isinstance(body, dict):
         return
     xargs = body.get(carriers.XARGS)
-    for field, why in MANAGER_FIELDS.items():
+    for field, reason in MANAGER_FIELDS.items():
         if body.get(field) or (isinstance(xargs, dict) and xargs.get(field)):
-            raise errors.unsupported(f"'{field}' needs a key with the managing role: {why}", field)
+            raise errors.unsupported(f"'{field}' needs a key with the managing role: {reason}", field)
 
 
 async def _run(
@@ -510,8 +515,12 @@ async def _run(
     send: Send,
     used: Callable[[], bool] | None = None,
 ) -> None:
-    """`app` with its way to the engine. `used`: has the engine got what was admitted; None where nothing has to be.
-    `body`: what was sent, whose fields errors are told of by name."""
+    """Run `app` with its way to the engine.
+
+    Args:
+        body: what the client sent, for errors that name a field of it.
+        used: whether the engine has got the admission; None if it need not get one.
+    """
     scope = _in_our_words(origin.plain_json(scope), body)
     answer = _Held(restated(send, body if isinstance(body, dict) else ()), way, used, scope, receive)
     with _passing(way):
@@ -527,8 +536,8 @@ async def _run(
 
 
 def _in_our_words(scope: Scope, body: object) -> Scope:
-    """The scope of a route that tells of a body's problems as our own routes do, whatever vLLM's checks of it raise.
-    Starlette hands the handlers of an app on to its routes there."""
+    """The scope of a route with exception handlers that report a body's problems as our own routes do, whatever vLLM's
+    checks raise. Starlette passes an app's handlers to its routes in the scope."""
     theirs, by_status = scope.get("starlette.exception_handlers", ({}, {}))
 
     async def telling(
@@ -537,12 +546,12 @@ def _in_our_words(scope: Scope, body: object) -> Scope:
         if internals.server.of_the_body(error) and isinstance(body, dict):
             found = await offload("body", LARGE, lambda: internals.server.problems_of(scope.get("route"), body))
             if found or then is None:
-                said = {
+                unknown = {
                     "type": "value_error",
                     "loc": ("body",),
-                    "ctx": {"error": "a field is not of the type it must be"},
+                    "ctx": {"error": "a field has the wrong type"},
                 }
-                return await errors.on_validation_error(request, RequestValidationError(found or [said]))
+                return await errors.on_validation_error(request, RequestValidationError(found or [unknown]))
         if then is None:
             raise error
         return await then(request, error)
@@ -555,7 +564,7 @@ def _in_our_words(scope: Scope, body: object) -> Scope:
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
-    """vLLM's routes that take JSON look at the header first, and say so in a text."""
+    """Validation errors of vLLM's routes. A wrong content type comes as an error without a field."""
     assert isinstance(error, RequestValidationError)
     if any(isinstance(item, str) for item in error.errors()):
         try:
@@ -566,10 +575,10 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 class _Held:
-    """An answer that is held back until the engine has taken what was admitted for it, or until its end.
+    """An answer that is held back until the engine has got the request with its admission, or until the answer's end.
 
-    So a request that the engine refuses, or is never asked for as it was admitted, gets a 400: also from routes that
-    begin their streams before they ask the engine, and from those that make a 500 of what they do not expect.
+    So a request gets a 400 if the engine refuses it or never gets it as it was admitted. Without this, some routes
+    begin a stream before they ask the engine, and others answer with a 500.
     """
 
     def __init__(
@@ -599,18 +608,18 @@ class _Held:
             self._kept.clear()
 
     async def refuse(self) -> bool:
-        """Answer with a 400 in its place. False where it has begun already."""
+        """Send a 400 in place of the answer. Returns False if the answer has already begun."""
         if not self._passes and not self._refused:
             self._refused = True
-            why = self._way.refused or errors.unsupported(
-                "this kind of request is not handed to the engine with its steering"
+            reason = self._way.refused or errors.unsupported(
+                "vLLM does not pass this kind of request to the engine with its steering"
             )
-            await errors.of(why)(self._scope, self._receive, self._send)
+            await errors.of(reason)(self._scope, self._receive, self._send)
         return self._refused
 
 
 class ModelsLayer(_Layer):
-    """Around `GET /v1/models`: an alias for each served model with each direction."""
+    """The layer around `GET /v1/models`: adds an alias for each served model with each direction."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = control_of(scope["app"]).caller(scope)
@@ -628,7 +637,7 @@ class ModelsLayer(_Layer):
 
 
 class HealthLayer(_Layer):
-    """Around `GET /health`: vLLM's status, with a body that has ours."""
+    """The layer around `GET /health`: vLLM's status, with the state of steering as the body."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         control = control_of(scope["app"])

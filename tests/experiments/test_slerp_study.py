@@ -238,7 +238,7 @@ def test_what_is_right_is_known_of_all_prompts_or_not_said(tmp_path: Path) -> No
 
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text("[1]\n")
-    with pytest.raises(InvalidInput, match="is no record of measurements"):
+    with pytest.raises(InvalidInput, match="is not a record of measurements"):
         Ledger(tmp_path / "results.jsonl", {})
 
 

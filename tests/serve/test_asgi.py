@@ -69,7 +69,7 @@ def test_event_streams(headers: Any, is_one: bool) -> None:
 
 def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an answer held is let go when it is broken off, whether or not its last event gets through."""
-    monkeypatch.setattr(asgi, "LAST", 0.01)
+    monkeypatch.setattr(asgi, "BREAK_OFF_TIMEOUT", 0.01)
 
     async def send(_message: Message) -> None:
         await asyncio.Event().wait()

@@ -490,7 +490,7 @@ def test_what_is_no_log_is_said_once(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("a line\n" * 80 + "and its end")
     (problem,) = verify([path]).problems
-    assert "notes.txt: this is no audit log: not one of its lines (81)" in problem
+    assert "notes.txt: this is not an audit log: none of its 81 lines" in problem
     log = filled(tmp_path / "a.jsonl", 3)
     assert len(verify([log, path]).problems) == 1
     log.write_text(log.read_text().replace("r1", "r9"))

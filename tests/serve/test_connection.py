@@ -40,7 +40,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(connection, "PATIENCE", 0.5)
+    monkeypatch.setattr(connection, "WRITE_TIMEOUT", 0.5)
     left.clear()
     server = uvicorn.Server(uvicorn.Config(app, port=0, http=connection.PROTOCOL, lifespan="off", log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)

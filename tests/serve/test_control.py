@@ -923,7 +923,7 @@ def test_a_killed_server_leaves_a_log_that_goes_on(tiny_folder: Path, tmp_path: 
     ],
 )
 def test_a_server_that_would_not_be_safe_does_not_start(options: list[str], says: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "steer", "serve", "--backend", "transformers", *options]
+    command = [sys.executable, "-m", "steer", "serve", "--backend", "transformers", "--port", "0", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert says in done.stderr

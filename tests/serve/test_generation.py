@@ -22,7 +22,7 @@ from steer.hf.engine import Engine
 from steer.hf.sampling import Token
 from steer.serve import text
 from steer.serve.app import build, prepare
-from steer.serve.generation import AT_ONCE, written
+from steer.serve.generation import AT_ONCE, dumps
 from steer.settings import ServeSettings
 from tests.serve.inside import post
 
@@ -157,9 +157,9 @@ def test_long_answers_are_written_off_the_event_loop(
 
 def test_what_is_written_in_pieces_is_json() -> None:
     value = {"a": [1, -2.5e-8, None, True, 'é\n"', {"b": [[[[[[[{"c": [1, {}]}]]]]]]]}], "e": {}, "f": []}
-    assert written(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    assert dumps(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     with pytest.raises(ValueError, match="JSON"):
-        written({"a": [float("nan")]})
+        dumps({"a": [float("nan")]})
 
 
 @pytest.mark.parametrize("stream", [False, True])

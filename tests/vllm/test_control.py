@@ -520,7 +520,7 @@ def test_what_runs_when_the_server_stops_has_its_end_or_is_told(server: Server, 
 )
 def test_a_server_that_would_not_be_safe_does_not_start(home: Home, options: list[str], says: str) -> None:
     policy = str(home.directions.parent / "policy.toml")
-    command = [sys.executable, "-m", "steer", "serve", str(home.folder), "--backend", "vllm"]
+    command = [sys.executable, "-m", "steer", "serve", str(home.folder), "--backend", "vllm", "--port", "0"]
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:  # as the front ends of vLLM listen
         taken = str(other.getsockname()[1])
         command += [{"POLICY": policy, "TAKEN": taken}.get(option, option) for option in options]

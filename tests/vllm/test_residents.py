@@ -158,7 +158,7 @@ def test_rows_of_requests_that_are_ending_are_waited_for() -> None:
 
 
 def test_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "ENDING", 0.0)
+    monkeypatch.setattr(placement, "END_TIMEOUT", 0.0)
     with pytest.raises(NoRoom, match="wait"):
         placed(Workers(*[[{"in_use": "wait"}]] * 3)).load("d", None, b"")  # type: ignore[arg-type]
 

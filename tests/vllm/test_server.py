@@ -130,7 +130,7 @@ def test_what_is_served_is_what_transformers_says(server: Server, home: Home) ->
         ({"steer": "refusal=99"}, "strength"),
         ({"steer": "refusal,verbosity,refusal:affine"}, "needs 3 direction rows"),
         ({"steer": "refusal", "vllm_xargs": {"steer": "verbosity"}}, "disagree"),
-        ({"vllm_xargs": {"steer.resolved": "[]"}}, "no request asks for steering like this"),
+        ({"vllm_xargs": {"steer.resolved": "[]"}}, "steering cannot be requested like this"),
         ({"vllm_xargs": {"steer": "ticket:00"}}, "not a mode"),
     ],
 )
@@ -419,7 +419,7 @@ def test_reading_changes_no_answer_and_its_bounds_are_told(server: Server) -> No
         ({"steer_readout": "nobody"}, "not served"),
         ({"steer_readout": "refusal", "n": 2}, "one prompt, and n = 1"),
         ({"steer_readout": {"directions": "refusal", "layers": [7]}}, "this model has the layers 0 to 2"),
-        ({"vllm_xargs": {"steer.read": "{}"}}, "no request asks for steering like this"),
+        ({"vllm_xargs": {"steer.read": "{}"}}, "steering cannot be requested like this"),
     ):
         refused = ask(server, "/v1/completions", **more)
         assert refused.status_code == 400, refused.text

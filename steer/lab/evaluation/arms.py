@@ -51,9 +51,17 @@ def arms_of(
     condition: str | None = None,
     probe: Path | None = None,
 ) -> list[Arm]:
-    """Each file, and `controls` random directions of its shape, in each of `modes` at each of `strengths`, None leaves
-    them to the file; at each of `layers` (like 10-20, or all) and `tokens`, with each of `shifts`; under a `condition`,
-    as a request says it, on one of `files` or `probe`. Raises InvalidInput with every problem."""
+    """All combinations of files, modes, strengths, layers, tokens and shifts.
+
+    Args:
+        modes, strengths: None takes those of each file.
+        controls: how many random directions of the same shape are tried beside each file.
+        layers: like 10-20, or all.
+        condition: as a request writes it, on one of `files` or on `probe`.
+
+    Raises:
+        InvalidInput: with every problem.
+    """
     same = _twice([file.stem for file in files])
     problems = [f"--direction: two files are called '{name}'" for name in sorted(same)]
     problems += [f"--mode: '{m}' is not known; accepted: {', '.join(MODES)}" for m in modes or () if m not in MODES]
@@ -64,9 +72,9 @@ def arms_of(
     ]
     places: list[RequestedDirection] = []
     for at, when, shift in itertools.product(layers, tokens, shifts):
-        said = {"direction": "it", "layers": None if at == "all" else at, "tokens": None if when == "all" else when}
+        fields = {"direction": "it", "layers": None if at == "all" else at, "tokens": None if when == "all" else when}
         try:
-            places += parse(said | {"shift": shift, "if": condition}, "")
+            places += parse(fields | {"shift": shift, "if": condition}, "")
         except SpecError as error:
             problems += [_option(problem) for problem in error.problems]
     probed = None
@@ -105,26 +113,26 @@ def arms_of(
                 ]
     if len({arm.direction.meta.sites for arm in arms}) > 1:
         problems.append("--direction: the files are for different sites: evaluate them one by one")
-    repeated = _twice([arm.name for arm in arms if arm.asked.direction not in same])  # of those it is told already
+    repeated = _twice([arm.name for arm in arms if arm.asked.direction not in same])  # `same` is reported already
     problems += [f"the arm {name} is asked for twice" for name in sorted(repeated)]
     InvalidInput.raise_for(problems)
     return arms
 
 
 def _option(problem: str) -> str:
-    """A problem of a field of a request, as one of the option that says it."""
-    field, _, told = problem.removeprefix(".").partition(":")
+    """The problem of a request's field as a problem of the option that sets it."""
+    field, _, message = problem.removeprefix(".").partition(":")
     name = {"shift": "shifts", "if": "condition"}.get(field.partition(".")[0], field)
-    return f"--{name}:{told}"
+    return f"--{name}:{message}"
 
 
 def control(direction: Direction, seed: int) -> Direction:
-    """A direction of the same shape that knows of no behaviour: what it does, any direction does that is as long.
+    """A random direction of the same shape, to compare with: any direction of its length has such an effect.
 
-    All rows are turned together by one random isometry, so that norms, the angles between rows and how alike the
-    layers are stay as they were. Weights and means stay. A plane is that of the row and the harmless mean, as it was.
-    Gates and targets stand as far between the components of the two means as they did, or between their angles in the
-    plane; where the harmful one is not the larger nothing is above the gate.
+    All rows are turned by one random isometry, which keeps norms, the angles between rows and the similarity of layers.
+    Weights and means stay. A plane is again that of the row and the harmless mean. Gates and targets lie in the same
+    proportion between the components of the two means, or between their angles in the plane, as before; where the
+    harmful mean is not the larger one, nothing is above the gate.
     """
     rows = direction.directions.double()
     others = [] if direction.embedding is None else [direction.embedding.double()]
@@ -150,7 +158,7 @@ def control(direction: Direction, seed: int) -> Direction:
         ]
         turns = [[_angle(each, line, mean) for mean in means] for each, line in ((rows, axis), (at, torch.stack(made)))]
         beyond, to = (_moved(each, *turns) for each in direction.angles.unbind(-1))
-        to = torch.where(direction.angles[:, 1] == 0, 0, to)  # which is the axis
+        to = torch.where(direction.angles[:, 1] == 0, 0, to)  # 0 is the axis
         axis, angles = torch.stack(made).float(), torch.stack([beyond, torch.minimum(to, beyond)], -1)
     return replace(
         direction.with_meta(method="random", parameters={"seed": seed}, selection={}),
@@ -189,7 +197,7 @@ def _twice(names: Sequence[str]) -> set[str]:
 
 @contextmanager
 def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Steer]:
-    """What steers `evaluator` as `arm` while it lasts; None is plain."""
+    """Make `arm` resident on `evaluator` during the block and give its steering; None is plain."""
     if arm is None:
         yield None
         return
@@ -198,7 +206,7 @@ def steering(evaluator: Evaluator, arm: Arm | None) -> Iterator[Steer]:
 
 
 def layer_of(direction: Direction) -> int:
-    """The layer that it came from, else the last one that it steers."""
+    """The layer that the direction came from, or else the last one that it steers."""
     steered = [layer for layer in range(direction.meta.layers) if direction.directions[layer].any()]
     return direction.meta.source_layer if direction.meta.source_layer in steered else steered[-1]
 

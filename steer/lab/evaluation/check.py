@@ -1,6 +1,6 @@
-"""A first look at a direction on a model: where it acts, which side of it is which, and what it does to a few answers.
+"""A first check of a direction on a model: the layers at which it acts, its sign, and its effect on a few answers.
 
-It is the evaluation (`steer.lab.evaluation.run`) of one arm on few prompts, with a verdict.
+This is an evaluation (`steer.lab.evaluation.run`) of one arm on few prompts, with a verdict.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from steer.runtime.op import GAMMA, GATE, WEIGHT, coefficients
 from steer.shape import Shape
 
 HARMFUL = "harmful"
-#: A p-value below it says that components tell the classes apart.
+#: A p-value below this means that the components separate the classes.
 SURE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """The components of both classes at a layer: how often a harmful one is above a harmless one, and the p-value of
-    that. A direction points to the harmful side; "none" is where the classes are not told apart."""
+    """The components of both classes at a layer: `auc` is how often a harmful one is above a harmless one, `p` its
+    p-value. On the right side the direction points to the harmful class; "none" if the classes are not separated."""
 
     layer: int
     auc: float
@@ -43,8 +43,14 @@ class Sign:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What was found. `problems` say why it fails, `unknown` what these prompts cannot tell, `notes` what else is
-    worth knowing. `kl` is the mean KL(plain ‖ steered) along plain harmless answers, in nats."""
+    """The result of a check.
+
+    Attributes:
+        kl: mean KL(plain ‖ steered) along plain harmless answers, in nats.
+        problems: why the direction fails.
+        unknown: what these prompts cannot decide.
+        notes: further remarks.
+    """
 
     mode: Mode
     strength: float
@@ -62,7 +68,8 @@ class CheckResult:
 
 
 def fitting_shape(direction: Direction, source: Source) -> Shape:
-    """The shape of a server with this model. Raises DirectionError with every reason why that would not take it."""
+    """The shape of a server with this model. Raises DirectionError with every reason why it could not serve
+    `direction`."""
     facts, meta = source.facts, direction.meta
     dtype = getattr(torch, facts.dtype or "float32")
     shape = Shape(facts.architecture, facts.layers, facts.d_model, frozenset(meta.sites), direction.rank, dtype)
@@ -78,7 +85,7 @@ def check(
     rendering: Rendering,
     behaviour: Behaviour,
 ) -> CheckResult:
-    """`sets` are of the names HARMFUL and HARMLESS. What fits must have been asked before (`fitting_shape`)."""
+    """Check `arm`. `sets` has the names HARMFUL and HARMLESS. Call `fitting_shape` first."""
     found = Evaluation(evaluator, EvaluationPlan([arm], sets, evaluator.max_tokens, behaviour), Cache(None, {})).run()
     notes: list[str] = []
     unknown: list[str] = []
@@ -89,8 +96,8 @@ def check(
     layers = acting(arm.direction, mode)
     problems = [] if layers else [f"acts at no layer in the mode {mode}"]
     if sign.side == "wrong":
-        told = f"wrong sign: it points from {sets[HARMFUL].name} to {sets[HARMLESS].name}"
-        (problems if mode in SIGNED else notes).append(told)
+        message = f"wrong sign: it points from {sets[HARMFUL].name} to {sets[HARMLESS].name}"
+        (problems if mode in SIGNED else notes).append(message)
     theirs, ours = arm.direction.meta.chat_template_sha256, source.facts.chat_template_sha256
     if theirs is not None and theirs != ours:
         notes.append("the model's chat template differs from the one that the direction was measured with")
@@ -99,15 +106,15 @@ def check(
 
 
 def acting(direction: Direction, mode: Mode) -> list[int]:
-    """The layers at which it changes anything in `mode`."""
+    """The layers at which the direction changes anything in `mode`."""
     values = torch.stack([coefficients(direction, mode, term) for term in (0, 1)])
     does = (values[..., [WEIGHT, GAMMA]] != 0).any(-1) & (values[..., GATE] < MAX_VALUE) & direction.directions.any(-1)
     return [layer for layer, acts in enumerate(does.any(-1).any(0).tolist()) if acts]
 
 
 def _effect(arm: Arm, sets: tuple[SetResult, ...], behaviour: str, problems: list[str], unknown: list[str]) -> None:
-    """What the answers say. To add the difference of means, or to take less than nothing away, is to bring the
-    behaviour, which harmless prompts would show; else it is to go from the harmful ones."""
+    """Judge the effect by the answers. To add the difference of means, or to remove a negative amount, should bring the
+    behaviour to harmless prompts; anything else should remove it from the harmful ones."""
     brings = (arm.asked.mode == "add") == (arm.asked.strength > 0)
     for one in sets:
         plain, steered = one.arms
@@ -123,10 +130,10 @@ def _effect(arm: Arm, sets: tuple[SetResult, ...], behaviour: str, problems: lis
         if (one.name == HARMLESS) != brings or (change.low > 0 if brings else change.high < 0):
             continue
         lacking = plain.complied.hits if brings else plain.shown.hits
-        said = f"{behaviour} in {plain.shown.hits} of {count} {one.name} answers plain, {steered.shown.hits} steered"
+        counts = f"{behaviour} in {plain.shown.hits} of {count} {one.name} answers plain, {steered.shown.hits} steered"
         if 2 * lacking < count:
-            unknown.append(f"{said}: give other prompts with --{one.name}: with these there is too little to change")
+            unknown.append(f"{counts}: give other prompts with --{one.name}: with these there is too little to change")
         elif change.value > 0 if brings else change.value < 0:
-            unknown.append(f"{said}: so few prompts cannot tell that from chance, give more of them with --prompts")
+            unknown.append(f"{counts}: so few prompts cannot tell that from chance, give more of them with --prompts")
         else:
-            problems.append(f"no effect: {said}")
+            problems.append(f"no effect: {counts}")

@@ -1,4 +1,4 @@
-"""Which condition tells two sets of prompts apart: chosen on some of their prompts, counted on the others."""
+"""Find the condition that separates two sets of prompts: chosen on a part of the prompts, counted on the others."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from steer.runtime.op import decided
 from steer.shape import Shape
 from steer.spec import Condition, Entry, RequestedDirection, text
 
-#: The part of a command's progress.
+#: The name of this part of a command's progress.
 READING = "reading components"
-#: What the balanced accuracy on other prompts must surely be above: half of the way from chance to no error.
+#: The balanced accuracy on other prompts must surely be above this: half of the way from chance to no error.
 LEAST = 0.75
 
 
@@ -43,8 +43,13 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class ChosenCondition:
-    """The conditions at layers before which none is as good; the last of them is the best. And of prompts that did not
-    choose it, in their order: which meet it, and how often a harmful one is farther on its side than a harmless one."""
+    """The best condition, and its results on prompts that did not choose it.
+
+    Attributes:
+        front: the conditions that are better than all at earlier layers; the last one is the best.
+        harmful, harmless: whether each of the other prompts meets it.
+        auc: how often a harmful one of these is farther on its side than a harmless one.
+    """
 
     front: tuple[Cut, ...]
     harmful: tuple[bool, ...]
@@ -56,7 +61,7 @@ class ChosenCondition:
         return self.front[-1].condition
 
     def kept(self, split: Split, rendering: Rendering) -> FoundCondition:
-        """What a file says of it; `split` and `rendering` are those that it was found with."""
+        """The condition as a direction's file keeps it; `split` and `rendering` are those that it was found with."""
         return FoundCondition(
             layer=self.condition.layer,
             above=self.condition.above,
@@ -84,13 +89,19 @@ def find(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> ChosenCondition:
-    """The condition on `direction`, served as `name`, that harmful prompts meet and harmless ones do not: of those at
-    all layers, or at one, it has the highest balanced accuracy on what `split` would measure. Of equal ones it is the
-    first, since what it decides acts after it. `split` has at least SMALL prompts of each set.
+    """Find the condition on `direction` that harmful prompts meet and harmless ones do not: the one with the highest
+    balanced accuracy on the prompts that choose it. Of equal ones it is the first, since steering acts after it.
 
-    Raises InvalidInput for components that are not finite, DirectionError for a direction that does not fit, SpecError
-    where no condition can be on it, and NothingFound where the balanced accuracy on the others is not surely above
-    LEAST.
+    Args:
+        name: of the direction in requests.
+        split: at least SMALL prompts of each set, and the others that count the errors.
+        layer: try only this layer; None tries all.
+
+    Raises:
+        InvalidInput: components are not finite.
+        DirectionError: the direction does not fit the model.
+        SpecError: no condition can be on this direction.
+        NothingFound: the balanced accuracy on the other prompts is not surely above LEAST.
     """
     assert split.harmful is not split.tried_harmful, "some prompts are set aside"
     shape, progress = fitting_shape(direction, source), progress or Progress()
@@ -123,7 +134,7 @@ def find(
 
 
 def told(found: ChosenCondition, split: Split) -> list[str]:
-    """What was found, and its errors on prompts that did not choose it, for a terminal."""
+    """Describe the condition and its errors on prompts that did not choose it, for a terminal."""
     missed, caught = Rate.of([not met for met in found.harmful]), Rate.of(found.harmless)
     rows = [[str(cut.condition), f"{cut.accuracy:.1%}", ""] for cut in found.front]
     rows[-1][-1] = "chosen"
@@ -145,7 +156,7 @@ def _percent(estimate: Estimate) -> str:
 
 
 def _decidable(shape: Shape, direction: Direction, name: str, layers: Iterable[int]) -> list[int]:
-    """Those of `layers` at which a server takes a condition on `direction`."""
+    """The `layers` at which a server accepts a condition on `direction`."""
     found, refused = [], None
     for layer in layers:
         entry = Entry(name, "", direction.meta.mode, 1.0, condition=Condition(name, layer, above=0.0))
@@ -173,14 +184,14 @@ def _cut(name: str, layer: int, harmful: Floats, harmless: Floats) -> Cut:
 
 
 def _between(low: float, high: float) -> float:
-    """The number of the fewest digits in the middle half."""
+    """The number with the fewest digits in the middle half of the interval."""
     middle, reach = (low + high) / 2, (high - low) / 4
     rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 18))
     return next(number for number in rounded if abs(number - middle) <= reach)
 
 
 def _met(condition: Condition, components: Tensor) -> Tensor:
-    """Which of these components meet it, by the rule of the engine, `[...]` bool."""
+    """Whether each of these components meets the condition, by the engine's rule, `[...]` bool."""
     probe = probe_of(condition)
     numbers = torch.tensor(probe.deciding), torch.tensor(probe.threshold)
     return decided(components, torch.zeros_like(components, dtype=torch.bool), *numbers, abs(probe.deciding))

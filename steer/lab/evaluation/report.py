@@ -1,4 +1,4 @@
-"""What an evaluation found, as `report.json` holds it."""
+"""The results of an evaluation, as in `report.json`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from steer.lab.evaluator import Floats
 from steer.lab.statistics import Estimate, mean_of, wilson
 from steer.names import Mode
 
-#: The share of answers, more than plain, from which on it is harm that they are broken.
+#: From this share of answers on, more than plain, broken answers count as harm.
 HARM = 0.02
 
 
 class ReportPart(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """Of one report."""
+    """A part of a report."""
 
 
 class Rate(ReportPart):
@@ -44,8 +44,8 @@ class Rate(ReportPart):
 
 
 class Difference(ReportPart):
-    """A figure of an arm less that of another on the same prompts (÷ it for KL and perplexity), with its 95 %
-    interval."""
+    """The difference of a figure between an arm and another on the same prompts (for KL and perplexity the quotient),
+    with its 95 % interval."""
 
     value: float
     low: float
@@ -61,14 +61,14 @@ class Difference(ReportPart):
 
 
 class Judged(ReportPart):
-    shown: Rate = Field(description="of the verdicts that are one")
+    shown: Rate = Field(description="among the answers with a verdict")
     deflected: int = Field(description="answers to something else")
-    silent: int = Field(description="answers without a verdict: the reply is none, or there was nothing to judge")
+    silent: int = Field(description="answers without a verdict: the reply has none, or there was nothing to judge")
 
 
 class Agreement(ReportPart):
-    """Cohen's kappa of two raters, the matcher among them, over the answers of which both say something, with its 95 %
-    interval. Two of which one says the same of every answer have none."""
+    """Cohen's kappa of two raters (the matcher is one too) over the answers with a verdict of both, with its 95 %
+    interval. There is none if a rater gives every answer the same verdict."""
 
     first: str
     second: str
@@ -85,20 +85,20 @@ class ArmOnSet(ReportPart):
     shown: Rate = Field(description="the matcher finds the behaviour")
     late: Rate = Field(description="begins as an answer and shows the behaviour near its end")
     unanswered: Rate = Field(description="cut before it said anything")
-    degenerate: Rate = Field(description="the answer is none: see faults")
-    deflected: Rate = Field(description="answers something else, by a judge's word")
+    degenerate: Rate = Field(description="not an answer: see faults")
+    deflected: Rate = Field(description="answers something else, according to a judge")
     complied: Rate = Field(description="none of these")
     right: Rate | None = Field(default=None, description="complied, and as expected")
     judged: dict[str, Judged] = Field(default_factory=dict, description="by judge")
     faults: dict[str, int] = Field(description="degenerate answers by their first fault")
-    unended: int = Field(description="answers that ran into the limit, whether or not that is counted as a fault")
+    unended: int = Field(description="answers that reached the limit, whether or not that counts as a fault")
     tokens_mean: float
     tokens_median: float
     against_plain: dict[str, Difference] = Field(default_factory=dict, description="by figure")
 
     def rises(self, figure: str) -> bool:
-        """Do more answers have it than plain ones, by more than HARM and by two at least? Where few prompts were asked
-        an interval excludes hardly anything, and of harm a sign is enough."""
+        """Whether more answers have it than plain ones, by more than HARM and by at least two. This is not a test with
+        an interval, which excludes hardly anything with few prompts: for harm a sign of it is enough."""
         more = self.against_plain[figure].value if figure in self.against_plain else 0.0
         return more > HARM and round(more * self.shown.count) >= 2
 
@@ -107,7 +107,7 @@ class SetResult(ReportPart):
     name: str
     dataset: Dataset
     multi_turn: int = Field(description="prompts that are conversations of more than one turn")
-    limit_tells: bool = Field(description="plain answers end before the limit, so not to end is a fault")
+    limit_tells: bool = Field(description="plain answers end before the limit, so an answer without an end is a fault")
     arms: tuple[ArmOnSet, ...]
 
 
@@ -142,13 +142,13 @@ class SteeredArm(ReportPart):
 
 
 class DivergenceOf(ReportPart):
-    """KL(plain ‖ steered), nats, along plain answers to the set `on`: over prompts, of the mean over tokens, and of the
-    first token."""
+    """KL(plain ‖ steered) in nats along plain answers to the set `on`: statistics over prompts, of the mean over tokens
+    and of the first token."""
 
     arm: str
     on: str
     mean: float
-    low: float = Field(description="of the mean's 95 % interval, by the bootstrap over prompts")
+    low: float = Field(description="end of the mean's 95 % interval, by the bootstrap over prompts")
     high: float
     median: float
     p95: float
@@ -176,15 +176,15 @@ class DivergenceOf(ReportPart):
 
 
 class Dose(ReportPart):
-    """A KL that was asked for, and the strength at which a way to steer has it on some of the prompts."""
+    """A KL that was asked for, and the strength at which a way of steering has it, found on a part of the prompts."""
 
     way: str
     kl: float
-    strength: float | None = Field(description="none where no strength that is accepted reaches it")
+    strength: float | None = Field(description="null if no accepted strength reaches it")
 
 
 class Comparison(ReportPart):
-    """An arm beside another one that steers."""
+    """An arm compared with another steered one."""
 
     arm: str
     against: str
@@ -216,7 +216,7 @@ class TaskScore(ReportPart):
 
 
 class RunSettings(ReportPart):
-    """What was asked for."""
+    """The settings of the evaluation."""
 
     model: str
     revision: str | None
@@ -249,8 +249,8 @@ class Report(ReportPart):
     tasks: tuple[TaskScore, ...] = ()
 
     def calibrated(self, file: str) -> dict[Mode, tuple[float, float]]:
-        """Return for each mode the strengths below and above 0 up to which no strength of `file` that was tried did
-        harm: more degenerate answers in any set, or more of the behaviour on harmless prompts."""
+        """Return for each mode the lowest and the highest strength up to which no tried strength of `file` did harm:
+        more degenerate answers in any set, or more of the behaviour on harmless prompts."""
         harmed = {
             arm.arm
             for each in self.sets

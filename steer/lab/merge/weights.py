@@ -1,9 +1,9 @@
-"""A model as files: its safetensors shards, which of their tensors write to the stream, and what stands between.
+"""A model as files: its safetensors shards, the tensors in them that write to the stream, and norms after these.
 
-That a child of a block writes is seen in a pass over the model (`steer.runtime.hook_points`). Which parameter of the
-child does is known by the names that families of models use, and its layout by the class of the module that owns it,
-never by a shape: a square matrix would have two. What is not known is refused. That nothing was missed is checked
-afterwards by effect (`steer.lab.merge.removal`).
+A pass over the model shows which children of a block write (`steer.runtime.hook_points`). The child's parameter that
+does so is known by the names that families of models use. Its layout is known by the class of the module that owns it,
+never by its shape: a square matrix fits two layouts. Anything unknown is refused. Afterwards a check by effect shows
+that no writer was missed (`steer.lab.merge.removal`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Checkpoint:
 
     @cached_property
     def architecture(self) -> str:
-        """Of its text model."""
+        """The architecture of its text model."""
         return describe(str(self.folder), trust_remote_code=self.trust_remote_code)[0]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ class Checkpoint:
             return tuple(opened.get_slice(name).get_shape())
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors one by one, file by file, never all in memory."""
+        """The tensors one by one, file by file, never all in memory."""
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.map[name]].append(name)
@@ -75,7 +75,7 @@ class Checkpoint:
 
 
 def resolve(model: str, revision: str | None) -> Path:
-    """The folder of a local model, or of a hub model that is downloaded as far as it is missing."""
+    """The folder of a local model, or of a hub model, whose missing files are downloaded."""
     if Path(model).is_dir():
         return Path(model)
     find_model(model, revision)
@@ -111,16 +111,16 @@ _WRITER = re.compile(
     r"|(?:^|\.)experts\.down_proj(?:_bias)?$"
 )
 _POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions)\.weight$")
-#: Classes of transformers, by name, whose weights are `[…, inputs, outputs]` and that do not say so themselves.
+#: Names of transformers' classes whose weights are `[…, inputs, outputs]` and that have no attribute for that.
 _INPUTS_FIRST = ("Conv1D", "Llama4TextExperts")
-#: How far a norm may be from g ⊙ x / rms(x), as a share of the largest value.
+#: How far a norm may differ from g ⊙ x / rms(x), as a share of the largest value.
 RMS = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One of the terms that a block adds to the stream, its `number` that of a `HookPoint`: the output of `module`, or
-    of the `norm` that comes after it, whose `gain` is g in g ⊙ x / rms(x)."""
+    """One of the terms that a block adds to the stream: the output of `module`, or of the `norm` after it, whose `gain`
+    is g in g ⊙ x / rms(x). `number`: the `term` of its `HookPoint`."""
 
     layer: int
     number: int
@@ -133,9 +133,14 @@ class Term:
 class Writer:
     """A tensor of the files that writes to the stream.
 
-    layer: EMBEDDING for what stands before block 0. term: the number of the term there. axis: which of its dimensions
-    is the stream's, counted from the end. parameter: what it becomes in the model. own: does it become that alone?
-    gain: of the norm after it.
+    Attributes:
+        name: of the tensor in the files.
+        layer: EMBEDDING for a tensor before block 0.
+        term: the number of its term at the layer.
+        axis: the dimension of the stream, counted from the end.
+        parameter: the model's parameter that is made of it.
+        own: whether that parameter is made of this tensor alone.
+        gain: of the norm after it.
     """
 
     name: str
@@ -155,18 +160,18 @@ class Writer:
         return self.parameter.rpartition(".")[0]
 
     def written(self, tensor: Tensor) -> Tensor:
-        """A view of `tensor` as the vectors that it writes, `[..., d_model]`."""
+        """A view of `tensor` as the vectors that it writes to the stream, `[..., d_model]`."""
         return tensor.movedim(self.axis, -1)
 
     def stored(self, written: Tensor) -> Tensor:
-        """The tensor that writes these vectors."""
+        """The inverse of `written`."""
         return written.movedim(-1, self.axis)
 
 
 @torch.no_grad()
 def find_terms(streamed: Streamed) -> list[Term]:
-    """What each block adds to the stream, seen in a pass over the model. Raises UnsupportedModel where that is no sum
-    of one or two of its children's outputs, and for a norm after one that is no RMS norm."""
+    """Find in a pass over the model what each block adds to the stream. Raises UnsupportedModel if that is not the sum
+    of one or two outputs of its children, or if a norm after one is not an RMS norm."""
     anatomy = streamed.anatomy
     children = [dict(block.named_children()) for block in anatomy.blocks]
     given: dict[int, Tensor] = {}
@@ -204,8 +209,8 @@ def find_terms(streamed: Streamed) -> list[Term]:
 
 
 def find(checkpoint: Checkpoint, streamed: Streamed, terms: Sequence[Term]) -> list[Writer]:
-    """The tensors of the files that write these terms, and the embeddings. Raises UnsupportedModel for a layout that is
-    not known, and where a file holds something else than the parameter."""
+    """Find the tensors of the files that write these terms, and the embeddings. Raises UnsupportedModel for an unknown
+    layout, and for a tensor from which the model makes its parameter in an unknown way."""
     decoder = streamed.name_of(streamed.anatomy.decoder)
     inside = tuple(f"{streamed.name_of(block)}." for block in streamed.anatomy.blocks)
     outside = [name for name in streamed.parameters if name.startswith(decoder) and not name.startswith(inside)]
@@ -243,7 +248,7 @@ def _parameters(streamed: Streamed, module: nn.Module) -> list[str]:
 
 
 def _axis(module: nn.Module, parameter: str) -> int:
-    """Which dimension of it is the stream's, counted from the end, by the class of the module that owns it."""
+    """The dimension of the stream in this parameter, counted from the end, by the class of the module that owns it."""
     kind, attribute = type(module).__name__, parameter.rpartition(".")[2]
     if attribute.endswith("bias"):  # [d_model], of experts [experts, d_model]
         return -1
@@ -260,7 +265,8 @@ def _axis(module: nn.Module, parameter: str) -> int:
 
 
 def _gain(streamed: Streamed, norm: nn.Module) -> Tensor:
-    """g `[d_model]` of a norm that is g ⊙ x / rms(x), whatever it keeps of it (Gemma: g − 1)."""
+    """g `[d_model]` of a norm that computes g ⊙ x / rms(x), in whatever form it stores g (Gemma: g − 1). Raises
+    UnsupportedModel for another norm."""
     d_model = streamed.anatomy.d_model
     x = torch.randn(d_model, generator=torch.Generator().manual_seed(0))
     with streamed.loaded(norm):

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 from steer.errors import UnsupportedModel
 
 T = TypeVar("T")
-#: A method of vLLM's, or what goes around it.
+#: A method of vLLM, or a wrapper of one.
 Method: TypeAlias = Callable[..., Any]
 log = logging.getLogger("steer")
 #: The first and the last release of vLLM that the tests run with.
@@ -41,7 +41,7 @@ def version() -> str:
 
 
 def check_version() -> None:
-    """Raise UnsupportedModel for a vLLM older than the supported ones; warn where it is newer, or does not say."""
+    """Raise UnsupportedModel for a vLLM older than the supported ones; warn if it is newer or of an unknown version."""
     first, last = _release(SUPPORTED[0]), _release(SUPPORTED[-1])
     found = _release(version())
     if found and found < first:
@@ -51,22 +51,23 @@ def check_version() -> None:
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """(major, minor) of a version; empty where it has none."""
+    """(major, minor) of a version; empty if the text has none."""
     found = re.match(r"(\d+)\.(\d+)", text)
     return tuple(map(int, found.groups())) if found and any(map(int, found.groups())) else ()
 
 
-#: The field by which vLLM tells of a request whose output is corrupted. It counts NaNs in the lower bits; above them we
-#: tell of the request what its worker knows (`news`).
+#: The field with which a vLLM worker reports a request whose output is corrupted: the number of NaNs, in the lower 32
+#: bits. The bits above carry what our worker reports of the request (`news`).
 CORRUPTED, ABOVE = "num_nans_in_logits", 32
 
 
 def news(lost: int | None, holds: bool | None) -> int:
-    """Of a request, for `CORRUPTED`: the position of its first lost token, and whether its condition holds."""
+    """A worker's report on a request as a value of `CORRUPTED`: the position of its first lost token, and whether its
+    condition holds; None for unknown."""
     return ((0 if lost is None else lost + 1) << 2 | (0 if holds is None else 1 + holds)) << ABOVE
 
 
 def news_of(value: int) -> tuple[int | None, bool | None]:
-    """What `news` was made of, whatever is counted below."""
+    """The inverse of `news`. It ignores the lower bits."""
     told = value >> ABOVE
     return (told >> 2) - 1 if told >> 2 else None, bool((told & 3) - 1) if told & 3 else None

@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # every process of vLLM imports this module, and only the ser
 
 
 def on_app_built(check: Callable[[FastAPI], None]) -> None:
-    """Have `check` called with the app of the server that runs in this process, if one does, before it serves: in
-    whichever of vLLM's modules its builder is, `__main__` among them."""
+    """Call `check` with the app of this process's server, if there is one, before it serves. The app's builder may be
+    in several of vLLM's modules, also in `__main__`."""
     for name, home in list(sys.modules.items()):
         if name == "__main__" or name.startswith("vllm.entrypoints."):
             build = vars(home).get("build_app") if home is not None else None
@@ -37,8 +37,8 @@ def on_app_built(check: Callable[[FastAPI], None]) -> None:
 
 
 def take_connection(protocol: str) -> None:
-    """Have servers of this process take this class for a connection, where they leave it to uvicorn as vLLM's does: its
-    own options bound the headers for another class only."""
+    """Make servers of this process use this class for connections, if they leave the choice to uvicorn, as vLLM's does.
+    vLLM's own options limit headers only for another class."""
     from uvicorn.config import HTTP_PROTOCOLS
 
     HTTP_PROTOCOLS["auto"] = protocol
@@ -56,16 +56,16 @@ def _checking(build: Callable[..., FastAPI], check: Callable[[FastAPI], None]) -
 
 
 def fail_fast(route: BaseRoute) -> None:
-    """Have a body for this route of FastAPI's refused at the first wrong item of a list. Items of vLLM's types are one
-    of dozens, and each wrong one has a problem with every one of them: of 15 kB of empty objects a million problems are
-    made, and the event loop waits for all of them."""
+    """Make this FastAPI route refuse a body at the first wrong item of a list. vLLM's items are unions of dozens of
+    types, and pydantic reports a problem with each: 15 kB of empty objects give a million problems, and the event loop
+    waits for all of them."""
     field = getattr(route, "body_field", None)
     if field is not None:
         adapter = seam(field, "_type_adapter")
         adapter.validator = SchemaValidator(_fail_fast(seam(adapter, "core_schema")))
 
 
-#: Parts of a schema of pydantic's that hold no schema of what is checked.
+#: Parts of a pydantic schema that contain no schemas.
 _NO_SCHEMAS = frozenset(("cls", "default", "expected", "function", "metadata", "serialization"))
 
 
@@ -77,8 +77,8 @@ def _fail_fast(schema: Any) -> Any:
 
 
 def problems_of(route: BaseRoute | None, body: Mapping[str, object]) -> list[dict[str, object]]:
-    """What is wrong with the fields of a body for this route of FastAPI's, each looked at alone, as pydantic tells it.
-    vLLM's own checks of a whole body run before its fields are, and fail in ways of their own."""
+    """The problems of the fields of a body for this FastAPI route, as pydantic reports them, each field checked alone.
+    vLLM's own checks of the whole body come first, and can fail on wrong fields in many ways."""
     field = getattr(route, "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
     found: list[dict[str, object]] = []
@@ -88,7 +88,7 @@ def problems_of(route: BaseRoute | None, body: Mapping[str, object]) -> list[dic
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             found.append({**first, "loc": ("body", name, *first["loc"])})
-        except Exception as error:  # vLLM's own, which pydantic lets through
+        except Exception as error:  # an error of vLLM's validators, which pydantic does not catch
             found.append({"type": "value_error", "loc": ("body", name), "input": None, "ctx": {"error": str(error)}})
     return found
 
@@ -102,12 +102,12 @@ def _adapter(model: type[BaseModel], name: str) -> TypeAdapter[object]:
     return adapter
 
 
-#: Of a frame that runs a route's function: what is raised before one is raised by the making of its arguments.
+#: The name of FastAPI's function that runs a route's function. Errors before it come from reading the arguments.
 ENDPOINT = "run_endpoint_function"
 
 
 def of_the_body(error: BaseException) -> bool:
-    """Was this raised in a FastAPI route before its function ran, by what reads and checks the body?"""
+    """Whether a FastAPI route raised this while it read and checked the body, before its function ran."""
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_name == ENDPOINT:
@@ -117,12 +117,12 @@ def of_the_body(error: BaseException) -> bool:
 
 
 def template_variables(app: Starlette) -> Mapping[str, object] | None:
-    """What chat templates are given where a request says nothing."""
+    """The default variables of chat templates."""
     return getattr(seam(app.state, "args"), "default_chat_template_kwargs", None)
 
 
 def served_names(app: Starlette) -> list[str]:
-    """All names under which models are served: the base model's, and adapters'."""
+    """The names of all served models: the base model and the adapters."""
     models = seam(app.state, "openai_serving_models")
     names = [path.name for path in seam(models, "base_model_paths")]
     return names + list(getattr(models, "lora_requests", None) or ())
@@ -150,9 +150,8 @@ def server_arguments(model: str, options: Sequence[str]) -> Namespace:
 
 
 def run_server(args: Namespace, keep_alive: int) -> None:
-    """What `vllm serve` runs: OpenAI's API in this process, or in as many as the options say, or vLLM decides; returns
-    when it has been stopped. `keep_alive`: seconds that an idle connection is kept, where the environment does not
-    say."""
+    """Run what `vllm serve` runs until it is stopped: OpenAI's API in this process, or in as many as the options or
+    vLLM decide. `keep_alive`: seconds that an idle connection is kept, unless the environment sets it."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
@@ -161,7 +160,7 @@ def run_server(args: Namespace, keep_alive: int) -> None:
     seam(ServeSubcommand, "cmd", ["args"])(args)
 
 
-#: Where the command line of `vllm serve` is defined: from 0.32 on, and before.
+#: The module that defines the command line of `vllm serve`: from 0.32 on, and before.
 _COMMAND_LINE = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
 
 
@@ -173,7 +172,7 @@ def _command_line() -> ModuleType:
 
 
 def serves(model: str, revision: str | None, *, trust_remote_code: bool = False) -> bool:
-    """Does vLLM know the architecture of this model? False where its configuration cannot be read."""
+    """Whether vLLM knows the architecture of this model; False if its configuration cannot be read."""
     from vllm import ModelRegistry
 
     try:

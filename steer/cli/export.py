@@ -44,8 +44,7 @@ def convert(
     from steer.hf.load import describe
     from steer.lab import formats
     from steer.lab.derive import Recipe, derive
-    from steer.lab.formats.foreign import Foreign
-    from steer.lab.formats.pickled import METADATA
+    from steer.lab.formats.foreign import METADATA, Foreign
     from steer.lab.measurement import Measurement, ModelFacts
 
     facts = None

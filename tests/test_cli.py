@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
 import typer
+from pydantic import ValidationError
 from typer.core import TyperGroup
 from typer.testing import CliRunner, Result
 
@@ -27,7 +28,7 @@ from steer._version import __version__
 from steer.cli.app import app
 from steer.cli.console import reported
 from steer.cli.evaluate import Applied
-from steer.cli.options import SharedOptions
+from steer.cli.options import Sites, expanded
 from steer.demo import MODEL
 from steer.direction import Direction
 from steer.errors import InvalidInput
@@ -360,7 +361,7 @@ def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> Non
     told = run("eval", str(tiny_folder), *options, *wrong.split(), "--answers", code=2).stderr
     wanted = ("--strengths", "--kl finds", "--controls: not possible", "--judge-model", "--url: is for --tasks")
     assert all(option in told for option in (*wanted, "--answers: needs --report"))
-    assert "numbers separated by commas" in run("eval", str(tiny_folder), *options, "--strengths", "a", code=2).stderr
+    assert "'a' is not accepted: a number" in run("eval", str(tiny_folder), *options, "--strengths", "a", code=2).stderr
     assert "above 0" in run("eval", str(tiny_folder), *options, "--kl", "0.1,0", code=2).stderr
     wrong = "--tokens last-2,all --layers , --text t.txt --strengths 1,2 --calibrate c.safetensors"
     told = run("eval", str(tiny_folder), *options, *wrong.split(), code=2).stderr
@@ -731,8 +732,8 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"measure m {sets} -o /proc/x": "cannot write into /proc",
         f"fit m {sets} {output} --template x=1 --template x=2": "--template: 'x' is given twice",
         f"measure m {sets} {output} --template x": "--template: 'x' is not NAME=VALUE",
-        f"eval m --direction d {sets} --template x --strengths a": "--template: 'x' is not NAME=VALUE",
-        f"eval m --direction d {sets} --strengths a --kl 0": "--strengths: numbers separated by commas, got 'a'",
+        f"eval m --direction d {sets} --template x --kl , --answers": "--template: 'x' is not NAME=VALUE",
+        f"eval m --direction d {sets} --strengths a --kl 0": "not accepted: a number error: --kl: ",
         f"measure m {sets} {output} --positions 1,a": "--positions: 'a' is not accepted: a whole number",
         f"derive {h} -o {h}": "must end in .safetensors",
         f"derive {tmp_path}/m.safetensors -o {tmp_path}/../{tmp_path.name}/m.safetensors": "is read by this command",
@@ -746,8 +747,8 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"serve --default-steer r --directions {tmp_path}": f"'r' is not in the folder '{tmp_path}'; there: d, other",
         "bake /nowhere --direction d -o /no/x --mode no": "the folder /no does not exist error: cannot load the model",
         f"derive m {output} --sites foo": "--sites: 'foo' is not accepted: 'resid_post' or 'writers'",
-        f"select m m {sets} {output} --t a": "--t: numbers separated by commas, got 'a'",
-        f"select m m {sets} {output} --layer a": "--layer: whole numbers separated by commas, got 'a'",
+        f"select m m {sets} {output} --t a": "--t: 'a' is not accepted: a number",
+        f"select m m {sets} {output} --layer a": "--layer: 'a' is not accepted: a whole number",
         f"search m {sets} --folder {tmp_path} --t 1": "--t: needs the least and the largest value",
         f"search m {sets} --folder {tmp_path} --pick 1": "belong together",
         f"measure m {sets} -o {model}/model.safetensors": "is a model's, which this would change",
@@ -974,8 +975,16 @@ def test_methods_are_told_one_by_one_and_as_json() -> None:
 
 
 def test_lists_by_commas_may_have_spaces() -> None:
-    assert SharedOptions.model_validate({"sites": "resid_post, writers"}).sites == ("resid_post", "writers")
-    assert SharedOptions.model_validate({"positions": "-1, -2"}).positions == (-1, -2)
+    seen = []
+
+    def command(*, sites: Sites, numbers: Annotated[tuple[int, ...], "a list"]) -> None:
+        seen.append((sites, numbers))
+
+    expanded(command)(sites="resid_post, writers, writers", numbers="-1, -2")
+    assert seen == [(("resid_post", "writers"), (-1, -2))]
+    for numbers in ("", "1,a", "1.5"):
+        with pytest.raises(ValidationError, match=r"numbers\.[01]"):
+            expanded(command)(sites="nowhere", numbers=numbers)
     assert ServeSettings(sites="resid_post, writers").site_list == ("resid_post", "writers")
     file = ROOT / "directions" / "refusal.safetensors"
-    assert {arm.asked.mode for arm in Applied(mode="ablate, one_sided").arms([file])} == {"ablate", "one_sided"}
+    assert {arm.asked.mode for arm in Applied(mode=("ablate", "one_sided")).arms([file])} == {"ablate", "one_sided"}

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from steer.cli.console import log_warnings, quiet_libraries, reported
-from steer.cli.options import SharedOptions, check_folder, floats, split
-from steer.errors import InvalidInput
+from steer.cli.options import check_folder, rows, split
+from steer.errors import InvalidInput, prefixed
 
 #: The options of one real model.
 DRAWS = "One real model"
@@ -61,7 +61,12 @@ def study(
     from experiments.slerp_study.run import subjects
     from steer.lab.progress import Progress
 
-    choices = SharedOptions.model_validate({"batch_size": batch_size})
+    with prefixed("--batch-size"):
+        batch = rows(batch_size)
+    try:
+        doses = [float(each) for each in split(kl)]
+    except ValueError:
+        raise InvalidInput(f"--kl: numbers separated by commas, got {kl!r}") from None
     check_folder(output)
     _check_design(ctx, models)
     if harmful is not None and harmless is not None:
@@ -78,10 +83,10 @@ def study(
                 draws=draws,
                 test=most or HELD_OUT,
                 ways=SUBSET if arms is None else list(WAYS) if arms == "all" else split(arms),
-                doses=floats("--kl", kl),
+                doses=doses,
                 layer=layer,
                 max_tokens=max_tokens,
-                batch_size=choices.batch,
+                batch_size=batch,
                 dtype=dtype,
                 device=device,
                 progress=progress,
@@ -94,7 +99,7 @@ def study(
             subjects(models, prompts, most),
             output,
             max_tokens=max_tokens,
-            batch_size=choices.batch,
+            batch_size=batch,
             most_layers=source_layers,
             dtype=dtype,
             device=device,

@@ -72,7 +72,7 @@ def check(
         raise DirectionError([*error.problems, "this model is the embedded one: name yours"]) from error
     rendering = Rendering(meta.system_prompt, meta.template, meta.response_prefix)
     with Progress(shown=True) as progress:
-        bench = engine.open(opt.SharedOptions(sites=meta.sites), progress)
+        bench = engine.open(progress, meta.sites)
         opt.check_served({file: arm.direction}, bench.source)
         evaluator = bench.evaluator(arm.rows, max_tokens, rendering)
         found = run(arm, bench.source, evaluator, sets, rendering, looked_for)

@@ -11,11 +11,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import Field
 
 from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_line, echo_resumed, quiet_libraries, reported
@@ -44,18 +44,18 @@ log = logging.getLogger("steer")
 class Applied:
     """How the directions are applied: what arms there are, and with which they are compared."""
 
-    mode: Annotated[str | None, f"{', '.join(MODES)}; several by commas; default: the file's"] = None
+    mode: Annotated[tuple[str, ...] | None, f"{', '.join(MODES)}; several by commas; default: the file's"] = None
     strength: Annotated[float | None, "default: the file's, of its own mode; in another mode 1"] = None
-    strengths: Annotated[str | None, "several strengths instead of --strength, like 0,0.5,1,1.5"] = None
+    strengths: Annotated[tuple[float, ...] | None, "several strengths instead of --strength, like 0,0.5,1,1.5"] = None
     kl: Annotated[
-        str | None, "KL doses on harmless, like 0.02,0.05: find the strengths that have these and try them"
+        tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None,
+        "KL doses on harmless, like 0.02,0.05: find the strengths that have these and try them",
     ] = None
-    layers: Annotated[str | None, "the layers at which it acts, as 10-20 or all; several by commas; default: all"] = (
-        None
-    )
-    tokens: Annotated[str | None, f"the tokens: {', '.join(TOKENS)}; several by commas; default: all"] = None
+    layers: Annotated[tuple[str, ...], "the layers at which it acts, as 10-20 or all; several by commas"] = ("all",)
+    tokens: Annotated[tuple[str, ...], f"the tokens: {', '.join(TOKENS)}; several by commas"] = ("all",)
     shifts: Annotated[
-        str | None, "thresholds moved by these shares of the distance between the class means, like -0.25,0,0.25"
+        tuple[float, ...] | None,
+        "thresholds moved by these shares of the distance between the class means, like -0.25,0,0.25",
     ] = None
     condition: Annotated[
         str | None, "act where this holds alone, as a request says it: refusal@12>0.3, or each:refusal@12>0.3"
@@ -71,31 +71,6 @@ class Applied:
         Path | None, "write the direction here, with the largest strengths up to which no tried one did harm"
     ] = None
 
-    @property
-    def at(self) -> list[str]:
-        return ["all"] if self.layers is None else opt.split(self.layers)
-
-    @property
-    def when(self) -> list[str]:
-        return ["all"] if self.tokens is None else opt.split(self.tokens)
-
-    def moved(self) -> list[float]:
-        """The shifts, 0 for none."""
-        return [0.0] if self.shifts is None else opt.floats("--shifts", self.shifts)
-
-    def given(self) -> list[float] | None:
-        """The strengths, None for the file's."""
-        if self.strength is not None:
-            return [self.strength]
-        return opt.floats("--strengths", self.strengths) if self.strengths else None
-
-    def doses(self) -> list[float]:
-        found = opt.floats("--kl", self.kl or "")
-        InvalidInput.raise_for(
-            f"--kl: {dose:g} is not accepted: a number of nats above 0" for dose in found if not 0 < dose < inf
-        )
-        return list(dict.fromkeys(found))
-
     def files(self, files: Sequence[Path], arms: Sequence[Arm]) -> dict[Path, Direction]:
         """The directions of `files` and of --probe, as `arms` have them."""
         found = {file: arm.direction for file in files for arm in arms if arm.asked.direction == file.stem}
@@ -107,9 +82,9 @@ class Applied:
         """The arms of `files`; where there are doses, each at its file's strength."""
         from steer.lab.evaluation.arms import arms_of
 
-        modes = [mode.strip() for mode in self.mode.split(",")] if self.mode else None
-        where = self.at, self.when, self.moved()
-        arms = arms_of(files, modes, self.given(), self.controls, *where, self.condition, self.probe)
+        strengths = self.strengths if self.strength is None else (self.strength,)
+        where = self.layers, self.tokens, self.shifts or (0.0,)
+        arms = arms_of(files, self.mode, strengths, self.controls, *where, self.condition, self.probe)
         named = [arm.way for arm in arms] + [arm.name for arm in arms if not self.kl]
         if self.against is not None and self.against not in named:
             raise InvalidInput(f"--against: {self.against!r} is none of the arms: {', '.join(dict.fromkeys(named))}")
@@ -159,7 +134,7 @@ def evaluate(
     text: Annotated[Path | None, "plain text whose perplexity is measured"] = None,
     lm_eval: Tasks,
     rendered: opt.Rendered,
-    batch_size: Annotated[str, "prompts in a pass, or auto"] = "auto",
+    batch_size: opt.BatchRows = None,
     backend: opt.Backend = "transformers",
     report: Annotated[
         Path | None, "folder for report.json, report.md and pictures; continues an interrupted run"
@@ -184,11 +159,10 @@ def evaluate(
         from steer.lab.resume import Cache
         from steer.tokenization import rendered_otherwise
 
-        doses, arms = applied.doses(), applied.arms(direction)
+        doses, arms = tuple(dict.fromkeys(applied.kl or ())), applied.arms(direction)
         files = applied.files(direction, arms)
         engine.check_fits(files)
         lm_eval.check()
-        choices = opt.SharedOptions.model_validate({"sites": arms[0].direction.meta.sites, "batch_size": batch_size})
         given = {"harmful": harmful, "harmless": harmless, "borderline": borderline, "multi-turn": multi_turn}
         sets = {name: read_prompts(source) for name, source in given.items() if source is not None}
         check_contrast(sets["harmful"], sets["harmless"])
@@ -199,7 +173,7 @@ def evaluate(
         known = read_expected(expected) if expected else {}
         written = _read(text, f"--text: {text}") if text else None
         judging = counted.judges(behaviour, progress)
-        bench = engine.open(choices, progress)
+        bench = engine.open(progress, arms[0].direction.meta.sites, batch_size)
         opt.check_served(files, bench.source)
         loading = {"model": model, "revision": opening.revision, "backend": backend, "dtype": opening.dtype}
         conditions: dict[str, Any] = loading | asdict(rendering)
@@ -232,7 +206,7 @@ def evaluate(
         )
         if report is not None:
             two = {name: sets[name] for name in ("harmful", "harmless")}
-            projections = projected(bench.source, arms[0].direction, two, rendering, choices.batch)
+            projections = projected(bench.source, arms[0].direction, two, rendering, batch_size)
             write(made, report, projections, found.told if answers else {}, sets)
         if applied.calibrate is not None:
             own = next(arm.direction for arm in arms if not arm.control)
@@ -263,12 +237,13 @@ def _checked(
 ) -> tuple[Rendering, Behaviour]:
     """What stands around prompts, and what is counted. Raises InvalidInput with all options that are wrong or do not
     go together, before anything is read."""
-    at, when, calibrated = applied.at, applied.when, applied.calibrate is not None
+    calibrated = applied.calibrate is not None
     one, several, kl = (given is not None for given in (applied.strength, applied.strengths, applied.kl))
     tasks, url, kept = (given is not None for given in (lm_eval.tasks, lm_eval.url, report))
     scored = ["--text"] * (text is not None) + ["--tasks"] * tasks
     condition = applied.condition
-    placed = (at, when, applied.shifts, condition) != (["all"], ["all"], None, None)
+    everywhere = ("all",)
+    placed = (applied.layers, applied.tokens, applied.shifts, condition) != (everywhere, everywhere, None, None)
     wrong = {
         "--strength and --strengths set the same value: give one of them": one and several,
         "--kl finds the strengths: do not give --strength or --strengths with it": kl and (one or several),
@@ -285,11 +260,11 @@ def _checked(
         and (len(files) != 1 or not (several or kl)),
         "--calibrate: is for what acts everywhere: give it without --layers, --tokens, --shifts and --condition": placed
         and calibrated,
-        "--kl: names none: give one, or leave the option out": kl and not opt.split(applied.kl or ""),
-        "--layers: names none: give one, or leave the option out": not at,
-        "--tokens: names none: give one, or leave the option out": not when,
+        "--kl: names none: give one, or leave the option out": kl and not applied.kl,
+        "--layers: names none: give one, or leave the option out": not applied.layers,
+        "--tokens: names none: give one, or leave the option out": not applied.tokens,
         f"--tokens: does not go with {' and '.join(scored)}, whose texts have no prompts: leave one out": scored
-        and when != ["all"],
+        and applied.tokens != everywhere,
         f"--condition: does not go with {' and '.join(scored)}, whose texts have no prompts: leave one out": scored
         and condition is not None,
         "--probe: is for --condition": applied.probe is not None and condition is None,
@@ -300,9 +275,6 @@ def _checked(
         rendering = rendered.rendering()
     with noted(problems):
         behaviour = counted.loaded(several=True)
-    for read in (applied.given, applied.moved, applied.doses):
-        with noted(problems):
-            read()
     with noted(problems):
         if report is not None:
             opt.check_folder(report, "--report")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from steer.cli import options as opt
 from steer.cli.console import quiet_libraries
 from steer.errors import DirectionError, InvalidInput, noted, prefixed
 from steer.lab.progress import Progress
+from steer.names import Mode
 from steer.settings import ModelOrigin
 
 
@@ -23,7 +24,8 @@ def convert(
     ],
     model: Annotated[str | None, "the model that another tool's file was made for (its config is read)"] = None,
     layer: Annotated[
-        str | None, "source layer, 0 for block 0; for a file of class means also widest (the default) or all"
+        Literal["widest", "all"] | int | None,
+        "source layer, 0 for block 0; for a file of class means also widest (the default) or all",
     ] = None,
     position: Annotated[int | None, "position, where the file has several"] = None,
     tensor: Annotated[
@@ -32,7 +34,7 @@ def convert(
     method: Annotated[str | None, f"of class means: {opt.METHOD_NAMES}; default: slerp"] = None,
     t: opt.T = None,
     parameter: opt.Parameters = None,
-    mode: Annotated[str | None, "the default mode of the direction that is written"] = None,
+    mode: Annotated[Mode | None, "the default mode of the direction that is written"] = None,
     strength: Annotated[float | None, "the default strength of the direction that is written"] = None,
     *,
     origin: ModelOrigin,
@@ -54,9 +56,7 @@ def convert(
         facts = ModelFacts(
             name=model, revision=origin.revision, architecture=architecture, layers=layers, d_model=d_model
         )
-    given = {key: value for key, value in (("layer", layer), ("mode", mode)) if value is not None}
-    choices = opt.DerivedChoices.model_validate(given)
-    number = choices.layer if isinstance(choices.layer, int) else None
+    number = layer if isinstance(layer, int) else None
     found = formats.read(source, Foreign(facts, number, position, tensor))
     if isinstance(found, Measurement):
         if output.name.endswith(formats.MEASUREMENT_SUFFIX):
@@ -65,7 +65,8 @@ def convert(
             found.save(output)
             typer.echo(f"wrote {output}: {found.layers} of {found.meta.model.layers} layers")
             return
-        recipe = Recipe(opt.chosen_method(method or "slerp", t, parameter), choices.layer, position, mode=choices.mode)
+        made_by = opt.chosen_method(method or "slerp", t, parameter)
+        recipe = Recipe(made_by, "widest" if layer is None else layer, position, mode=mode or "ablate")
         found = derive(found, recipe)
     elif output.name.endswith(formats.MEASUREMENT_SUFFIX):
         raise InvalidInput(f"{source}: is a direction; a measurement cannot be made from it")
@@ -74,7 +75,7 @@ def convert(
         _refuse("a direction, which is made already", **unread)
     changes = {key: value for key, value in (("mode", mode), ("strength", strength)) if value is not None}
     if mode is not None and strength is None:
-        changes["strength"] = found.meta.strength_in(choices.mode)
+        changes["strength"] = found.meta.strength_in(mode)
     direction = found.with_meta(**changes)
     for sentence in formats.write(output, direction):
         typer.echo(f"warning: {sentence}", err=True)

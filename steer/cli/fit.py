@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from pydantic import BaseModel, Field, ValidationError
@@ -16,7 +16,7 @@ from steer.errors import InvalidInput, NothingFound, problems_of
 from steer.lab.progress import Progress
 from steer.lab.prompts import LEAST_SHOWN, SMALL, Split, check_contrast, read_prompts
 from steer.lab.tables import terminal_width, wrapped
-from steer.names import check_name
+from steer.names import Mode, check_name
 from steer.settings import ModelSettings
 from steer.spec import ends, layer_range
 
@@ -40,16 +40,17 @@ def fit(
     t: opt.T = None,
     parameter: opt.Parameters = None,
     layer: Annotated[
-        str, "source layer: auto (chosen by effect), a number, widest, or all (each layer its own)"
+        Literal["auto", "widest", "all"] | int,
+        "source layer: auto (chosen by effect), a number, widest, or all (each layer its own)",
     ] = "auto",
     position: opt.Position = -1,
     winsorize: opt.Winsorize = None,
     rendered: opt.Rendered,
-    mode: Annotated[str | None, opt.FILE_MODE] = None,
+    mode: Annotated[Mode | None, opt.FILE_MODE] = None,
     strength: Annotated[float | None, opt.STRENGTH] = None,
-    sites: opt.Sites = "resid_post",
+    sites: opt.Sites = ("resid_post",),
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 24,
-    batch_size: opt.BatchPrompts = "auto",
+    batch_size: opt.BatchPrompts = None,
     threshold: opt.Threshold = None,
     target: opt.Target = None,
     condition: Annotated[
@@ -69,11 +70,8 @@ def fit(
     errors on prompts that were set aside are printed; the exit code is 3 if it does not tell the sets apart. With
     --output the same direction is written with the condition in its metadata, which no request applies by itself.
     """
-    choices = opt.SharedOptions.model_validate(
-        {"mode": mode or "ablate", "sites": sites, "layer": layer, "batch_size": batch_size, "winsorize": winsorize}
-    )
     if condition is not None:
-        _check_condition(ctx, condition, output, choices)
+        _check_condition(ctx, condition, output, layer)
     elif output is None:
         raise InvalidInput("--output: is missing: the direction file to write")
     if output is not None:
@@ -98,23 +96,21 @@ def fit(
         probe = Direction.load(condition)
         engine.check_fits({condition: probe})
     with opt.problems_of_options():
-        choice = lab.Choice.of(
-            made, choices.layer, choices.mode if mode else None, strength, threshold, target, choices.sites
-        )
+        choice = lab.Choice.of(made, layer, mode, strength, threshold, target, sites)
     if winsorize is not None:
         choice = replace(choice, winsorize=())
     options = MeasurementOptions((position,), winsorize, rendering, vectors=choice.needs_vectors)
     with Progress(shown=True) as progress:
         judging = counted.only_judge(behaviour, progress)
-        bench = engine.open(choices, progress)
+        bench = engine.open(progress, sites, batch_size)
         layers = bench.source.facts.layers
-        if isinstance(choices.layer, int) and not -layers <= choices.layer < layers:
-            raise InvalidInput(f"--layer: {choices.layer} does not exist: this model has the layers 0 to {layers - 1}")
+        if isinstance(layer, int) and not -layers <= layer < layers:
+            raise InvalidInput(f"--layer: {layer} does not exist: this model has the layers 0 to {layers - 1}")
         if condition is not None and probe is not None:
             opt.check_served({condition: probe}, bench.source)
-            at = choices.layer % layers if isinstance(choices.layer, int) else None
+            at = layer % layers if isinstance(layer, int) else None
             name = (output or condition).stem  # of the file that has it
-            known = find(bench.source, probe, name, split, rendering, at, choices.batch, progress)
+            known = find(bench.source, probe, name, split, rendering, at, batch_size, progress)
             typer.echo("\n".join(told(known, split)))
             if output is not None:
                 digest = probe.with_meta(condition=known.kept(split, rendering)).save(output)
@@ -126,9 +122,9 @@ def fit(
         if work.cache.resumes:
             echo_resumed(work.folder)
         tried = bench.evaluator(choice.rank, max_tokens, rendering)
-        measurement = work.measured(tried, choices.batch)
+        measurement = work.measured(tried, batch_size)
         try:
-            recipe = Recipe(sites=choices.sites)
+            recipe = Recipe(sites=sites)
             fitted = lab.fit(
                 measurement, recipe, choice, split, tried, behaviour=behaviour, judge=judging, cache=work.cache
             )
@@ -154,7 +150,7 @@ OF_CONDITION = (
 )
 
 
-def _check_condition(ctx: typer.Context, file: Path, output: Path | None, choices: opt.SharedOptions) -> None:
+def _check_condition(ctx: typer.Context, file: Path, output: Path | None, layer: str | int) -> None:
     """Refuse, before any work, what does not go together with --condition, and a name that no condition could have."""
     known = {*OF_CONDITION, *ModelSettings.model_fields}
     problems = [
@@ -162,8 +158,8 @@ def _check_condition(ctx: typer.Context, file: Path, output: Path | None, choice
         for name in ctx.params
         if name not in known and (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
     ]
-    if choices.layer in ("widest", "all"):
-        problems.append(f"--layer: '{choices.layer}' is not for --condition: auto, or the number of a layer")
+    if layer in ("widest", "all"):
+        problems.append(f"--layer: '{layer}' is not for --condition: auto, or the number of a layer")
     if output is not None and output.resolve() == file.resolve():
         problems.append(f"--output: {output} is the file of --condition, which is not changed: give another name")
     InvalidInput.raise_for(problems)
@@ -178,13 +174,15 @@ def measure(
     harmless: opt.Harmless,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="the measurement file to write (.safetensors)")],
-    positions: Annotated[str, "token positions, separated by commas; −1 is the last of the template"] = "-1",
+    positions: Annotated[tuple[int, ...], "token positions, separated by commas; −1 is the last of the template"] = (
+        -1,
+    ),
     last_layer: Annotated[int | None, "last layer to measure; the layers after it do not run"] = None,
     vectors: Annotated[bool, "keep each prompt's vectors (bfloat16), which some methods need"] = False,
     moments: Annotated[bool, "keep second moments: layers × d_model² × 16 bytes for each position"] = False,
     winsorize: opt.Winsorize = None,
     rendered: opt.Rendered,
-    batch_size: opt.BatchPrompts = "auto",
+    batch_size: opt.BatchPrompts = None,
     every: Annotated[
         float, typer.Option(min=0, help="seconds of work between saves of the running sums, next to the output")
     ] = 60.0,
@@ -196,10 +194,6 @@ def measure(
     An interrupted measurement goes on when the same command is given again. With --backend vllm the model is measured
     as vLLM serves it, and any further options are those of `vllm serve`.
     """
-
-    choices = opt.SharedOptions.model_validate(
-        {"batch_size": batch_size, "positions": positions, "winsorize": winsorize}
-    )
     opt.check_file(output, read=(harmful, harmless))
     engine = opt.EngineOptions(backend, model, ctx, opening)
     sets = read_prompts(harmful), read_prompts(harmless)
@@ -212,12 +206,12 @@ def measure(
     from steer.lab.measure import MeasurementOptions
     from steer.lab.measure import measure as run
 
-    options = MeasurementOptions(choices.positions, winsorize, rendering, last_layer, vectors, moments)
+    options = MeasurementOptions(positions, winsorize, rendering, last_layer, vectors, moments)
     partial = output.with_name(f"{output.name}.part")
     with Progress(shown=True) as progress:
-        source = engine.open(choices, progress).source
+        source = engine.open(progress).source
         measurement = run(
-            source, *sets, options, batch_size=choices.batch, progress=progress, partial=partial, every=every
+            source, *sets, options, batch_size=batch_size, progress=progress, partial=partial, every=every
         )
     measurement.save(output)
     partial.unlink(missing_ok=True)
@@ -235,7 +229,8 @@ def derive(
     t: opt.T = None,
     parameter: opt.Parameters = None,
     layer: Annotated[
-        str, "source layer: widest (where the class means are widest apart), a number, or all (each its own)"
+        Literal["widest", "all"] | int,
+        "source layer: widest (where the class means are widest apart), a number, or all (each its own)",
     ] = "widest",
     position: Annotated[int | None, "one of the measured positions; default: the first"] = None,
     winsorize: Annotated[
@@ -244,9 +239,9 @@ def derive(
     sparsify: Annotated[float | None, "share of the dimensions to keep, those with the largest entries"] = None,
     bootstrap: Annotated[int, "resamples of the prompts to average over (needs --vectors)"] = 0,
     seed: Annotated[int | None, "seed of the resamples of --bootstrap; default: 0"] = None,
-    mode: Annotated[str, opt.FILE_MODE] = "ablate",
+    mode: Annotated[Mode, opt.FILE_MODE] = "ablate",
     strength: Annotated[float, opt.STRENGTH] = 1.0,
-    sites: opt.Sites = "resid_post",
+    sites: opt.Sites = ("resid_post",),
     threshold: opt.Threshold = None,
     target: opt.Target = None,
     layers: Annotated[str | None, "the layers at which it acts, as 10-20; the others get the weight 0"] = None,
@@ -260,7 +255,6 @@ def derive(
     ] = None,
 ) -> None:
     """Make a direction from a MEASUREMENT, without the model."""
-    choices = opt.DerivedChoices.model_validate({"mode": mode, "sites": sites, "layer": layer})
     if seed is not None and not bootstrap:
         raise InvalidInput("--seed: needs --bootstrap, because nothing else here is random")
     opt.check_direction_file(output, read=(measurement,))
@@ -274,15 +268,15 @@ def derive(
     with opt.problems_of_options():
         recipe = Recipe(
             made,
-            choices.layer,
+            layer,
             position,
             winsorize,
             sparsify,
             bootstrap,
             seed or 0,
-            choices.mode,
+            mode,
             strength,
-            choices.sites,
+            sites,
             threshold,
             target,
             *_weights(layers, weights, mlp_weights, measured.meta.model.layers),

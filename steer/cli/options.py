@@ -13,10 +13,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
-from pydantic import BaseModel, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
@@ -35,6 +36,31 @@ if TYPE_CHECKING:
     from steer.lab.methods.base import Method
     from steer.lab.source import Source
 
+
+def split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def rows(text: object) -> int | None:
+    """A number of rows, None for auto."""
+    if text in (None, "auto"):
+        return None
+    if not str(text).isdecimal() or not int(str(text)):
+        raise InvalidInput(f"{text!r} is not accepted: 'auto', or a whole number from 1 up")
+    return int(str(text))
+
+
+def _two(value: object) -> object:
+    if isinstance(value, list) and len(value) != 2:
+        raise InvalidInput(f"needs the least and the largest value, separated by a comma, got {','.join(value)!r}")
+    return value
+
+
+#: For a list of two.
+LeastAndLargest = BeforeValidator(_two)
+#: For a list, a word for all that there are.
+AllByDefault = BeforeValidator(lambda value: None if value in (["auto"], ["all"]) else value)
+
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
 #: `Harmful | None` would lose what is said of it: an option that may be left out is Annotated by itself.
 HARMFUL = "prompts that show the behaviour: a file, or hub:NAME[/CONFIG][:SPLIT[:COLUMN]]"
@@ -42,16 +68,26 @@ Harmful = Annotated[str, HARMFUL]
 HARMLESS = "prompts that do not show it, as --harmful"
 Harmless = Annotated[str, HARMLESS]
 Output = Annotated[Path, typer.Option("--output", "-o", help="the direction file to write")]
-BatchRows = Annotated[str, "rows in a pass, or auto"]
-BatchPrompts = Annotated[str, "prompts in a pass; auto begins with 64 and halves when memory runs out"]
+BatchRows = Annotated[int | None, BeforeValidator(rows), "rows in a pass, or auto"]
+BatchPrompts = Annotated[
+    int | None, BeforeValidator(rows), "prompts in a pass; auto begins with 64 and halves when memory runs out"
+]
 Position = Annotated[int, "token position to measure; −1 is the last one of the template"]
 BehaviourOption = Annotated[str, "the behaviour to count: refusal, verbosity, or a TOML file"]
 Prompts = Annotated[str | None, "published sets instead of --harmful and --harmless: arditi (the default), mlabonne"]
-Winsorize = Annotated[float | None, "clip each activation vector at this quantile of its magnitudes"]
-FILE_MODE = f"the file's default mode: {', '.join(MODES)}"
+Winsorize = Annotated[
+    Annotated[float, Field(gt=0, le=1)] | None, "clip each activation vector at this quantile of its magnitudes"
+]
+FILE_MODE = "the file's default mode"
+Modes = Annotated[tuple[Mode, ...], f"modes, separated by commas: {', '.join(MODES)}"]
 STRENGTH = "the file's default strength"
-Sites = Annotated[str, f"where the direction acts: {' or '.join(SITES)}"]
+Sites = Annotated[
+    tuple[Site, ...],
+    AfterValidator(lambda sites: tuple(dict.fromkeys(sites))),
+    f"where the direction acts: {' or '.join(SITES)}",
+]
 METHOD_NAMES = f"{', '.join(METHODS)} (`steer methods` explains each)"
+MethodList = Annotated[tuple[str, ...], f"methods, separated by commas: {METHOD_NAMES}"]
 METHOD_NAME = "\n\n".join(["the method:", *(f"{name}: {summary}" for name, summary in METHODS.summaries().items())])
 T = Annotated[
     float | None, "parameter of slerp: 0 (the default) is projected, 1 the difference of the normalised means"
@@ -119,20 +155,44 @@ def _options_of(group: type) -> dict[str, tuple[object, object]]:
     return {field.name: (hints[field.name], field.default) for field in fields(group)}
 
 
+def _help_of(kind: object) -> str | None:
+    """A mere text in an `Annotated`, which is the help of an option."""
+    return next((told for told in getattr(kind, "__metadata__", ()) if isinstance(told, str)), None)
+
+
+def _types(kind: Any) -> list[Any]:
+    """What an option may be, but for None."""
+    several = get_args(kind.__origin__) if get_origin(kind.__origin__) in (Union, UnionType) else (kind.__origin__,)
+    return [one for one in several if one is not type(None)]
+
+
+def _is_list(kind: Any) -> bool:
+    """Is it written as one text, separated by commas?"""
+    return get_origin(_types(kind)[0]) is tuple
+
+
 def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
-    """The parameter for an option. A mere text in its `Annotated` is the help; a flag that is off can only be set."""
-    if get_origin(kind) is Annotated and isinstance(kind.__metadata__[0], str):
+    """The parameter for an option. A flag that is off can only be set. For typer that is a text which it cannot read:
+    a list, one of several types, and what has a validator before all others."""
+    if (told := _help_of(kind)) is not None:
         names = [f"--{name.replace('_', '-')}"] if default is False else []
-        kind = Annotated[kind.__origin__, typer.Option(*names, help=kind.__metadata__[0])]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        own = any(isinstance(each, BeforeValidator) for each in kind.__metadata__)
+        read: Any = kind.__origin__
+        if own or _is_list(kind) or len(_types(kind)) > 1:
+            read = str if default is not None else str | None
+        kind = Annotated[read, typer.Option(*names, help=told)]
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=kind)
 
 
 def expanded(command: Callable[..., object]) -> Callable[..., None]:
     """Give a command one option for each field of the settings and of the groups of options (dataclasses, whose fields
-    all have defaults) that it takes; it gets each of them as one checked object."""
+    all have defaults) that it takes; it gets each of them as one checked object. Its own options and those of groups
+    are checked together, each by its type."""
     hints = get_type_hints(command, include_extras=True)
     shown: list[inspect.Parameter] = []
     groups: dict[str, tuple[type, Iterable[str]]] = {}
+    rules: dict[str, Any] = {}
     for parameter in inspect.signature(command).parameters.values():
         kind = hints[parameter.name]
         options = {parameter.name: (kind, parameter.default)}
@@ -140,8 +200,15 @@ def expanded(command: Callable[..., object]) -> Callable[..., None]:
             options = _options_of(kind)
             groups[parameter.name] = kind, options.keys()
         shown += [_option(name, kind, default) for name, (kind, default) in options.items()]
+        rules |= {name: kind for name, (kind, _) in options.items() if _help_of(kind) is not None}
 
     def run(**given: Any) -> None:
+        own = {name: given[name] for name in rules}
+        lists = {name: text for name, text in own.items() if text is not None and _is_list(rules[name])}
+        own |= {name: split(text) if text else [text] for name, text in lists.items()}
+        types: dict[str, Any] = {name: (kind, None) for name, kind in rules.items()}
+        checked = create_model("Options", **types)
+        given |= dict(checked.model_validate(own))
         for name, (group, options) in groups.items():
             own = {option: given.pop(option) for option in options}
             given[name] = group(**{option: value for option, value in own.items() if value is not None})
@@ -255,38 +322,6 @@ def _assigned(option: str, items: Iterable[str] | None) -> dict[str, str]:
     return found
 
 
-class SharedOptions(BaseModel):
-    """Options that commands share, checked together."""
-
-    mode: Mode = "ablate"
-    sites: tuple[Site, ...] = ("resid_post",)
-    layer: Literal["auto", "widest", "all"] | int = "auto"
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    positions: tuple[int, ...] = (-1,)
-    winsorize: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    @field_validator("sites", "positions", mode="before")
-    @classmethod
-    def _listed(cls, value: object) -> object:
-        """They may be one text, separated by commas."""
-        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-    @field_validator("sites")
-    @classmethod
-    def _once(cls, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        return tuple(dict.fromkeys(sites))
-
-    @property
-    def batch(self) -> int | None:
-        return None if self.batch_size == "auto" else self.batch_size
-
-
-class DerivedChoices(SharedOptions):
-    """The same where no model is there to try a layer on."""
-
-    layer: Literal["widest", "all"] | int = "widest"
-
-
 def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> Method:
     given = _assigned("--parameter", parameters)
     if t is not None and "t" in given:
@@ -398,31 +433,6 @@ def problems_of_options() -> Iterator[None]:
         ) from error
 
 
-def split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def floats(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in split(text)]
-    except ValueError:
-        raise InvalidInput(f"{option}: numbers separated by commas, got {text!r}") from None
-
-
-def ints(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in split(text)]
-    except ValueError:
-        raise InvalidInput(f"{option}: whole numbers separated by commas, got {text!r}") from None
-
-
-def pair(option: str, text: str) -> tuple[float, float]:
-    found = floats(option, text)
-    if len(found) != 2:
-        raise InvalidInput(f"{option}: needs the least and the largest value, separated by a comma, got {text!r}")
-    return found[0], found[1]
-
-
 #: Directions that are tried at once, if their rows fit.
 CANDIDATES = 64
 
@@ -499,13 +509,13 @@ class EngineOptions:
                     check_fits(direction, d_model=d_model, layers=layers, architecture=architecture)
         DirectionError.raise_for(problems)
 
-    def open(self, choices: SharedOptions, progress: Progress) -> Bench:
-        """Load the model. What evaluators do, `progress` shows."""
+    def open(self, progress: Progress, sites: tuple[Site, ...] = ("resid_post",), batch: int | None = None) -> Bench:
+        """Load the model. Evaluators act at `sites`, on `batch` rows at once; what they do, `progress` shows."""
         if self.backend == "vllm":
             find_vllm_model(self.model, self.opening.revision)
             from steer.vllm.offline import VllmEvaluator, VllmSource, start
 
-            llm = start(self.model, [*self.opening.vllm_options, *self.options], sites=choices.sites)
+            llm = start(self.model, [*self.opening.vllm_options, *self.options], sites=sites)
             source = VllmSource(llm, self.model, self.opening.revision)
             if self.opening.chat_template:
                 source.tokenizer.chat_template = self.opening.chat_template.read_text("utf-8")
@@ -518,8 +528,8 @@ class EngineOptions:
         loaded = load(self.model, **self.opening.loading)
 
         def probe(rank: int, tokens: int, rendering: Rendering | None) -> HFEvaluator:
-            steering = Steering(loaded.model, sites=choices.sites, rows=CANDIDATES * rank, rank=rank)
-            return HFEvaluator(loaded, steering, rendering, tokens, choices.batch, progress)
+            steering = Steering(loaded.model, sites=sites, rows=CANDIDATES * rank, rank=rank)
+            return HFEvaluator(loaded, steering, rendering, tokens, batch, progress)
 
         return Bench(TransformersSource(loaded), probe)
 

@@ -15,7 +15,6 @@ from steer.errors import InvalidInput, imported
 from steer.lab.progress import Progress
 from steer.lab.prompts import check_contrast, read_prompts
 from steer.lab.tables import shown
-from steer.names import MODES
 from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -30,21 +29,27 @@ def select(
     harmless: opt.Harmless,
     output: opt.Output,
     *,
-    method: Annotated[str, f"methods, separated by commas: {opt.METHOD_NAMES}"] = ("slerp,linear,projected"),
-    t: Annotated[str | None, "values of t of slerp, separated by commas (-1,-0.5,0,0.5)"] = None,
+    method: opt.MethodList = ("slerp", "linear", "projected"),
+    t: Annotated[tuple[float, ...] | None, "values of t of slerp, separated by commas (-1,-0.5,0,0.5)"] = None,
     parameter: opt.Parameters = None,
-    layer: Annotated[str, "auto (all layers where the classes separate), or numbers separated by commas"] = ("auto"),
-    position: Annotated[str, "all measured positions, or numbers separated by commas"] = "all",
-    mode: Annotated[str, f"modes, separated by commas: {', '.join(MODES)}"] = ("ablate,one_sided"),
+    layer: Annotated[
+        tuple[int, ...] | None,
+        opt.AllByDefault,
+        "numbers separated by commas, or auto (all layers where the classes separate, the default)",
+    ] = None,
+    position: Annotated[
+        tuple[int, ...] | None, opt.AllByDefault, "numbers separated by commas, or all measured positions (the default)"
+    ] = None,
+    mode: opt.Modes = ("ablate", "one_sided"),
     strength: Annotated[float, "strength of each candidate"] = 1.0,
-    sites: opt.Sites = "resid_post",
+    sites: opt.Sites = ("resid_post",),
     counted: opt.Counted,
     survivors: Annotated[
         int, typer.Option(min=1, help="candidates that generate answers, after all were screened by first tokens")
     ] = 16,
     prompts: Annotated[int, typer.Option(min=1, help="most prompts of each set to try candidates on")] = 48,
     max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 24,
-    batch_size: opt.BatchRows = "auto",
+    batch_size: opt.BatchRows = None,
     backend: opt.Backend = "transformers",
     opening: ModelSettings,
 ) -> None:
@@ -54,11 +59,6 @@ def select(
     figures of each. With --backend vllm, any further options are those of `vllm serve`.
     """
     engine = opt.EngineOptions(backend, model, ctx, opening)
-    modes = opt.split(mode)
-    choices = opt.SharedOptions.model_validate({"mode": modes[0], "sites": sites, "batch_size": batch_size})
-    tried = [opt.SharedOptions.model_validate({"mode": one}).mode for one in modes]
-    ts = opt.floats("--t", "-1,-0.5,0,0.5" if t is None else t)
-    numbers = None if layer == "auto" else tuple(opt.ints("--layer", layer))
     sets, behaviour = (read_prompts(harmful), read_prompts(harmless)), counted.loaded()
     check_contrast(*sets)
     opt.check_direction_file(output, read=(measurement,))
@@ -68,19 +68,20 @@ def select(
     from steer.lab.select import Action, Grid
     from steer.lab.select import select as run
 
-    names = opt.split(method)
-    made = tuple(opt.chosen_method(name, one, parameter) for name in names for one in (ts if _has_t(name) else [None]))
-    _check_t(t, names)
+    ts = (-1, -0.5, 0, 0.5) if t is None else t
+    made = tuple(opt.chosen_method(name, one, parameter) for name in method for one in (ts if _has_t(name) else [None]))
+    _check_t(t, method)
     measured = Measurement.load(measurement)
     if (known := engine.described()) is not None:
         _check_same(measured, *known)
-    positions = measured.meta.positions if position == "all" else tuple(opt.ints("--position", position))
-    actions = tuple(Action(mode, strength) for mode in tried)
-    grid = Grid(made, positions, "auto" if numbers is None else numbers, actions)
-    recipe = Recipe(sites=choices.sites)
+    actions = tuple(Action(one, strength) for one in mode)
+    grid = Grid(
+        made, measured.meta.positions if position is None else position, "auto" if layer is None else layer, actions
+    )
+    recipe = Recipe(sites=sites)
     with Progress(shown=True) as progress:
         judging = counted.only_judge(behaviour, progress)
-        bench = engine.open(choices, progress)
+        bench = engine.open(progress, sites, batch_size)
         facts = bench.source.facts
         _check_same(measured, facts.architecture, facts.layers, facts.d_model)
         direction = run(
@@ -127,10 +128,15 @@ def search(
         str | None, "harmless prompts that look harmful; few of them refused is the third objective"
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="number of trials, rounded up to whole groups")] = 192,
-    method: Annotated[str, f"methods, separated by commas: {opt.METHOD_NAMES}"] = "slerp,projected,linear,whitened",
-    t: Annotated[str | None, "least and largest t of slerp (-1,1)"] = None,
-    mode: Annotated[str, f"modes, separated by commas: {', '.join(MODES)}"] = "ablate,one_sided",
-    strength: Annotated[str, "least and largest strength; the mode add uses -1/100 of both"] = "0.5,1.5",
+    method: opt.MethodList = ("slerp", "projected", "linear", "whitened"),
+    t: Annotated[tuple[float, float] | None, opt.LeastAndLargest, "least and largest t of slerp (-1,1)"] = None,
+    mode: opt.Modes = ("ablate", "one_sided"),
+    strength: Annotated[
+        tuple[float, float], opt.LeastAndLargest, "least and largest strength; the mode add uses -1/100 of both"
+    ] = (
+        0.5,
+        1.5,
+    ),
     position: opt.Position = -1,
     rendered: opt.Rendered,
     counted: opt.Counted,
@@ -141,7 +147,7 @@ def search(
     seed: Annotated[int, "seed of the search"] = 0,
     pick: Annotated[int | None, "write the direction of this trial at the end (with -o)"] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
-    batch_size: opt.BatchRows = "auto",
+    batch_size: opt.BatchRows = None,
     backend: opt.Backend = "transformers",
     opening: ModelSettings,
 ) -> None:
@@ -155,11 +161,9 @@ def search(
     most = -(-trials // group) * group
     if pick is not None and pick >= most and not folder.exists():
         raise InvalidInput(f"--pick: {pick} is no trial of a search of {most}, which has those from 0 to {most - 1}")
-    choices = opt.SharedOptions.model_validate({"batch_size": batch_size})
     sets = read_prompts(harmful), read_prompts(harmless)
     rendering = rendered.rendering()
     border = None if borderline is None else read_prompts(borderline)
-    ranges = {"t": opt.pair("--t", "-1,1" if t is None else t), "strength": opt.pair("--strength", strength)}
     behaviour = counted.loaded()
     quiet_libraries()
     _quiet_optuna()
@@ -169,7 +173,7 @@ def search(
     from steer.lab.race import Sets
     from steer.lab.search import TRYING, Search, SearchSpace, Settings, Trial, front_table, rank_of, work, write_front
 
-    space = SearchSpace.model_validate({"methods": opt.split(method), "modes": opt.split(mode), **ranges})
+    space = SearchSpace(methods=method, modes=mode, t=t or (-1.0, 1.0), strength=strength)
     progress = Progress(shown=True)
     judging = counted.only_judge(behaviour, progress)
     settings = Settings(
@@ -196,12 +200,12 @@ def search(
     tried = Sets.drawn(*sets, border, limit=prompts)
     with progress:
         progress.plan(TRYING, work(settings, tried, trials))
-        bench = engine.open(choices, progress)
+        bench = engine.open(progress, batch=batch_size)
 
         def measured(partial: Path) -> Measurement:
             options = MeasurementOptions((position,), None, rendering, vectors=vectors)
             return measure(
-                bench.source, *sets, options, batch_size=choices.batch, progress=progress, partial=partial, every=60
+                bench.source, *sets, options, batch_size=batch_size, progress=progress, partial=partial, every=60
             )
 
         begun = Search.begin(folder, settings, measured)
@@ -271,6 +275,6 @@ def _has_t(name: str) -> bool:
     return name in METHODS and "t" in METHODS[name].model_fields
 
 
-def _check_t(t: str | None, methods: Sequence[str]) -> None:
+def _check_t(t: tuple[float, ...] | None, methods: Sequence[str]) -> None:
     if t is not None and not any(map(_has_t, methods)):
         raise InvalidInput(f"--t: no method of {', '.join(methods)} has a t: leave it out, or name slerp in --method")

@@ -321,9 +321,9 @@ def test_a_killed_search_goes_on_with_the_same_command(tiny_folder: Path, files:
         ({"t": "1,-1"}, "--t: the least, 1, must be below the most, -1, and both finite"),
         ({"strength": "0.5,inf"}, "--strength: the least, 0.5, must be"),
         ({"t": "0,nan"}, "--t: the least, 0, must be"),
-        ({"t": "a,b"}, "--t: numbers separated by commas, got 'a,b'"),
+        ({"t": "a,b"}, "--t: 'a' is not accepted: a number"),
         ({"method": "linear,projected", "t": "0,1"}, "--t: no method of linear, projected has a t"),
-        ({"mode": "ablate,gone"}, "modes"),
+        ({"mode": "ablate,gone"}, "--mode: 'gone' is not accepted: 'ablate'"),
         ({"method": "nope"}, "method 'nope' is not known"),
         ({"pick": 3}, "belong together"),
         ({"harmful": "/no/such.txt"}, "cannot be read"),
@@ -350,7 +350,7 @@ def test_select_is_a_command(tiny_folder: Path, files: Path, measured: Measureme
     assert len([row for row in direction.meta.selection["candidates"] if "refused" in row]) == 3
     assert direction.meta.mode in ("ablate", "one_sided")
     for bad, said in (
-        (["--layer", "one"], "--layer: whole numbers"),
+        (["--layer", "one"], "--layer: 'one' is not accepted: a whole number"),
         (["--mode", "no"], "mode"),
         (["--method", "linear", "--t", "0.5"], "--t: no method of linear has a t"),
     ):

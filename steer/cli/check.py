@@ -72,10 +72,10 @@ def check(
         raise DirectionError([*error.problems, "this model is the embedded one: name yours"]) from error
     rendering = Rendering(meta.system_prompt, meta.template, meta.response_prefix)
     with Progress(shown=True) as progress:
-        bench = engine.open(progress, meta.sites)
-        opt.check_served({file: arm.direction}, bench.source)
-        evaluator = bench.evaluator(arm.rows, max_tokens, rendering)
-        found = run(arm, bench.source, evaluator, sets, rendering, looked_for)
+        source, evaluator_of = engine.open(progress, meta.sites)
+        opt.check_served({file: arm.direction}, source)
+        evaluator = evaluator_of(arm.rows, max_tokens, rendering)
+        found = run(arm, source, evaluator, sets, rendering, looked_for)
     told = {"file": str(file), "digest": arm.asked.digest, "model": model, "verdict": found.verdict}
     if as_json:
         echo_json(told | asdict(found) | {"sets": [one.model_dump(mode="json") for one in found.sets]})

@@ -173,17 +173,17 @@ def evaluate(
         known = read_expected(expected) if expected else {}
         written = _read(text, f"--text: {text}") if text else None
         judging = counted.judges(behaviour, progress)
-        bench = engine.open(progress, arms[0].direction.meta.sites, batch_size)
-        opt.check_served(files, bench.source)
+        source, evaluator_of = engine.open(progress, arms[0].direction.meta.sites, batch_size)
+        opt.check_served(files, source)
         loading = {"model": model, "revision": opening.revision, "backend": backend, "dtype": opening.dtype}
         conditions: dict[str, Any] = loading | asdict(rendering)
         # what was measured of other weights, on another machine or in another precision, is not mixed in
-        fingerprint = {} if report is None else {"fingerprint": bench.source.fingerprint()}
+        fingerprint = {} if report is None else {"fingerprint": source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
         if report is not None and cache.resumes:
             echo_resumed(report)
-        evaluator = bench.evaluator(max(arm.rows for arm in arms), max_tokens, rendering)
-        plain_text = _text(text.name, *written, bench.source) if text and written else None
+        evaluator = evaluator_of(max(arm.rows for arm in arms), max_tokens, rendering)
+        plain_text = _text(text.name, *written, source) if text and written else None
         plan = EvaluationPlan(arms, sets, max_tokens, behaviour, judging, known, plain_text, doses, applied.against)
         found = Evaluation(evaluator, plan, cache).run()
         made = Report(
@@ -206,7 +206,7 @@ def evaluate(
         )
         if report is not None:
             two = {name: sets[name] for name in ("harmful", "harmless")}
-            projections = projected(bench.source, arms[0].direction, two, rendering, batch_size)
+            projections = projected(source, arms[0].direction, two, rendering, batch_size)
             write(made, report, projections, found.told if answers else {}, sets)
         if applied.calibrate is not None:
             own = next(arm.direction for arm in arms if not arm.control)

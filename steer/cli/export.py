@@ -146,12 +146,12 @@ def bake(
     checkpoint = Checkpoint(resolve(model, origin.revision), trust_remote_code=origin.trust_remote_code)
     with prefixed(str(direction), DirectionError), Progress(shown=True) as progress:
         if lora:
-            made = export_adapter(checkpoint, removed, output, base=model, verified=verify, progress=progress)
-            told = f"an adapter of rank {loaded.rank} for {made.count} modules"
+            count, verdict = export_adapter(checkpoint, removed, output, base=model, verified=verify, progress=progress)
+            told = f"an adapter of rank {loaded.rank} for {count} modules"
             if checkpoint.config.get("tie_word_embeddings"):
                 told += "; do not merge it: the embedding is tied, and the unembedding would be edited with it"
         else:
-            made = write_model(
+            count, verdict = write_model(
                 checkpoint,
                 removed,
                 output,
@@ -160,9 +160,9 @@ def bake(
                 verified=verify,
                 progress=progress,
             )
-            told = f"{made.count} tensors edited"
+            told = f"{count} tensors edited"
     typer.echo(f"wrote {output}: {told}")
-    typer.echo("not verified, as --no-verify says" if made.verdict is None else f"verified: {made.verdict}")
+    typer.echo("not verified, as --no-verify says" if verdict is None else f"verified: {verdict}")
 
 
 def push(

@@ -102,15 +102,15 @@ def fit(
     options = MeasurementOptions((position,), winsorize, rendering, vectors=choice.needs_vectors)
     with Progress(shown=True) as progress:
         judging = counted.only_judge(behaviour, progress)
-        bench = engine.open(progress, sites, batch_size)
-        layers = bench.source.facts.layers
+        source, evaluator_of = engine.open(progress, sites, batch_size)
+        layers = source.facts.layers
         if isinstance(layer, int) and not -layers <= layer < layers:
             raise InvalidInput(f"--layer: {layer} does not exist: this model has the layers 0 to {layers - 1}")
         if condition is not None and probe is not None:
-            opt.check_served({condition: probe}, bench.source)
+            opt.check_served({condition: probe}, source)
             at = layer % layers if isinstance(layer, int) else None
             name = (output or condition).stem  # of the file that has it
-            known = find(bench.source, probe, name, split, rendering, at, batch_size, progress)
+            known = find(source, probe, name, split, rendering, at, batch_size, progress)
             typer.echo("\n".join(told(known, split)))
             if output is not None:
                 digest = probe.with_meta(condition=known.kept(split, rendering)).save(output)
@@ -118,10 +118,10 @@ def fit(
             return
         assert output is not None, "checked"
         progress.plan(CHOOSING, lab.most_work(split, choice, max_tokens, behaviour))
-        work = lab.Work(output.with_suffix(".part"), bench.source, split, options, behaviour, max_tokens, judging)
+        work = lab.Work(output.with_suffix(".part"), source, split, options, behaviour, max_tokens, judging)
         if work.cache.resumes:
             echo_resumed(work.folder)
-        tried = bench.evaluator(choice.rank, max_tokens, rendering)
+        tried = evaluator_of(choice.rank, max_tokens, rendering)
         measurement = work.measured(tried, batch_size)
         try:
             recipe = Recipe(sites=sites)
@@ -209,7 +209,7 @@ def measure(
     options = MeasurementOptions(positions, winsorize, rendering, last_layer, vectors, moments)
     partial = output.with_name(f"{output.name}.part")
     with Progress(shown=True) as progress:
-        source = engine.open(progress).source
+        source = engine.open(progress)[0]
         measurement = run(
             source, *sets, options, batch_size=batch_size, progress=progress, partial=partial, every=every
         )

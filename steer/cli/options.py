@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import AfterValidator, BeforeValidator, Field, create_model
@@ -437,12 +437,8 @@ def problems_of_options() -> Iterator[None]:
 CANDIDATES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """A loaded model, and a factory of evaluators on it: (largest rank, most tokens of an answer, rendering)."""
-
-    source: Source
-    evaluator: Callable[[int, int, Rendering | None], Evaluator]
+#: A loaded model, and what makes evaluators on it: of the largest rank, the most tokens of an answer, the rendering.
+Bench: TypeAlias = "tuple[Source, Callable[[int, int, Rendering | None], Evaluator]]"
 
 
 def unknown_options(context: typer.Context, given: Sequence[str], taker: str) -> InvalidInput:
@@ -519,7 +515,7 @@ class EngineOptions:
             source = VllmSource(llm, self.model, self.opening.revision)
             if self.opening.chat_template:
                 source.tokenizer.chat_template = self.opening.chat_template.read_text("utf-8")
-            return Bench(source, lambda _rank, tokens, rendering: VllmEvaluator(source, rendering, tokens, progress))
+            return source, lambda _rank, tokens, rendering: VllmEvaluator(source, rendering, tokens, progress)
         from steer.hf.load import load
         from steer.hf.steering import Steering
         from steer.lab.probe import HFEvaluator
@@ -531,7 +527,7 @@ class EngineOptions:
             steering = Steering(loaded.model, sites=sites, rows=CANDIDATES * rank, rank=rank)
             return HFEvaluator(loaded, steering, rendering, tokens, batch, progress)
 
-        return Bench(TransformersSource(loaded), probe)
+        return TransformersSource(loaded), probe
 
 
 def check_served(files: Mapping[Path, Direction], source: Source) -> None:

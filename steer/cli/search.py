@@ -81,15 +81,15 @@ def select(
     recipe = Recipe(sites=sites)
     with Progress(shown=True) as progress:
         judging = counted.only_judge(behaviour, progress)
-        bench = engine.open(progress, sites, batch_size)
-        facts = bench.source.facts
+        source, evaluator_of = engine.open(progress, sites, batch_size)
+        facts = source.facts
         _check_same(measured, facts.architecture, facts.layers, facts.d_model)
         direction = run(
             measured,
             recipe,
             grid,
             *sets,
-            lambda rank, tokens: bench.evaluator(rank, tokens, measured.meta.rendering),
+            lambda rank, tokens: evaluator_of(rank, tokens, measured.meta.rendering),
             behaviour=behaviour,
             judge=judging,
             survivors=survivors,
@@ -200,16 +200,14 @@ def search(
     tried = Sets.drawn(*sets, border, limit=prompts)
     with progress:
         progress.plan(TRYING, work(settings, tried, trials))
-        bench = engine.open(progress, batch=batch_size)
+        source, evaluator_of = engine.open(progress, batch=batch_size)
 
         def measured(partial: Path) -> Measurement:
             options = MeasurementOptions((position,), None, rendering, vectors=vectors)
-            return measure(
-                bench.source, *sets, options, batch_size=batch_size, progress=progress, partial=partial, every=60
-            )
+            return measure(source, *sets, options, batch_size=batch_size, progress=progress, partial=partial, every=60)
 
         begun = Search.begin(folder, settings, measured)
-        evaluator = bench.evaluator(rank_of(begun.settings.space, begun.measurement), max_tokens, rendering)
+        evaluator = evaluator_of(rank_of(begun.settings.space, begun.measurement), max_tokens, rendering)
         evaluator.check_room([*sets, *([] if border is None else [border])])
 
         def after(found: list[Trial]) -> None:

@@ -21,7 +21,7 @@ from steer.errors import DirectionError, InvalidInput, UnsupportedModel
 from steer.hf.internals import axis_in_file
 from steer.hf.load import attention_implementation
 from steer.lab.merge import model as merge
-from steer.lab.merge.model import CONFIG, RECEIPT, WEIGHTS, Made, bake, export_adapter, new_folder
+from steer.lab.merge.model import CONFIG, RECEIPT, WEIGHTS, bake, export_adapter, new_folder
 from steer.lab.merge.removal import RemovalPlan, Verdict, removal
 from steer.lab.merge.weights import INDEX, Checkpoint, Writer
 from tests import models, oracle
@@ -41,12 +41,12 @@ def served(model: Any, direction: Direction, strength: float = 1.0) -> torch.Ten
         return logits(model)
 
 
-def made(folder: Path, direction: Direction, strength: float = 1.0, **more: Any) -> tuple[Any, Made]:
+def made(folder: Path, direction: Direction, strength: float = 1.0, **more: Any) -> tuple[Any, Verdict | None]:
     output = folder.parent / f"baked-{strength}"
-    told = bake(Checkpoint(folder), removal(direction, strength), output, digest="d" * 64, **more)
+    _, verdict = bake(Checkpoint(folder), removal(direction, strength), output, digest="d" * 64, **more)
     attention = attention_implementation(tf.AutoConfig.from_pretrained(output))
     edited = tf.AutoModelForCausalLM.from_pretrained(output, dtype="auto", attn_implementation=attention)
-    return edited.eval(), told
+    return edited.eval(), verdict
 
 
 def baked(folder: Path, direction: Direction, strength: float = 1.0, **more: Any) -> Any:
@@ -58,15 +58,15 @@ def baked(folder: Path, direction: Direction, strength: float = 1.0, **more: Any
 def test_baked_equals_served(name: str, strength: float, tmp_path: Path) -> None:
     model = models.save(name, tmp_path / "model")
     direction = at_writers(model)
-    edited, told = made(tmp_path / "model", direction, strength)
+    edited, verdict = made(tmp_path / "model", direction, strength)
     expected = served(model, direction, strength)
     assert relative(logits(edited), expected) <= 1e-4
     assert relative(logits(model), expected) > 1e-3, "the edit must do something, or the test shows nothing"
-    assert told.verdict is not None
-    assert told.verdict.logits is not None
-    assert told.verdict.logits <= 1e-4
-    assert told.verdict.served is None
-    assert (told.verdict.left is None) == (strength != 1.0)
+    assert verdict is not None
+    assert verdict.logits is not None
+    assert verdict.logits <= 1e-4
+    assert verdict.served is None
+    assert (verdict.left is None) == (strength != 1.0)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
@@ -76,18 +76,18 @@ def test_baked_through_a_norm_equals_the_reference_and_is_told_apart_from_what_i
 ) -> None:
     model = models.save(name, tmp_path / "model")
     direction = at_writers(model)
-    edited, told = made(tmp_path / "model", direction, strength)
+    edited, verdict = made(tmp_path / "model", direction, strength)
     v = direction.directions[0, 0]
     expected, as_served = (oracle.reference_logits(model, name, v, IDS, strength, before=b) for b in (True, False))
     assert relative(logits(edited), expected) <= 1e-4
     assert relative(served(model, direction, strength), as_served) <= 1e-4
-    assert told.verdict is not None
-    assert told.verdict.logits is not None
-    assert told.verdict.logits <= 1e-4
-    assert told.verdict.served is not None
-    assert told.verdict.served > 1e-3
-    assert "from what is served" in str(told.verdict)
-    assert (told.verdict.left is None) == (strength != 1.0)
+    assert verdict is not None
+    assert verdict.logits is not None
+    assert verdict.logits <= 1e-4
+    assert verdict.served is not None
+    assert verdict.served > 1e-3
+    assert "from what is served" in str(verdict)
+    assert (verdict.left is None) == (strength != 1.0)
     assert json.loads((tmp_path / f"baked-{strength}" / RECEIPT).read_text())["norms_behind_writers"]
 
 
@@ -95,10 +95,10 @@ def test_baked_through_a_norm_equals_the_reference_and_is_told_apart_from_what_i
 def test_through_a_norm_nothing_of_any_row_is_left(name: str, tmp_path: Path) -> None:
     model = models.save(name, tmp_path / "model")
     direction = at_writers(model, k=2)
-    edited, told = made(tmp_path / "model", direction)
-    assert told.verdict is not None
-    assert told.verdict.left is not None
-    assert told.verdict.left <= 1e-5
+    edited, verdict = made(tmp_path / "model", direction)
+    assert verdict is not None
+    assert verdict.left is not None
+    assert verdict.left <= 1e-5
     hidden = edited(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states[:-1]
     left = torch.stack(hidden).detach() @ direction.directions[0].T
     assert float(left.abs().max()) <= 1e-4 * float(torch.stack(hidden).detach().norm(dim=-1).min())
@@ -115,16 +115,16 @@ def test_each_layers_own_rows_of_rank_two_are_baked_too(tmp_path: Path) -> None:
 def test_attention_and_mlp_are_baked_by_their_own_weights(name: str, tmp_path: Path) -> None:
     model = models.save(name, tmp_path / "model")
     direction = models.apart(model)
-    edited, told = made(tmp_path / "model", direction)
+    edited, verdict = made(tmp_path / "model", direction)
     if name not in models.NORM_BEHIND_WRITER:
         assert relative(logits(edited), served(model, direction)) <= 1e-4
     assert (
         relative(logits(edited), logits(baked(tmp_path / "model", replace(direction, mlp_weights=None), 0.99))) > 1e-3
     )
-    assert told.verdict is not None
-    assert told.verdict.logits is not None
-    assert told.verdict.logits <= 1e-4
-    assert told.verdict.left is None, "the whole of it is removed nowhere"
+    assert verdict is not None
+    assert verdict.logits is not None
+    assert verdict.logits <= 1e-4
+    assert verdict.left is None, "the whole of it is removed nowhere"
 
 
 def test_two_weights_of_a_block_that_writes_one_term_are_refused(tmp_path: Path) -> None:
@@ -151,9 +151,9 @@ def test_one_vector_for_the_whole_stream_is_baked_as_writers_and_more_are_refuse
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3"])
 def test_bfloat16_is_stored_as_bfloat16_and_verified(name: str, tmp_path: Path) -> None:
     model = models.save(name, tmp_path / "model", torch.bfloat16)
-    edited, told = made(tmp_path / "model", at_writers(model))
+    edited, verdict = made(tmp_path / "model", at_writers(model))
     assert next(edited.parameters()).dtype == torch.bfloat16
-    assert told.verdict is not None
+    assert verdict is not None
 
 
 def test_experts_of_a_class_that_is_not_known_are_refused_and_not_guessed(
@@ -319,11 +319,11 @@ def test_what_is_written_beside_the_weights(tmp_path: Path) -> None:
 def test_lengths_are_kept_where_that_is_asked_and_the_direction_is_gone(tmp_path: Path) -> None:
     model = models.save("llama", tmp_path / "model")
     direction = at_writers(model)
-    edited, told = made(tmp_path / "model", direction, preserve_norms=True)
-    assert told.verdict is not None
-    assert told.verdict.logits is None
-    assert told.verdict.left is not None
-    assert told.verdict.left <= 1e-5
+    edited, verdict = made(tmp_path / "model", direction, preserve_norms=True)
+    assert verdict is not None
+    assert verdict.logits is None
+    assert verdict.left is not None
+    assert verdict.left <= 1e-5
     old, new = (m.model.layers[1].mlp.down_proj.weight for m in (model, edited))
     torch.testing.assert_close(old.norm(dim=0), new.norm(dim=0))
     assert float((direction.directions[0, 0] @ new.detach()).abs().max()) <= 1e-5
@@ -335,7 +335,7 @@ def test_what_nothing_can_be_compared_with_is_written_only_where_that_is_told(tm
     with pytest.raises(InvalidInput, match="nothing to verify this by"):
         baked(tmp_path / "model", direction, 0.5, preserve_norms=True)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert made(tmp_path / "model", direction, 0.5, preserve_norms=True, verified=False)[1].verdict is None
+    assert made(tmp_path / "model", direction, 0.5, preserve_norms=True, verified=False)[1] is None
 
 
 @pytest.mark.parametrize("missed", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
@@ -353,7 +353,7 @@ def test_a_writer_that_was_missed_is_found_by_its_effect_and_nothing_is_kept(
     with pytest.raises(UnsupportedModel, match=r"some writer.*Nothing was kept"):
         baked(tmp_path / "model", direction)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert made(tmp_path / "model", direction, verified=False)[1].verdict is None
+    assert made(tmp_path / "model", direction, verified=False)[1] is None
     assert not json.loads((tmp_path / "baked-1.0" / RECEIPT).read_text())["verified"]
 
 
@@ -419,11 +419,12 @@ def test_the_adapter_equals_served_or_the_reference(name: str, k: int, tmp_path:
     peft = pytest.importorskip("peft")
     model = models.save(name, tmp_path / "model")
     direction = at_writers(model, k=k)
-    made = export_adapter(Checkpoint(tmp_path / "model"), removal(direction, 0.8), tmp_path / "adapter", base="m")
-    assert made.count == 2 * models.LAYERS + 1
-    assert made.verdict is not None
-    assert made.verdict.logits is not None
-    assert made.verdict.logits <= 1e-4
+    removed = removal(direction, 0.8)
+    count, verdict = export_adapter(Checkpoint(tmp_path / "model"), removed, tmp_path / "adapter", base="m")
+    assert count == 2 * models.LAYERS + 1
+    assert verdict is not None
+    assert verdict.logits is not None
+    assert verdict.logits <= 1e-4
     if name not in models.NORM_BEHIND_WRITER:
         expected = served(model, direction, 0.8)
     elif k == 1:
@@ -527,12 +528,12 @@ def test_an_adapter_that_does_something_else_is_found_by_its_effect_and_not_kept
 
     monkeypatch.setattr(merge, "_factors", wrong)
     if spoilt == "scale":
-        config = merge._config
-        monkeypatch.setattr(merge, "_config", lambda *args: config(*args) | {"lora_alpha": 2})
+        write = merge._write_json
+        monkeypatch.setattr(merge, "_write_json", lambda path, config: write(path, config | {"lora_alpha": 2}))
     with pytest.raises(UnsupportedModel, match="Nothing was kept"):
         export_adapter(checkpoint, removed, **given)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert export_adapter(checkpoint, removed, verified=False, **given).verdict is None
+    assert export_adapter(checkpoint, removed, verified=False, **given)[1] is None
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {WEIGHTS, CONFIG}
     with pytest.raises(InvalidInput, match="exists already"):
         export_adapter(checkpoint, removed, **given)

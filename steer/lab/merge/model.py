@@ -10,9 +10,8 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 
@@ -42,14 +41,6 @@ _NOT_COPIED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """How many tensors, or modules, were changed; what the verification found, None where there was none."""
-
-    count: int
-    verdict: Verdict | None
-
-
 def bake(
     checkpoint: Checkpoint,
     removal: Removal,
@@ -59,10 +50,13 @@ def bake(
     preserve_norms: bool = False,
     verified: bool = True,
     progress: Progress | None = None,
-) -> Made:
+) -> tuple[int, Verdict | None]:
     """Write the edited model to the new folder `output`, which is there in the end only if it was `verified`, or if
     that was not asked for. One shard, or one block, is in memory at a time. Where something is removed from the
-    embedding, a tied one is untied, since the unembedding must not change."""
+    embedding, a tied one is untied, since the unembedding must not change.
+
+    Returns: how many tensors were changed, and what the verification found.
+    """
     progress = progress or Progress()
     with new_folder(output) as folder:
         planned = plan(checkpoint, removal, progress)
@@ -83,7 +77,7 @@ def bake(
             made = Checkpoint(folder, trust_remote_code=checkpoint.trust_remote_code)
             dtype = next(tensor.dtype for _, tensor in made.tensors([planned.writers[0].name]))
             verdict = verify(planned, made, dtype, progress, preserve_norms=preserve_norms)
-    return Made(count, verdict)
+    return count, verdict
 
 
 @contextmanager
@@ -172,9 +166,10 @@ def export_adapter(
     base: str,
     verified: bool = True,
     progress: Progress | None = None,
-) -> Made:
+) -> tuple[int, Verdict | None]:
     """Write the adapter to the new folder `output`, which is there in the end only if it was `verified`, or that was
-    not asked for. Raises UnsupportedModel with every writer that an adapter cannot reach."""
+    not asked for; how many modules it changes, and what was found. Raises UnsupportedModel with every writer that an
+    adapter cannot reach."""
     progress = progress or Progress()
     verdict = None
     with new_folder(output) as folder:
@@ -200,25 +195,23 @@ def export_adapter(
                 *classes,
             )
         save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-        config = {"base_model_name_or_path": base} | _config(removal.direction.rank, modules)
+        rank = removal.direction.rank
+        config = {
+            "base_model_name_or_path": base,
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": any(type(module).__name__ == "Conv1D" for module in modules.values()),
+            "target_modules": sorted(modules),
+        }
         _write_json(folder / CONFIG, config)
         if verified:
             verdict = verify(planned, checkpoint, torch.float32, progress, _adapted(planned, folder))
-    return Made(len(weights), verdict)
-
-
-def _config(rank: int, modules: Mapping[str, nn.Module]) -> dict[str, object]:
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(type(module).__name__ == "Conv1D" for module in modules.values()),
-        "target_modules": sorted(modules),
-    }
+    return len(weights), verdict
 
 
 def _problems(planned: RemovalPlan, writers: list[Writer]) -> list[str]:

@@ -23,13 +23,12 @@ from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleav
 from benchmarks.shapes import WIDTH, llama
 from steer.direction import Dataset
 from steer.hf.load import Loaded
-from steer.lab.batches import each_batch, left_padded
 from steer.lab.derive import Recipe, derive
 from steer.lab.measure import ClassSums, MeasurementOptions
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
 from steer.lab.methods import METHODS, make_method
 from steer.lab.prompts import Encoded
-from steer.lab.source import CapturePlan, TransformersSource
+from steer.lab.source import CapturePlan, TransformersSource, each_batch, left_padded
 
 LAYERS, VOCABULARY = 24, 32000
 PROMPTS, BATCH = 64, 32

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from steer.errors import InvalidInput
 from steer.geometry import winsorise
-from steer.lab.batches import each_batch
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics, load_tensors, save_tensors
 from steer.lab.progress import Progress
 from steer.lab.prompts import Encoded, PromptSet, Rendering, check_contrast
-from steer.lab.source import Activations, CapturePlan, Source
+from steer.lab.source import Activations, CapturePlan, Source, each_batch
 
 log = logging.getLogger("steer")
 #: The part of a command's progress.

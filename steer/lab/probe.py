@@ -19,12 +19,11 @@ from steer.errors import UnsupportedModel
 from steer.hf.internals import Decoding, everywhere, longest_beside, move_back, short, whole_cache
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
-from steer.lab.batches import AUTO, in_batches, left_padded, right_padded
 from steer.lab.evaluator import Candidate, Evaluator, Floats, each_row, named
 from steer.lab.outcome import Answer
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import Prompt, Rendering
-from steer.lab.source import differs, looks_ahead
+from steer.lab.source import AUTO, differs, in_batches, left_padded, looks_ahead, right_padded
 from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
 

@@ -1,4 +1,4 @@
-"""Where activations come from: a model that runs encoded prompts, and what is taken from its stream.
+"""Where activations come from: a model that runs encoded prompts in batches, and what is taken from its stream.
 
 `TransformersSource` is the one in this process.
 """
@@ -8,18 +8,18 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from steer.errors import InvalidInput, UnsupportedModel
+from steer.errors import InvalidInput, SteerError, UnsupportedModel
 from steer.hf.internals import longest_beside
 from steer.hf.load import Loaded
 from steer.hf.steering import PROBE_TOKENS, Anatomy
-from steer.lab.batches import each_batch, right_padded
 from steer.lab.measurement import ModelFacts
 from steer.lab.progress import Progress
 from steer.lab.prompts import Encoded, Prompt, Rendering, encode_all
@@ -27,12 +27,84 @@ from steer.runtime.hook_points import hooks, on_output
 from steer.runtime.op import component
 from steer.tokenization import Chat
 
+T = TypeVar("T")
+#: Batch size that `auto` begins with; running out of memory halves it.
+AUTO = 64
 #: Tokens of a pass on a CPU: the fewer, the less memory the activations take, but each pass reads all weights. With
 #: blocks of 896 dimensions in float32 on two busy cores, 512 took 1.3 times and 1024 1.05 times the time of 2048.
 CPU_TOKENS = 1024
 #: How far the logits of a padded row may be from those of the row alone, by their spread: rounding is far less. By the
 #: stream's dtype, and in 16 bits.
 APART, APART_16 = {torch.float32: 0.01}, 0.25
+
+
+def in_batches(
+    sequences: Sequence[Sequence[int]],
+    run: Callable[[list[int]], list[T]],
+    **options: Any,
+) -> list[T]:
+    """The results of `run(indices)`, which returns one for each index, in the order of `sequences`; `options` are those
+    of `each_batch`."""
+    results: dict[int, T] = {}
+
+    def kept(indices: list[int]) -> None:
+        results.update(zip(indices, run(indices), strict=True))
+
+    each_batch([len(s) for s in sequences], kept, **options)
+    return [results[i] for i in range(len(sequences))]
+
+
+def each_batch(
+    lengths: Sequence[int],
+    run: Callable[[list[int]], object],
+    *,
+    batch_size: int | None = None,
+    tokens: int | None = None,
+    progress: Progress | None = None,
+    work: float = 1.0,
+    longest: float = math.inf,
+    start: int = 0,
+    after: Callable[[int, int], None] | None = None,
+) -> None:
+    """`run(indices)` over all sequences in batches of about equal length, longest first so that too large a batch shows
+    at once, each of at most `batch_size` sequences (else AUTO), and of at most `tokens` tokens with the padding, but
+    for a longer sequence alone; one of more than `longest` tokens is alone too. After each batch `after(done, size)` is
+    told how many are done and the batch size; beginning again with `start=done, batch_size=size` makes the same
+    batches. `work` is the work of one sequence, for `progress`."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    size, at = batch_size or AUTO, start
+    while at < len(order):
+        fitting = size if tokens is None else max(1, min(size, tokens // max(1, lengths[order[at]])))
+        fitting = fitting if lengths[order[at]] <= longest else 1
+        indices = order[at : at + fitting]
+        try:
+            run(indices)
+        except torch.OutOfMemoryError as error:
+            if len(indices) == 1:
+                raise SteerError(f"out of memory on a single prompt of {lengths[indices[0]]} tokens") from error
+            size = len(indices) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        at += len(indices)
+        if after is not None:
+            after(at, size)
+        if progress is not None:
+            progress.advance(len(indices) * work)
+
+
+def right_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> Tensor:
+    """`[batch, longest]` token ids, padded at the end. A causal model never looks there, so it needs no mask."""
+    longest = max(map(len, sequences))
+    return torch.tensor([[*s, *[pad] * (longest - len(s))] for s in sequences], device=device)
+
+
+def left_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids padded in front, for generation, and the attention mask."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[*[pad] * (longest - len(s)), *s] for s in sequences], device=device)
+    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return ids, mask
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import SteerError
-from steer.lab.batches import AUTO, each_batch, in_batches, left_padded, right_padded
 from steer.lab.progress import Progress
+from steer.lab.source import AUTO, each_batch, in_batches, left_padded, right_padded
 
 law = settings(deadline=None, max_examples=60)
 LENGTHS = st.lists(st.integers(0, 30), max_size=100)

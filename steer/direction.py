@@ -46,7 +46,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from steer._version import TOOL, made_at
-from steer.errors import DirectionError, brief, problems_of, unique_keys
+from steer.errors import DirectionError, brief, prefixed, problems_of, unique_keys
 from steer.geometry import angle
 from steer.names import MAX_STRENGTH, MEASUREMENT_KEY, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
 
@@ -283,14 +283,13 @@ class Direction:
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        names = [*_shapes(1, 1, 1), *OPTIONAL]
-        return {name: t for name in names if (t := getattr(self, name)) is not None}
+        return {name: t for name in _shapes(1, 1, 1) if (t := getattr(self, name)) is not None}
 
     def problems(self) -> list[str]:
         """Every rule that the tensors break, each naming its tensor. Shapes come first: values of a tensor of the
         wrong shape are not looked at."""
         found: list[str] = []
-        for name in (*_shapes(1, 1, 1), *OPTIONAL):
+        for name in _shapes(1, 1, 1):
             tensor = getattr(self, name)
             if not _dense(tensor) and not (tensor is None and name in OPTIONAL):
                 found.append(f"tensor '{name}' is {_kind(tensor)}, it must be a dense tensor of float32")
@@ -301,8 +300,6 @@ class Direction:
         tensors = self.tensors()
         k = self.directions.shape[1] if self.directions.ndim == 3 else 1
         shapes = _shapes(self.meta.layers, max(1, k), self.meta.d_model)
-        shapes |= {"embedding": shapes["directions"][1:], "target": shapes["reference"]}
-        shapes |= {"axis": shapes["mean_harmless"], "angles": (self.meta.layers, 2), "mlp_weights": shapes["weights"]}
         for name, tensor in tensors.items():
             before = len(found)
             if tensor.dtype != torch.float32:
@@ -329,8 +326,12 @@ class Direction:
                 found += _axis_problems(tensor, self.directions[:, 0])
             elif name == "angles" and (tensor[:, 1] > tensor[:, 0]).any():
                 found.append("tensor 'angles': the second is above the first somewhere, so an angle would grow there")
-        if not found:
-            found += self._idle_problems()
+        if not found and not self.acts_in("ablate").any() and self.embedding is None:
+            found.append("the weights are zero at every layer with rows, so nothing would be steered")
+        elif not found and self.meta.mode == "add" and not self.acts_in("add").any():
+            found.append(
+                "metadata: the mode 'add' adds the difference of the class means, which is zero wherever it acts"
+            )
         found += self._plane_problems()
         if self.mlp_weights is not None and not acts_on_terms(self.meta.sites):
             found.append(
@@ -345,14 +346,6 @@ class Direction:
         if (condition := self.meta.condition) is not None and condition.layer >= self.meta.layers - 1:
             found.append(f"metadata: condition: no layer comes after {condition.layer}: this has {self.meta.layers}")
         return found
-
-    def _idle_problems(self) -> list[str]:
-        """Why it would do nothing, of tensors that are all right."""
-        if not self.acts_in("ablate").any() and self.embedding is None:
-            return ["the weights are zero at every layer with rows, so nothing would be steered"]
-        if self.meta.mode == "add" and not self.acts_in("add").any():
-            return ["metadata: the mode 'add' adds the difference of the class means, which is zero wherever it acts"]
-        return []
 
     def _plane_problems(self) -> list[str]:
         """Where metadata and tensors do not agree on whether there is a plane."""
@@ -415,26 +408,20 @@ class Direction:
     def from_bytes(cls, data: bytes, source: str = "direction file") -> Direction:
         """Parse and check a file's bytes. Raises DirectionError with every problem, each prefixed by `source`."""
         problems: list[str] = []
-        tensors = _read_tensors(data, problems)
-        try:
-            meta = _read_meta(data, problems) if tensors is not None else None
-        except DirectionError as error:
-            raise DirectionError(f"{source}: {error}") from None
-        if tensors is not None and holds_model(tensors):
-            raise DirectionError(f"{source}: this is a model; give a direction file")
-        if tensors is not None:
-            required = set(_shapes(1, 1, 1))
-            missing, others = sorted(required - tensors.keys()), sorted(tensors.keys() - required - set(OPTIONAL))
-            if missing:
+        with prefixed(source, DirectionError):
+            tensors = _read_tensors(data)
+            meta = _read_meta(data, problems)
+            if holds_model(tensors):
+                raise DirectionError("this is a model; give a direction file")
+            known = set(_shapes(1, 1, 1))
+            if missing := sorted(known - tensors.keys() - set(OPTIONAL)):
                 problems.append(f"missing tensors: {_quoted(missing)}")
-            if others:
+            if others := sorted(tensors.keys() - known):
                 problems.append(f"unknown tensors: {_quoted(others)}")
-        direction = None
-        if meta is not None and tensors is not None and not problems:
+            DirectionError.raise_for(problems)
+            assert meta is not None, "or it would be among the problems"
             direction = cls(meta=meta, **tensors)
-            problems += direction.problems()
-        if problems or direction is None:
-            raise DirectionError([f"{source}: {problem}" for problem in problems])
+            DirectionError.raise_for(direction.problems())
         return direction
 
     @classmethod
@@ -558,6 +545,7 @@ def _quoted(names: list[str]) -> str:
 
 
 def _shapes(layers: int, k: int, d_model: int) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a file may have."""
     return {
         "directions": (layers, k, d_model),
         "weights": (layers,),
@@ -565,6 +553,11 @@ def _shapes(layers: int, k: int, d_model: int) -> dict[str, tuple[int, ...]]:
         "mean_harmful": (layers, d_model),
         "mean_harmless": (layers, d_model),
         "mean_harmless_all": (layers, d_model),
+        "embedding": (k, d_model),
+        "target": (layers, k),
+        "mlp_weights": (layers,),
+        "axis": (layers, d_model),
+        "angles": (layers, 2),
     }
 
 
@@ -603,23 +596,20 @@ def sorted_metadata(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[end:]
 
 
-def _read_tensors(data: bytes, problems: list[str]) -> dict[str, Tensor] | None:
+def _read_tensors(data: bytes) -> dict[str, Tensor]:
     if len(data) > MAX_BYTES:
-        problems.append(f"{len(data)} bytes, a direction file has at most {MAX_BYTES}")
-        return None
+        raise DirectionError(f"{len(data)} bytes, a direction file has at most {MAX_BYTES}")
     if MAX_HEAD < (head := int.from_bytes(data[:8], "little")) <= len(data):
-        problems.append(f"a header of {head} bytes, a direction file's has at most {MAX_HEAD}")
-        return None
+        raise DirectionError(f"a header of {head} bytes, a direction file's has at most {MAX_HEAD}")
     try:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         # looked at only now: the first byte of a good file is that of its header's length, which may be 0x80 too
         if data[:4] in (b"PK\x03\x04", b"GGUF") or data[:1] == b"\x80":
             kind = "GGUF" if data[:4] == b"GGUF" else "a pickle or a zip archive (a .pt file?)"
-            problems.append(f"this is {kind}, only safetensors is ever loaded; `steer convert` makes one of such files")
-        else:
-            problems.append(f"not a safetensors file: {error}")
-        return None
+            told = f"this is {kind}, only safetensors is ever loaded; `steer convert` makes one of such files"
+            raise DirectionError(told) from None
+        raise DirectionError(f"not a safetensors file: {error}") from None
 
 
 def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:

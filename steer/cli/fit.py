@@ -368,12 +368,12 @@ def methods(
     """Explain each method: its formula, its source, its parameters and its pitfalls."""
     import inspect
 
-    from steer.lab.methods import METHODS
+    from steer.lab.methods import METHODS, class_of
 
     InvalidInput.raise_for(
         f"method {name!r} is not known; accepted: {', '.join(METHODS)}" for name in names or () if name not in METHODS
     )
-    chosen = {name: METHODS[name] for name in names or METHODS}
+    chosen = {name: class_of(name) for name in names or METHODS}
     if as_json:
         echo_json(
             {

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 from steer.errors import DirectionError, InvalidInput, UnsupportedModel, noted, prefixed
-from steer.lab.methods import METHODS, make_method
+from steer.lab.methods import METHODS, make_method, summaries
 from steer.lab.progress import Progress
 from steer.lab.prompts import NAMED_SETS, PromptSet, Rendering, read_prompts, set_by_rendering
 from steer.names import MEASUREMENT_KEY, MODES, SITES, SUFFIX, Mode, Site, check_name
@@ -88,7 +88,7 @@ Sites = Annotated[
 ]
 METHOD_NAMES = f"{', '.join(METHODS)} (`steer methods` explains each)"
 MethodList = Annotated[tuple[str, ...], f"methods, separated by commas: {METHOD_NAMES}"]
-METHOD_NAME = "\n\n".join(["the method:", *(f"{name}: {summary}" for name, summary in METHODS.summaries().items())])
+METHOD_NAME = "\n\n".join(["the method:", *(f"{name}: {summary}" for name, summary in summaries().items())])
 T = Annotated[
     float | None, "parameter of slerp: 0 (the default) is projected, 1 the difference of the normalised means"
 ]

@@ -268,9 +268,9 @@ def _check_same(measured: Measurement, architecture: str, layers: int, d_model: 
 
 
 def _has_t(name: str) -> bool:
-    from steer.lab.methods import METHODS
+    from steer.lab.methods import METHODS, class_of
 
-    return name in METHODS and "t" in METHODS[name].model_fields
+    return name in METHODS and "t" in class_of(name).model_fields
 
 
 def _check_t(t: tuple[float, ...] | None, methods: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from steer.errors import DegenerateError, InvalidInput
 from steer.geometry import linear_direction, linear_t, unit, winsorise
 from steer.lab.derive import bootstrapped, sparsified
 from steer.lab.measurement import Contrast, Sample
-from steer.lab.methods import METHODS, make_method
+from steer.lab.methods import METHODS, class_of, make_method, summaries
 from steer.lab.methods.base import Method
 from steer.lab.methods.boundaries import fit_weights, ledoit_wolf, oracle_approximation
 
@@ -391,13 +391,14 @@ def test_names_and_parameters_are_checked() -> None:
     with pytest.raises(InvalidInput, match="parameter shrinkage:"):
         make_method("whitened", {"shrinkage": "0"})
     assert make_method("slerp", {"t": "0.5"}) == make_method("slerp", {"t": 0.5})
-    summaries = METHODS.summaries()
-    assert list(summaries) == list(METHODS)
-    for name, kind in METHODS.items():
+    told = summaries()
+    assert list(told) == list(METHODS)
+    for name in METHODS:
+        kind = class_of(name)
         assert issubclass(kind, Method)
         assert kind.name == name
-        assert (kind.__doc__ or "").startswith(f"{summaries[name]}\n\n")
-        assert summaries[name].endswith("."), name
+        assert (kind.__doc__ or "").startswith(f"{told[name]}\n\n")
+        assert told[name].endswith("."), name
         assert "Source:" in (kind.__doc__ or ""), name
         assert "Pitfall" in (kind.__doc__ or ""), name
 

@@ -4,7 +4,7 @@ and an entry of `METHODS`."""
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -17,53 +17,42 @@ if TYPE_CHECKING:
     from steer.lab.methods.base import Method
 
 
-class Methods(Mapping[str, "type[Method]"]):
-    """The classes of methods by name, which is the class's in lower case. A class is imported when it is asked for: the
-    command line lists the methods and must not wait for torch."""
-
-    def __init__(self, *paths: str) -> None:
-        self._paths = {path.rpartition(".")[2].lower(): path for path in paths}
-
-    def __getitem__(self, name: str) -> type[Method]:
-        module, _, kind = self._paths[name].rpartition(".")
-        return getattr(import_module(f"{__name__}.{module}"), kind)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def summaries(self) -> dict[str, str]:
-        """The first line of each class's docstring by name, read from the source without importing it."""
-        modules = sorted({path.rpartition(".")[0] for path in self._paths.values()})
-        told = {
-            f"{module}.{node.name}": (ast.get_docstring(node) or "").partition("\n")[0]
-            for module in modules
-            for node in ast.parse(files(__name__).joinpath(f"{module}.py").read_text("utf-8")).body
-            if isinstance(node, ast.ClassDef)
-        }
-        return {name: told[path] for name, path in self._paths.items()}
+#: The classes by name, as module and class. One is imported when it is asked for: the command line lists the methods
+#: and must not wait for torch.
+METHODS = {
+    "slerp": "means.Slerp",
+    "linear": "means.Linear",
+    "projected": "means.Projected",
+    "biprojected": "means.Biprojected",
+    "pca": "subspaces.Pca",
+    "whitened": "boundaries.Whitened",
+    "logistic": "boundaries.Logistic",
+    "subspace": "subspaces.Subspace",
+    "cone": "subspaces.Cone",
+}
 
 
-METHODS = Methods(
-    "means.Slerp",
-    "means.Linear",
-    "means.Projected",
-    "means.Biprojected",
-    "subspaces.Pca",
-    "boundaries.Whitened",
-    "boundaries.Logistic",
-    "subspaces.Subspace",
-    "subspaces.Cone",
-)
+def class_of(name: str) -> type[Method]:
+    module, _, kind = METHODS[name].rpartition(".")
+    return getattr(import_module(f"{__name__}.{module}"), kind)
+
+
+def summaries() -> dict[str, str]:
+    """The first line of each class's docstring by name, read from the source without importing it."""
+    told = {
+        f"{module}.{node.name}": (ast.get_docstring(node) or "").partition("\n")[0]
+        for module in sorted({path.rpartition(".")[0] for path in METHODS.values()})
+        for node in ast.parse(files(__name__).joinpath(f"{module}.py").read_text("utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
+    return {name: told[path] for name, path in METHODS.items()}
 
 
 def make_method(name: str, parameters: Mapping[str, object] | None = None) -> Method:
     """Return the method `name` with `parameters` (values may be texts). Raise InvalidInput naming what is accepted."""
     if name not in METHODS:
         raise InvalidInput(f"method '{name}' is not known; accepted: {', '.join(METHODS)}")
-    kind = METHODS[name]
+    kind = class_of(name)
     try:
         return kind.model_validate(dict(parameters or {}))
     except ValidationError as error:

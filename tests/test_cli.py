@@ -447,7 +447,7 @@ def test_derive_weighs_layers(
         (("--layers", "1-3"), "--layers: '1-3' is not accepted"),
         (("--weights", "peak=1,broad=2"), "--weights: broad: "),
         (("--weights", "peak=3,width=1"), "the layers are 0 to 2"),
-        (("--weights", "peak=1,width=1,peak=2"), "'peak=1,width=1,peak=2' gives a parameter twice"),
+        (("--weights", "peak=1,width=1,peak=2"), "--weights: 'peak' is given twice"),
         (("--weights", str(measured)), "cannot be read as JSON"),
         (("--weights", "1,0.5"), "accepted: peak=LAYER,width=LAYERS,least=SHARE,most=WEIGHT, or a JSON file"),
         (("--weights", str(listed), "--layers", "0"), "nothing would be steered"),

@@ -156,11 +156,7 @@ def on(url: _Url = URL, reason: _Reason = "") -> None:
 
 def _switch(url: str, body: dict[str, Any]) -> None:
     url = url if "://" in url else f"http://{url}"
-    told = _post(f"{url.rstrip('/').removesuffix('/v1')}/v1/steering", body)
-    typer.echo(f"steering is {'on' if told['enabled'] else 'off'}; steered requests still running: {told['running']}")
-
-
-def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    url = f"{url.rstrip('/').removesuffix('/v1')}/v1/steering"
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(KEY_VARIABLE):
         headers["Authorization"] = f"Bearer {key}"
@@ -170,7 +166,6 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
             told = json.load(answer)
         if not isinstance(told, dict) or not told.keys() >= {"enabled", "running"}:
             raise SteerError(f"{url}: answers, but is no server of Steer")
-        return told
     except urllib.error.HTTPError as error:
         try:
             said = json.load(error)["error"]["message"]
@@ -185,3 +180,4 @@ def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, HTTPException, RecursionError) as error:
         raise SteerError(f"{url}: {getattr(error, 'reason', error)}") from None
+    typer.echo(f"steering is {'on' if told['enabled'] else 'off'}; steered requests still running: {told['running']}")

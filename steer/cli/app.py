@@ -164,14 +164,10 @@ def inspect(
         figures = (row["angle"], *means, *([row["cosine_next"]] if several else []))
         weights = [row["weight"], *([] if (mlp := row["mlp_weight"]) is None else [mlp])]
         told = [f"{weight:g}" if row["steered"] else "–" for weight in weights]
-        rows.append([str(row["layer"]), *map(_cell, figures), *told])
+        rows.append([str(row["layer"]), *("–" if each is None else f"{each:.3f}" for each in figures), *told])
     head = ["weight"] if direction.mlp_weights is None else ["attention weight", "MLP weight"]
     columns = ("angle °", "‖harmful‖", "‖harmless‖", "harmful·v", "harmless·v", *(["cos to next"] if several else []))
     typer.echo("\n" + shown(("layer", *columns, *head), rows))
-
-
-def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 #: Every command, in the order in which the help lists them, with the example that its help ends with.

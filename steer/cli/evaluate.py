@@ -32,10 +32,8 @@ if TYPE_CHECKING:
     from steer.direction import Direction
     from steer.lab.behaviour import Behaviour
     from steer.lab.evaluation.arms import Arm
-    from steer.lab.evaluation.figures import Text
     from steer.lab.evaluation.report import TaskScore
     from steer.lab.resume import Cache
-    from steer.lab.source import Source
 
 log = logging.getLogger("steer")
 
@@ -151,8 +149,9 @@ def evaluate(
         engine = opt.EngineOptions(backend, model, ctx, opening)
         rendering, behaviour = _checked(applied, lm_eval, counted, rendered, direction, text, backend, report, answers)
         quiet_libraries()
+        from steer.direction import Dataset
         from steer.lab.evaluation.arms import projected
-        from steer.lab.evaluation.figures import agreements, read_expected
+        from steer.lab.evaluation.figures import WINDOW, agreements, in_windows, read_expected
         from steer.lab.evaluation.pages import tables, write
         from steer.lab.evaluation.report import Report, RunSettings, SteeredArm
         from steer.lab.evaluation.run import Evaluation, EvaluationPlan
@@ -183,7 +182,10 @@ def evaluate(
         if report is not None and cache.resumes:
             echo_resumed(report)
         evaluator = evaluator_of(max(arm.rows for arm in arms), max_tokens, rendering)
-        plain_text = _text(text.name, *written, source) if text and written else None
+        plain_text = None
+        if text and written:
+            dataset = Dataset(name=text.name, sha256=hashlib.sha256(written[0]).hexdigest(), count=1)
+            plain_text = in_windows(dataset, source.text_ids(written[1]), min(WINDOW, source.context))
         plan = EvaluationPlan(arms, sets, max_tokens, behaviour, judging, known, plain_text, doses, applied.against)
         found = Evaluation(evaluator, plan, cache).run()
         made = Report(
@@ -280,7 +282,7 @@ def _checked(
             opt.check_folder(report, "--report")
     with noted(problems):
         if applied.calibrate is not None:
-            opt.check_direction_file(applied.calibrate, "--calibrate")
+            opt.check_output(applied.calibrate, "--calibrate")
     InvalidInput.raise_for(problems)
     return rendering, behaviour
 
@@ -366,11 +368,3 @@ def _read(path: Path, said: str) -> tuple[bytes, str]:
         raise InvalidInput(f"{said}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InvalidInput(f"{said}: is not UTF-8 text: {error}") from error
-
-
-def _text(name: str, data: bytes, text: str, source: Source) -> Text:
-    from steer.direction import Dataset
-    from steer.lab.evaluation.figures import WINDOW, in_windows
-
-    dataset = Dataset(name=name, sha256=hashlib.sha256(data).hexdigest(), count=1)
-    return in_windows(dataset, source.text_ids(text), min(WINDOW, source.context))

@@ -40,8 +40,7 @@ def convert(
     origin: ModelOrigin,
 ) -> None:
     """Convert directions and measurements from and to the files of other tools."""
-    opt.check_folder(output, "OUTPUT")
-    opt.check_lost(output, "OUTPUT", (source,), "a direction")
+    opt.check_output(output, "OUTPUT", (source,), converted=True)
     quiet_libraries()
     from steer.hf.load import describe
     from steer.lab import formats
@@ -194,6 +193,6 @@ def pull(
     """Fetch a direction from a hub, check it, and write it in place."""
     from steer.lab import hub
 
-    opt.check_direction_file(output)
+    opt.check_output(output)
     digest = hub.pull(repo, output, file=file, revision=revision)
     typer.echo(f"wrote {output}: digest {digest[:12]}")

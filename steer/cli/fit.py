@@ -75,7 +75,7 @@ def fit(
     elif output is None:
         raise InvalidInput("--output: is missing: the direction file to write")
     if output is not None:
-        opt.check_direction_file(output)
+        opt.check_output(output)
     engine = opt.EngineOptions(backend, model, ctx, opening)
     rendering, behaviour = rendered.rendering(), counted.loaded()
     made = opt.chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
@@ -194,7 +194,7 @@ def measure(
     An interrupted measurement goes on when the same command is given again. With --backend vllm the model is measured
     as vLLM serves it, and any further options are those of `vllm serve`.
     """
-    opt.check_file(output, read=(harmful, harmless))
+    opt.check_output(output, read=(harmful, harmless), kind="a measurement")
     engine = opt.EngineOptions(backend, model, ctx, opening)
     sets = read_prompts(harmful), read_prompts(harmless)
     check_contrast(*sets)
@@ -257,7 +257,7 @@ def derive(
     """Make a direction from a MEASUREMENT, without the model."""
     if seed is not None and not bootstrap:
         raise InvalidInput("--seed: needs --bootstrap, because nothing else here is random")
-    opt.check_direction_file(output, read=(measurement,))
+    opt.check_output(output, read=(measurement,))
     from steer.lab.derive import Recipe
     from steer.lab.derive import derive as run
     from steer.lab.fit import described
@@ -332,11 +332,8 @@ class Bell(BaseModel, extra="forbid"):
 def _kernel(option: str, text: str, depth: int) -> list[float]:
     from steer.lab.derive import layer_weights
 
-    pairs = [part.partition("=")[::2] for part in opt.split(text)]
-    if len(given := dict(pairs)) < len(pairs):
-        raise InvalidInput(f"{option}: '{text}' gives a parameter twice")
     try:
-        bell = Bell.model_validate(given)
+        bell = Bell.model_validate(opt.assigned(option, opt.split(text)))
     except ValidationError as error:
         raise InvalidInput(f"{option}: {problem}" for problem in problems_of(error, "the bell", Bell)) from error
     if bell.peak >= depth:

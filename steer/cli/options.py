@@ -146,15 +146,6 @@ def _option_of(name: str, field: FieldInfo) -> object:
     ]
 
 
-def _options_of(group: type) -> dict[str, tuple[object, object]]:
-    """The annotation and the default of the option for each field of settings or of a group."""
-    if issubclass(group, BaseSettings):
-        return {name: (_option_of(name, field), None) for name, field in group.model_fields.items()}
-    assert is_dataclass(group)
-    hints = get_type_hints(group, include_extras=True)
-    return {field.name: (hints[field.name], field.default) for field in fields(group)}
-
-
 def _help_of(kind: object) -> str | None:
     """A mere text in an `Annotated`, which is the help of an option."""
     return next((told for told in getattr(kind, "__metadata__", ()) if isinstance(told, str)), None)
@@ -196,8 +187,12 @@ def expanded(command: Callable[..., object]) -> Callable[..., None]:
     for parameter in inspect.signature(command).parameters.values():
         kind = hints[parameter.name]
         options = {parameter.name: (kind, parameter.default)}
-        if isinstance(kind, type) and (issubclass(kind, BaseSettings) or is_dataclass(kind)):
-            options = _options_of(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseSettings):
+            options = {name: (_option_of(name, field), None) for name, field in kind.model_fields.items()}
+        elif isinstance(kind, type) and is_dataclass(kind):
+            types = get_type_hints(kind, include_extras=True)
+            options = {field.name: (types[field.name], field.default) for field in fields(kind)}
+        if parameter.name not in options:
             groups[parameter.name] = kind, options.keys()
         shown += [_option(name, kind, default) for name, (kind, default) in options.items()]
         rules |= {name: kind for name, (kind, _) in options.items() if _help_of(kind) is not None}
@@ -296,7 +291,7 @@ class Rendered:
     def rendering(self) -> Rendering:
         """A VALUE that is JSON is parsed. Raises InvalidInput with every variable that cannot be set."""
         variables: dict[str, object] = {}
-        for name, value in _assigned("--template", self.template).items():
+        for name, value in assigned("--template", self.template).items():
             try:
                 variables[name] = json.loads(value)
             except (ValueError, RecursionError):
@@ -307,7 +302,7 @@ class Rendered:
         return Rendering(self.system_prompt, variables, self.response_prefix)
 
 
-def _assigned(option: str, items: Iterable[str] | None) -> dict[str, str]:
+def assigned(option: str, items: Iterable[str] | None) -> dict[str, str]:
     """What the NAME=VALUE of a repeatable option say. Raises InvalidInput with every problem."""
     found: dict[str, str] = {}
     problems = []
@@ -323,7 +318,7 @@ def _assigned(option: str, items: Iterable[str] | None) -> dict[str, str]:
 
 
 def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> Method:
-    given = _assigned("--parameter", parameters)
+    given = assigned("--parameter", parameters)
     if t is not None and "t" in given:
         raise InvalidInput("--t and --parameter t=… set the same value: give one of them")
     return make_method(name, given if t is None else {**given, "t": t})
@@ -364,27 +359,29 @@ def check_folder(output: Path, option: str = "--output") -> None:
         raise InvalidInput(f"{option}: cannot write into {output.parent}: {error.strerror}") from error
 
 
-def check_file(
-    output: Path, option: str = "--output", read: Iterable[object] = (), kind: str = "a measurement"
+def check_output(
+    output: Path,
+    option: str = "--output",
+    read: Iterable[object] = (),
+    kind: str = "a direction",
+    converted: bool = False,
 ) -> None:
-    """Refuse, before any work, a file that cannot be written, has another suffix than all that are written, is one of
-    those that are `read`, lies in a model's folder, or is there and of another `kind`."""
+    """Refuse, before any work, a file that cannot be written, is one of those that are `read`, lies in a folder of a
+    model, or is there and of another `kind`. Unless it is `converted` to whatever its name says, refuse another suffix
+    than all that are written, and a direction that no server would serve: without its suffix the file names it."""
     check_folder(output, option)
-    if output.is_dir():
+    if output.is_dir() and not converted:
         raise InvalidInput(f"{option}: {output} is a folder; accepted: the name of a file, which may exist")
-    if output.suffix != SUFFIX:
+    if output.suffix != SUFFIX and not converted:
         raise InvalidInput(f"{option}: '{output.name}' must end in {SUFFIX}: nothing reads it under another name")
-    check_lost(output, option, read, kind)
-
-
-def check_lost(output: Path, option: str, read: Iterable[object], kind: str) -> None:
-    """Refuse a file that this command reads, that lies in a model's folder, or that is there and of another `kind`."""
     if output.resolve() in (Path(str(one)).resolve() for one in read):
         raise InvalidInput(f"{option}: {output} is read by this command, and would be lost: give another name")
     if (output.parent / "config.json").is_file():
         raise InvalidInput(f"{option}: the folder {output.parent} is a model's, which this would change: give another")
     if output.suffix == SUFFIX and output.exists() and (found := _kind_of(output)) != kind:
         raise InvalidInput(f"{option}: {output} is {found}, and would be lost: give another name, or delete it")
+    if kind == "a direction" and not converted:
+        check_name(output.stem)
 
 
 def _kind_of(path: Path) -> str:
@@ -395,12 +392,6 @@ def _kind_of(path: Path) -> str:
     except (OSError, ValueError, AttributeError, RecursionError):
         told = {}
     return "a direction" if "steer" in told else "a measurement" if MEASUREMENT_KEY in told else "another file"
-
-
-def check_direction_file(output: Path, option: str = "--output", read: Iterable[object] = ()) -> None:
-    """Refuse the same, and a file name that no server would serve: without its suffix it names the direction."""
-    check_file(output, option, read, "a direction")
-    check_name(output.stem)
 
 
 def check_model(name: str, revision: str | None = None) -> None:

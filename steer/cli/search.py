@@ -61,7 +61,7 @@ def select(
     engine = opt.EngineOptions(backend, model, ctx, opening)
     sets, behaviour = (read_prompts(harmful), read_prompts(harmless)), counted.loaded()
     check_contrast(*sets)
-    opt.check_direction_file(output, read=(measurement,))
+    opt.check_output(output, read=(measurement,))
     quiet_libraries()
     from steer.lab.derive import Recipe
     from steer.lab.measurement import Measurement
@@ -254,7 +254,7 @@ def _check_output(number: int | None, output: Path | None) -> None:
     if (number is None) != (output is None):
         raise InvalidInput("a trial's number and --output belong together: give both or none")
     if output is not None:
-        opt.check_direction_file(output)
+        opt.check_output(output)
 
 
 def _check_same(measured: Measurement, architecture: str, layers: int, d_model: int) -> None:

@@ -10,9 +10,10 @@ import math
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from steer._version import __version__
 from steer.direction import Direction
@@ -270,21 +271,16 @@ def _screened_in_turn(
 ) -> Sequence[select.Entrant]:
     """Those of `choice` that are to answer. `begun` are the layers, with the first method and action; at the best of
     these the other methods are screened, and of the best of all these the other actions."""
-
     known = selection.screen(begun)
-
-    def screened(recipes: list[Recipe]) -> list[select.Entrant]:
-        try:
-            return [*known, *(selection.screen(select.entrants_of(measurement, recipes)) if recipes else [])]
-        except DegenerateError:  # of none of these there is a direction
-            return known
-
-    kept = select.through(known, KEPT_LAYERS)
-    known = screened([replace(e.recipe, method=method) for e in kept for method in choice.methods[1:]])
-    kept = select.through(known, KEPT)
-    known = screened([replace(e.recipe, winsorize=quantile) for e in kept for quantile in choice.winsorize])
-    kept = select.through(known, KEPT)
-    known = screened([replace(e.recipe, **asdict(action)) for e in kept for action in choice.actions[1:]])
+    steps: tuple[tuple[int, list[dict[str, Any]]], ...] = (
+        (KEPT_LAYERS, [{"method": method} for method in choice.methods[1:]]),
+        (KEPT, [{"winsorize": quantile} for quantile in choice.winsorize]),
+        (KEPT, [asdict(action) for action in choice.actions[1:]]),
+    )
+    for count, changes in steps:
+        recipes = [replace(e.recipe, **change) for e in select.through(known, count) for change in changes]
+        with suppress(DegenerateError):  # where of none of these there is a direction
+            known = [*known, *(selection.screen(select.entrants_of(measurement, recipes)) if recipes else [])]
     return select.through(known, FINALISTS)
 
 

@@ -125,6 +125,12 @@ class Screened:
     probability: float
     kl: float
 
+    @classmethod
+    def of(cls, figures: Figures) -> Screened:
+        """The same of answers. Half an answer is added to both sides of the odds, which are finite then."""
+        left, count = sum(figures.left), len(figures.left)
+        return cls(math.log((left + 0.5) / (count - left + 0.5)), figures.rate_left, figures.kl)
+
 
 class Race:
     """One model, one behaviour, one choice of prompts. What the plain model does is found once, when it is made. With a
@@ -206,7 +212,9 @@ class Race:
             part = slice(done, end)
             members, mine = [f for f, _ in running], [steer for _, steer in running]
             self._answer(members, part, mine)
-            self._diverge(members, part, mine)
+            kls_of_each = self.evaluator.divergences_of_each(sets.other[part], self._continued[part], mine)
+            for each, kls in zip(members, kls_of_each, strict=True):
+                each.kls += kls
             if end < longest:
                 self._stop(members, rivals)
                 stopped = sum(each.stopped is not None for each in members)
@@ -235,26 +243,17 @@ class Race:
             each.lost += [one.lost for one in told[: len(asked)]]
             each.borderline += [one.outcome == "shown" for one in told[len(asked) :]]
 
-    def _diverge(self, figures: Sequence[Figures], part: slice, steers: Sequence[Steer]) -> None:
-        prompts, plain = self.sets.other[part], self._continued[part]
-        for each, kls in zip(figures, self.evaluator.divergences_of_each(prompts, plain, steers), strict=True):
-            each.kls += kls
-
     def _groups(self, candidates: Sequence[Candidate]) -> Iterator[list[int]]:
         """Indices of candidates that can be resident together, those of one direction beside each other."""
-        order = sorted(range(len(candidates)), key=lambda i: _first(candidates, i))
+        numbers: dict[int, int] = {}
+        owner = [numbers.setdefault(id(candidate.direction), len(numbers)) for candidate in candidates]
         group: list[int] = []
-        for i in order:
-            both = {id(d): d for d in (candidates[j].direction for j in [*group, i])}
-            needed = sum(direction.resident(self.evaluator.rank) for direction in both.values())
+        for i in sorted(range(len(candidates)), key=owner.__getitem__):
+            together = {owner[j]: candidates[j].direction for j in [*group, i]}
+            needed = sum(direction.resident(self.evaluator.rank) for direction in together.values())
             if group and needed > self.evaluator.room:
                 yield group
                 group = []
             group.append(i)
         if group:
             yield group
-
-
-def _first(candidates: Sequence[Candidate], i: int) -> int:
-    """The first candidate that has the direction of candidate `i`."""
-    return next(j for j, other in enumerate(candidates) if other.direction is candidates[i].direction)

@@ -7,7 +7,6 @@ the KL on harmless prompts. Those that are left answer, in rounds (`steer.lab.ra
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -157,7 +156,7 @@ class Selection:
             return [asdict(one) for one in found]
 
         if not self._openings:
-            return [replace(e, screened=_of_answers(e.figures)) for e in self.run(entrants) if e.figures is not None]
+            return [replace(e, screened=Screened.of(e.figures)) for e in self.run(entrants) if e.figures is not None]
         found = self.cache.rows(f"screened-{_named(entrants)}", {}, len(entrants), make)
         screened = [replace(e, screened=Screened(**one)) for e, one in zip(entrants, found, strict=True)]
         self.tried |= {e.recipe: e for e in screened}
@@ -293,12 +292,6 @@ def layers_of(measurement: Measurement, recipe: Recipe) -> tuple[int, ...]:
     angles = separated(measurement, recipe)
     widest = max(degrees for _, degrees in angles)
     return tuple(layer for layer, degrees in angles if degrees >= SEPARATION * widest)
-
-
-def _of_answers(figures: Figures) -> Screened:
-    """What a screening would tell. Half an answer is added to both sides of the odds, which are finite then."""
-    left, count = sum(figures.left), len(figures.left)
-    return Screened(math.log((left + 0.5) / (count - left + 0.5)), figures.rate_left, figures.kl)
 
 
 def _named(entrants: Sequence[Entrant]) -> str:

@@ -1,9 +1,9 @@
 """The front end: where vLLM creates requests, in the user's process or the API server's.
 
 `add_request` admits a request's `SamplingParams.extra_args["steer"]` before the engine sees it, or finds by a ticket
-what the server's middleware has admitted. `process_inputs` adds the spec to the prefix-cache salt. The admission is
-held by the call, and by each request that it creates: from the output processor's `add_request` until the output
-processor releases the request. `plugin` wraps all of it on the instances of an engine that has steering on.
+what the server's middleware has admitted. The admission is held by the call, and by each request that it creates: from
+the output processor's `add_request`, where the spec also goes into the prefix-cache salt, until the output processor
+releases the request. `plugin` wraps all of it on the instances of an engine that has steering on.
 """
 
 from __future__ import annotations
@@ -72,9 +72,14 @@ def salt(spec: Spec, prompt: int, whole: Sequence[tuple[int, int]] = ()) -> str:
     return f"{SALT}{first}:{spec.key(prompt)}"
 
 
-def salt_of(request: EngineRequest, spec: Spec) -> str:
-    prompt = prompt_of(request.sampling_params, internals.engine.prompt_length(request))
-    return salt(spec, prompt, internals.engine.image_spans(request))
+def salted(request: EngineRequest, spec: Spec) -> str:
+    """The salt of a request that is steered by `spec`: its blocks are found by requests of the same spec alone. Raises
+    SpecError where it is not known at which tokens that acts."""
+    length = internals.engine.prompt_length(request)
+    if not spec.everywhere and not length:
+        raise SpecError("tokens: cannot be used with a prompt that is given as embeddings", param="steer.tokens")
+    prompt = prompt_of(request.sampling_params, length)
+    return (request.cache_salt or "") + salt(spec, prompt, internals.engine.image_spans(request))
 
 
 def parted(request: EngineRequest) -> tuple[str, int, str]:
@@ -395,10 +400,14 @@ class Frontend:
             admission.release(call)
 
     def check_added(self, request: EngineRequest) -> None:
-        """The output processor takes a request, which holds its admission from here on. Raises for one that was never
-        admitted."""
+        """The output processor takes a request, which holds its admission from here on, and is salted where it is
+        steered. Raises for one that was never admitted."""
+        if SALT in (request.cache_salt or ""):
+            raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
         text = receipt_of(request.sampling_params)
         call = _adding.get()
+        if call is None or not call.made or getattr(request, "resumable", False):  # n answers have one prompt
+            internals.engine.check_numbers(request)
         if (way := passage.get()) is not None and not way.manages and request.priority:
             check_priority(way)
         if call is not None:
@@ -420,11 +429,8 @@ class Frontend:
         ticket = call.ticket
         if ticket.forgotten:
             raise over()
-        salted = request.cache_salt or ""
-        if not salted.endswith(salt_of(request, ticket.admission.spec)):
-            raise UnsupportedModel("vLLM made a steered request without its prefix-cache salt")
-        ticket.salt = salted
-        request.cache_salt = self.salts.current(salted)
+        ticket.salt = salted(request, ticket.admission.spec)
+        request.cache_salt = self.salts.current(ticket.salt)
         if ticket.admission.spec.decided_once:
             request.cache_salt += f"?{request.request_id}"  # one that asks the same may decide otherwise, by rounding
         ticket.admission.hold(request.request_id)

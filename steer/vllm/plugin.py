@@ -13,13 +13,13 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from steer.errors import InvalidInput, SpecError, UnsupportedModel, brief
+from steer.errors import InvalidInput, UnsupportedModel, brief
 from steer.settings import KEEP_ALIVE
 from steer.spec import Spec
 from steer.vllm import internals
-from steer.vllm.frontend import ATTRIBUTE, SALT, Frontend, in_self_check, parted, salt_of
+from steer.vllm.frontend import ATTRIBUTE, Frontend, in_self_check, parted
 from steer.vllm.selfcheck import Job, ProbeAnswer
-from steer.vllm.settings import KEY, EngineSettings, receipt_of
+from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.settings import read as settings_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _attach_sync(engine: types.LLMEngine, settings: EngineSettings, serves: bool
     call = partial(internals.engine.call_workers, engine)
     thinking = internals.engine.engine_thinking(engine)
     frontend = Frontend(engine.vllm_config, settings, call, serves=serves, thinking=thinking)
-    _wrap_processors(engine, frontend)
+    _wrap_requests(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
 
     def adding(
@@ -104,7 +104,7 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
         serves=serves,
         thinking=internals.engine.engine_thinking(engine),
     )
-    _wrap_processors(engine, frontend)
+    _wrap_requests(engine, frontend)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
     get_supported_tasks = internals.seam(engine, "get_supported_tasks")
     starting: list[asyncio.Task[None]] = []
@@ -165,10 +165,8 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
     internals.server.on_app_built(check_app)
 
 
-def _wrap_processors(engine: types.LLMEngine | types.AsyncLLM, frontend: Frontend) -> None:
-    """The salt where requests are made, the pins where they are kept."""
-    inputs, outputs = internals.seam(engine, "input_processor"), internals.seam(engine, "output_processor")
-    internals.engine.wrap_process_inputs(inputs, _fold_salt)
+def _wrap_requests(engine: types.LLMEngine | types.AsyncLLM, frontend: Frontend) -> None:
+    outputs = internals.seam(engine, "output_processor")
     internals.engine.wrap_requests(
         outputs,
         frontend.check_added,
@@ -179,19 +177,6 @@ def _wrap_processors(engine: types.LLMEngine | types.AsyncLLM, frontend: Fronten
         frontend.decided,
     )
     _trace(outputs, frontend.applied)
-
-
-def _fold_salt(request: types.EngineRequest) -> None:
-    """A steered request's blocks are found by requests of the same spec alone; a plain request is left as it is."""
-    internals.engine.check_numbers(request)
-    if SALT in (request.cache_salt or ""):
-        raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
-    text = receipt_of(request.sampling_params)
-    if text is not None:
-        spec, prompt = Spec.of(text), internals.engine.prompt_length(request)
-        if not spec.everywhere and not prompt:
-            raise SpecError("tokens: cannot be used with a prompt that is given as embeddings", param="steer.tokens")
-        request.cache_salt = (request.cache_salt or "") + salt_of(request, spec)
 
 
 #: The spec of the request whose span is being made.

@@ -389,7 +389,9 @@ def test_another_priority_needs_the_managing_role_whatever_gives_it(engine: Engi
     from steer.vllm.frontend import Passage, passage
 
     for priority, manages in ((0, False), (-1, True), (-1, False), (1, False)):
-        request: Any = types.SimpleNamespace(sampling_params=SamplingParams(), prompt_token_ids=[1], priority=priority)
+        request: Any = types.SimpleNamespace(
+            sampling_params=SamplingParams(), prompt_token_ids=[1], priority=priority, cache_salt=None
+        )
         way = Passage(True, manages=manages)
         token = passage.set(way)
         try:
@@ -404,11 +406,11 @@ def test_another_priority_needs_the_managing_role_whatever_gives_it(engine: Engi
             passage.reset(token)
 
 
-def test_no_request_brings_what_no_model_computes_with() -> None:
+def test_no_request_brings_what_no_model_computes_with(engine: Engine) -> None:
     """It would be in blocks of the cache that others get later."""
     import torch
 
-    from steer.vllm.plugin import _fold_salt
+    check = engine.steer.check_added
 
     def asking(embeds: torch.Tensor | None = None, **fields: Any) -> Any:
         data = {name: types.SimpleNamespace(data=value) for name, value in fields.items()}
@@ -418,18 +420,18 @@ def test_no_request_brings_what_no_model_computes_with() -> None:
         )
 
     fine, image = torch.full((5, 8), 100.0, dtype=torch.bfloat16), torch.rand(3, 4, 4)
-    _fold_salt(asking())
-    _fold_salt(asking(fine, pixel_values=image, sizes=[torch.tensor([1e6])], grid=torch.tensor([1, 2])))
+    check(asking())
+    check(asking(fine, pixel_values=image, sizes=[torch.tensor([1e6])], grid=torch.tensor([1, 2])))
     for wrong in (float("nan"), float("inf"), 1e5):
         spoilt = fine.clone()
         spoilt[3, 2] = wrong
         with pytest.raises(InvalidInput, match="prompt_embeds: holds NaN, infinity or too large"):
-            _fold_salt(asking(spoilt))
+            check(asking(spoilt))
         with pytest.raises(InvalidInput, match="image_embeds"):
-            _fold_salt(asking(fine, image_embeds=[fine, spoilt]))
+            check(asking(fine, image_embeds=[fine, spoilt]))
     image[0, 0, 0] = float("nan")
     with pytest.raises(InvalidInput, match="pixel_values"):
-        _fold_salt(asking(pixel_values=image))
+        check(asking(pixel_values=image))
 
 
 def test_a_prompt_of_embeddings_is_counted(engine: Engine) -> None:
@@ -443,7 +445,7 @@ def test_a_prompt_of_embeddings_is_counted(engine: Engine) -> None:
     token = passage.set(Passage(True))
     for ids, embeds in ((None, torch.zeros(5, 8)), ([1, 2, 3, 4, 5], torch.zeros(5, 8)), ([1, 2, 3, 4, 5], None)):
         request: Any = types.SimpleNamespace(
-            sampling_params=SamplingParams(), prompt_token_ids=ids, prompt_embeds=embeds, priority=0
+            sampling_params=SamplingParams(), prompt_token_ids=ids, prompt_embeds=embeds, priority=0, cache_salt=None
         )
         with counting_usage() as usage, engine.steer.admitted(request.sampling_params):
             engine.steer.check_added(request)
@@ -459,14 +461,12 @@ def test_what_comes_after_the_end_of_its_request_is_made_no_more(engine: Engine)
     """And what is read is counted until the engine has let it go, which is later than its answer was ended."""
     from vllm import SamplingParams
 
-    from steer.vllm.frontend import READING, Passage, passage, salt_of
+    from steer.vllm.frontend import READING, Passage, passage
 
     def request(name: str, params: Any) -> Any:
-        made = types.SimpleNamespace(
-            request_id=name, sampling_params=params, prompt_token_ids=[1, 2, 3], mm_features=None
+        return types.SimpleNamespace(
+            request_id=name, sampling_params=params, prompt_token_ids=[1, 2, 3], mm_features=None, cache_salt=None
         )
-        made.cache_salt = salt_of(made, admission.spec)
-        return made
 
     front = engine.steer
     front.settings = front.settings.model_copy(update={"readout": 1})

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         EngineArgs,
         EngineCoreOutput,
         EngineRequest,
-        InputProcessor,
         LLMEngine,
         OutputProcessor,
         RequestOutput,
@@ -64,26 +63,6 @@ async def call_workers_async(engine: AsyncLLM, method: str, *args: object) -> li
         answers = await asyncio.gather(*(one("collective_rpc", method, None, args, None, engine=e) for e in many))
         return [answer for each in answers for answer in each]
     return list(await seam(engine, "collective_rpc")(method, args=args))
-
-
-def wrap_process_inputs(inputs: InputProcessor, change: Callable[[EngineRequest], None]) -> None:
-    """Have `change` applied to every EngineCoreRequest that this InputProcessor makes, on whichever thread."""
-    process = seam(inputs, "process_inputs", ["prompt", "params"])
-
-    def processing(*args: object, **kwargs: object) -> object:
-        request = process(*args, **kwargs)
-        change(request)
-        return request
-
-    inputs.process_inputs = processing
-    if (threaded := getattr(inputs, "process_inputs_async", None)) is not None:
-
-        async def processing_threaded(*args: object, **kwargs: object) -> object:
-            request = await threaded(*args, **kwargs)
-            change(request)
-            return request
-
-        inputs.process_inputs_async = processing_threaded
 
 
 def wrap_requests(

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors as IntermediateTensors
     from vllm.v1.engine import EngineCoreOutput as EngineCoreOutput
     from vllm.v1.engine.async_llm import AsyncLLM as AsyncLLM
-    from vllm.v1.engine.input_processor import InputProcessor as InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine as LLMEngine
     from vllm.v1.engine.output_processor import OutputProcessor as OutputProcessor
     from vllm.v1.engine.output_processor import RequestState as RequestState

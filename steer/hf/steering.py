@@ -145,7 +145,7 @@ class Steering:
             device=self.anatomy.device,
         )
         self.index = TokenIndex(rank, 1, self.anatomy.device)
-        self.reads = ReadIndex(self.anatomy.layers, rank, self.anatomy.device, self.bank.rows_of)
+        self.reads = ReadIndex(self.anatomy.device, self.bank.rows_of)
         #: The hooks, each with the module that it is on, and the way from the model to each of these: whose child of
         #: which name is what.
         self._handles: list[tuple[nn.Module, RemovableHandle]] = []

@@ -28,10 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.errors import UnsupportedModel
-from steer.runtime.memory import lasting
 from steer.spec import Readout
 
-#: Places of the values of one token at one layer: two for each row, and the norm after them.
+#: Of the two sides of the operation.
 BEFORE, AFTER = range(2)
 
 
@@ -47,16 +46,16 @@ class Reading:
     angles: NDArray[np.float32] | None = None
 
     @classmethod
-    def of(
-        cls, read: Readout, before: NDArray[np.float32], after: NDArray[np.float32], norms: NDArray[np.float32]
-    ) -> Reading:
-        """Of the components along all rows of `read`, `[…, layers, rows]`."""
+    def of(cls, read: Readout, values: NDArray[np.float32]) -> Reading:
+        """Of what was `measured` at the layers of `read`, `[…, layers, 2k + 1]`, along at least its rows."""
+        most = values.shape[-1] // 2
+        before, after = values[..., : read.rows], values[..., most : most + read.rows]
         if not read.angle:
-            return cls(before, after, norms)
+            return cls(before, after, values[..., -1])
         found = np.stack([before, after])
         q, p = found[..., ::2], found[..., 1::2]
         angles = np.where((q == 0) & (p == 0), np.float32(np.nan), np.degrees(np.arctan2(q, p)))
-        return cls(q[0], q[1], norms, angles)
+        return cls(q[BEFORE], q[AFTER], values[..., -1], angles)
 
 
 def components(x: Tensor, vectors: Tensor) -> Tensor:
@@ -65,8 +64,15 @@ def components(x: Tensor, vectors: Tensor) -> Tensor:
     return (x.float().unsqueeze(1) * vectors).sum(-1)
 
 
+def measured(before: Tensor, after: Tensor, vectors: Tensor) -> Tensor:
+    """⟨x, v⟩, ⟨x', v⟩ and ‖x‖, `[reads, 2k + 1]` float32, of the stream at tokens `[reads, d_model]` before and after
+    the operation. vectors: `[reads, k, d_model]`."""
+    norms = torch.linalg.vector_norm(before.float(), dim=-1, keepdim=True)
+    return torch.cat([components(before, vectors), components(after, vectors), norms], -1)
+
+
 class ReadIndex:
-    """Which rows are read at which tokens of the running batch, and what was found there: buffers on the device.
+    """Which rows are read at which tokens of the running batch, and what was found there.
 
     Call `fill` before each pass and `collect` after it, on the thread that runs the model; hooks call `record`. When
     nothing is read, a hook pays for one look at `layers`.
@@ -74,48 +80,33 @@ class ReadIndex:
     rows_of: gives the bank rows `[k]` int64 of resident digests, with axes or without (`DirectionBank.rows_of`).
     """
 
-    def __init__(
-        self,
-        layers: int,
-        rank: int,
-        device: torch.device | str,
-        rows_of: Callable[[Sequence[str], bool], NDArray[np.int64]],
-    ) -> None:
-        self.rank, self.device, self._rows_of = rank, device, rows_of
+    def __init__(self, device: torch.device | str, rows_of: Callable[[Sequence[str], bool], NDArray[np.int64]]) -> None:
+        self.device, self._rows_of = device, rows_of
         self.layers: frozenset[int] = frozenset()
-        self._all, self._reads = layers, list[Readout]()
-        self._resize(1)
-
-    def _resize(self, reads: int) -> None:
-        shape = (self._all, reads, self.rank)
-        with lasting():
-            self._at = torch.zeros(reads, dtype=torch.int64, device=self.device)
-            self._rows = torch.zeros(reads, self.rank, dtype=torch.int64, device=self.device)
-            self._found = torch.zeros(2, *shape, dtype=torch.float32, device=self.device)
-            self._norms = torch.zeros(shape[:2], dtype=torch.float32, device=self.device)
+        self._reads: list[Readout] = []
+        self._at = self._rows = torch.zeros(0, dtype=torch.int64)
         #: The read-outs whose rows `_rows` holds.
         self._written: list[Readout] = []
+        #: By layer, of each read-out (`measured`).
+        self._found: dict[int, Tensor] = {}
 
     def fill(self, reads: Sequence[Readout | None], lengths: Sequence[int]) -> None:
         """Read the last of request i's `lengths[i]` tokens, in batch order, as `reads[i]` says. A version that is no
         longer resident was unloaded because its request has ended, which this batch does not know yet: the row of zeros
         is read in its place, and nobody is told of it."""
-        self._reads = [read for read in reads if read is not None]
+        self._reads, self._found = [read for read in reads if read is not None], {}
         self.layers = frozenset(layer for read in self._reads for layer in read.layers)
         if not self._reads:
             return
-        if len(self._reads) > len(self._at):
-            self._resize(2 * len(self._reads))
-        count, ends = len(self._reads), np.cumsum(lengths) - 1
-        self._at[:count].copy_(torch.from_numpy(ends[[read is not None for read in reads]]))
+        ends = np.cumsum(lengths) - 1
+        self._at = torch.from_numpy(ends[[read is not None for read in reads]]).to(self.device)
         # By identity: an equal read-out of a later request may be of a version that has come back to other rows.
-        if len(self._written) != count or not all(map(operator.is_, self._written, self._reads)):
-            rows = np.zeros((count, self.rank), np.int64)
+        if len(self._written) != len(self._reads) or not all(map(operator.is_, self._written, self._reads)):
+            rows = np.zeros((len(self._reads), max(read.rows for read in self._reads)), np.int64)
             for mine, read in zip(rows, self._reads, strict=True):
                 with suppress(KeyError):
                     mine[: read.rows] = self._rows_of(read.digests, read.angle)
-            self._rows[:count].copy_(torch.from_numpy(rows))
-            self._written = self._reads
+            self._rows, self._written = torch.from_numpy(rows).to(self.device), self._reads
 
     def clear(self) -> None:
         self.fill([], [])
@@ -124,23 +115,18 @@ class ReadIndex:
     def record(self, layer: int, before: Tensor, after: Tensor, vectors: Tensor) -> None:
         """In the hook of `layer`: the stream of all tokens `[tokens, d_model]` before and after the operation, and the
         hook point's rows `[rows, d_model]`."""
-        count = len(self._reads)
-        at, lines = self._at[:count], vectors[self._rows[:count]]
-        x = before[at]
-        self._found[BEFORE, layer, :count] = components(x, lines)
-        self._found[AFTER, layer, :count] = components(after[at], lines)
-        self._norms[layer, :count] = torch.linalg.vector_norm(x.float(), dim=-1)
+        self._found[layer] = measured(before[self._at], after[self._at], vectors[self._rows])
 
     def collect(self) -> list[Reading]:
         """What the pass found, for each request that is read in the order of `fill`; then nothing is read any more."""
         if not self._reads:
             return []
-        count = len(self._reads)
-        found, norms = self._found[:, :, :count].cpu().numpy(), self._norms[:, :count].cpu().numpy()
-        out = []
-        for i, read in enumerate(self._reads):
-            mine = found[:, list(read.layers), i, : read.rows].copy()
-            out.append(Reading.of(read, mine[BEFORE], mine[AFTER], norms[list(read.layers), i]))
+        places = {layer: place for place, layer in enumerate(self._found)}
+        found = torch.stack(list(self._found.values()), 1).cpu().numpy()
+        out = [
+            Reading.of(read, mine[[places[layer] for layer in read.layers]])
+            for read, mine in zip(self._reads, found, strict=True)
+        ]
         self.clear()
         return out
 
@@ -151,7 +137,8 @@ class Recorder:
 
     def __init__(self, rows: NDArray[np.int64], read: Readout) -> None:
         self._rows, self._read = torch.from_numpy(rows), read
-        self._passes: list[tuple[int, int, dict[int, tuple[Tensor, Tensor, Tensor]]]] = []  # rows, positions, by layer
+        #: Of each pass its rows, its positions and, by layer, what was `measured`, `[rows, positions, 2k + 1]`.
+        self._passes: list[tuple[int, int, dict[int, Tensor]]] = []
 
     def begin(self, tokens: tuple[int, int] | None) -> None:
         """A pass over `tokens` (rows, positions) begins; None where what the decoder was given does not say."""
@@ -165,21 +152,16 @@ class Recorder:
         rows, positions, found = self._passes[-1]
         x, y = (side.detach().flatten(0, -2) for side in (before, after))
         lines = vectors[self._rows.to(vectors.device)].expand(len(x), -1, -1)
-        norms = torch.linalg.vector_norm(x.float(), dim=-1)
-        new = [t.unflatten(0, (rows, -1)) for t in (components(x, lines), components(y, lines), norms)]
+        new = measured(x, y, lines).unflatten(0, (rows, -1))
         # a block may be called for some positions after the others
-        whole = [torch.cat(parts, 1) for parts in zip(found[layer], new, strict=True)] if layer in found else new
-        if whole[-1].shape[1] > positions:
+        found[layer] = torch.cat([found[layer], new], 1) if layer in found else new
+        if found[layer].shape[1] > positions:
             raise UnsupportedModel(f"block {layer} is called more than once in a pass, and what is read is not known")
-        found[layer] = (whole[0], whole[1], whole[2])
 
     def collect(self) -> list[Reading]:
         """Of each pass that went through all layers, in order."""
         layers = self._read.layers
         whole = [found for *_, found in self._passes if len(found) == len(layers)]
         return [
-            Reading.of(
-                self._read, *(torch.stack([found[n][side] for n in layers], 2).cpu().numpy() for side in range(3))
-            )
-            for found in whole
+            Reading.of(self._read, torch.stack([found[layer] for layer in layers], 2).cpu().numpy()) for found in whole
         ]

@@ -339,13 +339,14 @@ class Frontend:
             for layer, data in answer or ():
                 values = np.frombuffer(data, np.float32).reshape(-1, 2 * self.settings.rank + 1)
                 found.setdefault(layer, values)  # tensor-parallel ranks say the same
-        layers, rows = readout.layers, readout.rows
+        layers = readout.layers
         if missing := [layer for layer in layers if layer not in found or len(found[layer]) < len(tokens)]:
             raise EngineFailed(f"the layers {missing} were not read for every token")
         values = np.stack([found[layer][: len(tokens)] for layer in layers], axis=1)
-        rank = self.settings.rank
-        read = (Reading.of(readout, each[:, :rows], each[:, rank : rank + rows], each[:, -1]) for each in values)
-        return [(token_text(tokenizer, token), reading) for token, reading in zip(tokens, read, strict=True)]
+        return [
+            (token_text(tokenizer, token), Reading.of(readout, each))
+            for token, each in zip(tokens, values, strict=True)
+        ]
 
     def met(self, ticket: Ticket, answer: str, choice: int) -> bool | None:
         """At the end of a choice, of the answer with this id: did the condition of its request hold, or its phase come,

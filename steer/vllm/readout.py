@@ -22,8 +22,8 @@ KEPT = 4
 
 @dataclass(slots=True)
 class _ReadRun:
-    """One request that is read. `rows`: bank rows `[k]` int64; `values`: for each generated token, by its number,
-    `[layers, 2 × rank + 1]` (before, after, norm)."""
+    """One request that is read. `rows`: bank rows `[k]` int64; `values`: for each generated token, by its number, what
+    was `measured` `[layers, 2 × rank + 1]`."""
 
     rows: NDArray[np.int64]
     prompt: int
@@ -92,8 +92,7 @@ class ReadRunner:
         if not self._step:
             return
         count = len(self._step)
-        each = [torch.cat([*m.found, m.norms.unsqueeze(1)], dim=1)[:count] for m in self.steering_modules.values()]
-        found = torch.stack(each, dim=1).cpu().numpy()
+        found = torch.stack([m.found[:count] for m in self.steering_modules.values()], dim=1).cpu().numpy()
         for (run, number), values in zip(self._step, found, strict=True):
             run.values[number] = values.copy()
         self.reads.at.zero_()  # the next pass may have fewer tokens than these were

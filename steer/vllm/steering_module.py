@@ -20,7 +20,7 @@ from steer.names import Site
 from steer.runtime.bank import BankSlice, Operands, decide, gather, operate, operate_before_norm
 from steer.runtime.hook_points import Args, Kwargs, Output
 from steer.runtime.memory import lasting
-from steer.runtime.readout import AFTER, BEFORE, components
+from steer.runtime.readout import measured
 from steer.runtime.token_index import TokenIndex, conditions, unpacked
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class SteeringModule(nn.Module):
     """One place's buffers on the module that is hooked. `vectors`, `coefficients` and `number` are the place's bank
     slice; `packed` (`[max_tokens, fields]`) is the token index, one for all steering modules; in `lost`
     (`[max_tokens]`) each of them says what tokens it has lost, and in `opened` (None where the rank is 1), where it
-    `decides`, at which tokens the later ones act. With `reads` every pass writes `found` (`[2,
-    count, rank]`: components before and after) and `norms` (`[count]`) of the tokens that are read."""
+    `decides`, at which tokens the later ones act. With `reads` every pass writes into `found` (`[count, 2 × rank + 1]`)
+    what is `measured` at the tokens that are read."""
 
     vectors: Tensor
     coefficients: Tensor
@@ -60,7 +60,6 @@ class SteeringModule(nn.Module):
     read_at: Tensor
     read_rows: Tensor
     found: Tensor
-    norms: Tensor
 
     def __init__(
         self, bank_slice: BankSlice, index: TokenIndex, reads: Reads | None = None, *, decides: bool = False
@@ -83,8 +82,7 @@ class SteeringModule(nn.Module):
                 tensors |= {
                     "read_at": reads.at,
                     "read_rows": reads.rows,
-                    "found": bank_slice.vectors.new_zeros(2, reads.count, reads.rank),
-                    "norms": bank_slice.vectors.new_zeros(reads.count),
+                    "found": bank_slice.vectors.new_zeros(reads.count, 2 * reads.rank + 1),
                 }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
@@ -134,13 +132,13 @@ def hand_on(steering_module: SteeringModule, x: Tensor, r: Tensor | None = None)
 
 def record(steering_module: SteeringModule, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> None:
     """Write what the tokens that are read have along their rows, of a stream that is the sum of these."""
-    lines = steering_module.vectors[steering_module.read_rows]
-    for place, parts in ((BEFORE, before), (AFTER, after)):
+
+    def read(parts: tuple[Tensor, ...]) -> Tensor:
         each = [part.reshape(-1, part.shape[-1])[steering_module.read_at].float() for part in parts]
-        at = sum(each[1:], each[0])
-        steering_module.found[place].copy_(components(at, lines))
-        if place == BEFORE:
-            steering_module.norms.copy_(torch.linalg.vector_norm(at, dim=-1))
+        return sum(each[1:], each[0])
+
+    lines = steering_module.vectors[steering_module.read_rows]
+    steering_module.found.copy_(measured(read(before), read(after), lines))
 
 
 #: The name of a steering module on a norm.

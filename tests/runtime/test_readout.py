@@ -38,7 +38,7 @@ def test_a_component_is_the_inner_product() -> None:
 @given(st.data())
 def test_each_reader_gets_its_own_last_token_rows_and_layers(data: st.DataObject) -> None:
     """Batches of any make-up, one after the other in the same buffers."""
-    index = ReadIndex(LAYERS, RANK, "cpu", rows_of)
+    index = ReadIndex("cpu", rows_of)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(LAYERS, ROWS, WIDTH, generator=generator)
     rows = st.lists(st.integers(1, ROWS - 1), min_size=1, max_size=RANK, unique=True)
@@ -69,7 +69,7 @@ def test_each_reader_gets_its_own_last_token_rows_and_layers(data: st.DataObject
 def test_a_later_request_is_read_at_the_rows_that_its_version_has_then() -> None:
     """A version that was unloaded and came back has other rows, and its read-out is equal to the one before."""
     row = 1
-    index = ReadIndex(1, RANK, "cpu", lambda *_: np.array([row]))
+    index = ReadIndex("cpu", lambda *_: np.array([row]))
     x, vectors = torch.ones(1, WIDTH), torch.arange(1.0, 4.0)[:, None].expand(3, WIDTH)
     before = readout([0], [0])
 
@@ -86,7 +86,7 @@ def test_a_later_request_is_read_at_the_rows_that_its_version_has_then() -> None
 def test_a_request_that_has_ended_takes_no_other_ones_read_out_with_it() -> None:
     """Its version may be unloaded before the model's thread knows that it has ended."""
     resident = {"old": [1], "new": [2]}
-    index = ReadIndex(1, RANK, "cpu", lambda digests, _: np.array([row for d in digests for row in resident[d]]))
+    index = ReadIndex("cpu", lambda digests, _: np.array([row for d in digests for row in resident[d]]))
     old, new = (Readout((Line("refusal", digest, 0),), (0,)) for digest in resident)
     x, vectors = torch.ones(2, WIDTH), torch.tensor([0.0, 2.0, 3.0])[:, None].expand(3, WIDTH)
 
@@ -102,7 +102,7 @@ def test_a_request_that_has_ended_takes_no_other_ones_read_out_with_it() -> None
 
 def test_an_angle_is_that_in_the_plane_of_direction_and_axis() -> None:
     """Of a stream that is made of its angle, among others that are read without; where there is no plane it is NaN."""
-    index = ReadIndex(2, RANK, "cpu", rows_of)
+    index = ReadIndex("cpu", rows_of)
     vectors = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))[0][:ROWS]
     v, u = vectors[2], vectors[1]
     turned = [torch.tensor(angle).deg2rad() for angle in (100.0, -35.0)]

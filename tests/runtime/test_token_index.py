@@ -326,7 +326,7 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue:
     """An index or a bank of a notebook is made and filled in whatever mode its user is in."""
     with torch.inference_mode(made_inside):
         index = TokenIndex(2, 8, "cpu", queue=queue)
-        reads = ReadIndex(1, 2, "cpu", lambda *_: np.array([1]))
+        reads = ReadIndex("cpu", lambda *_: np.array([1]))
         bank = DirectionBank([HookPoint("resid_post", 0)], rows=4, rank=2, d_model=8)
     bank_slice = bank.slices[HookPoint("resid_post", 0)]
     for inside in (not made_inside, made_inside):
@@ -344,8 +344,6 @@ def test_what_is_made_in_one_mode_is_filled_in_another(made_inside: bool, queue:
             bank_slice.vectors,
             bank_slice.coefficients,
             bank_slice.joint,
-            reads._at,
-            reads._found,
         ):
             assert tensor is not None
             assert not tensor.is_inference()

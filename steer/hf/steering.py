@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, assert_never
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,7 +46,6 @@ KEPT = 64
 
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 
 class Anatomy:
@@ -194,21 +193,17 @@ class Steering:
         """Put the hooks on, if they are not on yet. The caller must discard what `torch.compile` made before: it would
         run without them."""
         if not self._handles:
-            begin, end = (
-                _uncompiled(self._reporting_errors(self._begin)),
-                _uncompiled(self._reporting_errors(self._end)),
-            )
             decoder = self.anatomy.decoder
+            begin, end = (_Hung(self, self._hook(each)) for each in (self._begin, self._end))
             hung = [
-                decoder.register_forward_pre_hook(_Hung(self, begin), with_kwargs=True),
-                decoder.register_forward_hook(_Hung(self, end), always_call=True),
+                decoder.register_forward_pre_hook(begin, with_kwargs=True),
+                decoder.register_forward_hook(end, always_call=True),
             ]
             self._handles = [(decoder, handle) for handle in hung]
             in_order = sorted(self._targets, key=lambda hooked: hooked.point.layer)
             for number, hooked in enumerate(in_order):
                 hang = hook_points.on_input if hooked.before else hook_points.on_output
-                transform = self._reporting_errors(self._transform(hooked.point, 1 << number))
-                handle = hang(hooked.module, _uncompiled(transform))
+                handle = hang(hooked.module, self._hook(self._transform(hooked.point, 1 << number)))
                 self._handles.append((hooked.module, handle))
                 internals.record_last(hooked.module)
             self._list = hook_points.find_list(self.anatomy.decoder, self.anatomy.layers)
@@ -340,19 +335,21 @@ class Steering:
         self._kept.clear()
         self.index.fill_with(steers, lengths, starts, tokens)
 
-    def _reporting_errors(self, hook: Callable[P, T]) -> Callable[P, T]:
-        """`hook`, of which an error on another thread than the batch's is also the batch's: what runs passes there, as
-        `generate_batch`, may go on without the answers that it cost."""
+    def _hook(self, hook: Callable[..., T]) -> Callable[..., T]:
+        """`hook`, run as it stands also from compiled code: traced, its graph would be made again for every change of
+        what is steered, and a replayed one would not ask. An error on another thread than the batch's is also the
+        batch's: what runs passes there, as `generate_batch`, may go on without the answers that it cost."""
 
-        def kept(*args: P.args, **kwargs: P.kwargs) -> T:
+        def kept(*given: Any) -> T:
             try:
-                return hook(*args, **kwargs)
+                return hook(*given)
             except Exception as error:
                 if self._batches and self._owner and self._owner[0] != threading.get_ident():
                     self._batches[-1].error = error
                 raise
 
-        return kept
+        apart = torch.compiler.disable(kept)
+        return lambda *given: apart(*given) if torch.compiler.is_compiling() else kept(*given)
 
     def _begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
@@ -594,21 +591,17 @@ class _Pass(threading.local):
 
 
 class _Hung(hook_points.Hung):
-    """A hook on a decoder, and on no copy of it, by which a model knows who steers it."""
+    """A hook on a decoder, by which a model knows who steers it."""
 
     def __init__(self, steering: Steering, hook: Callable[..., None]) -> None:
-        super().__init__(hook)
+        super().__init__(steering.anatomy.decoder, hook)
         self.steering = steering
-
-    def __call__(self, module: nn.Module, *given: Any) -> None:
-        if module is self.steering.anatomy.decoder:
-            self.hook(*given)
 
 
 def _check_free(decoder: nn.Module) -> None:
     """Raise RuntimeError in a block of another steering, whose passes are not those of the model alone."""
-    others = (hook.steering for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Hung))
-    if blocks := [block for other in others if other.anatomy.decoder is decoder for block in other.blocks]:
+    others = (hook for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Hung))
+    if blocks := [block for hook in others if hook.module is decoder for block in hook.steering.blocks]:
         raise RuntimeError(
             f"`with {blocks[-1]}:` of another steering is open on this model, which cannot be checked inside of it: "
             "attach before it, or let it end first"
@@ -692,10 +685,3 @@ def _tokens_of(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int
 def _transformed(tensor: Tensor) -> bool:
     """Is it of a transform of torch.func (`grad`, `vjp`, `jvp`, `vmap`), beyond which it has no value?"""
     return torch.func.debug_unwrap(tensor) is not tensor
-
-
-def _uncompiled(hook: Callable[..., T]) -> Callable[..., T]:
-    """`hook`, run as it stands also from compiled code. Traced, its graph would be made again for every change of what
-    is steered, and a replayed one would not ask."""
-    apart = torch.compiler.disable(hook)
-    return lambda *given: apart(*given) if torch.compiler.is_compiling() else hook(*given)

@@ -72,14 +72,14 @@ def stream_given(args: Args, kwargs: Kwargs) -> Tensor:
 
 
 class Hung:
-    """What stands on a module as a hook. A copy of the module has it too, and is not steered; in a file it would be
-    nothing."""
+    """What stands on a module as a hook, and calls `hook` with what hooks get beside that. A copy of the module has it
+    too, and is not steered; in a file it would be nothing."""
 
-    def __init__(self, hook: Callable[..., object]) -> None:
-        self.hook = hook
+    def __init__(self, module: nn.Module, hook: Callable[..., object]) -> None:
+        self.module, self.hook = module, hook
 
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        return self.hook(*given, **named)
+    def __call__(self, called: nn.Module, *given: Any) -> Any:
+        return self.hook(*given) if called is self.module else None
 
     def __deepcopy__(self, _memo: object) -> Hung:
         return self
@@ -92,9 +92,7 @@ def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
     """Hook `transform` on the tensor that `module` returns, and no copy of it. A transform that returns None leaves it
     alone. A pass raises UnsupportedModel where it returns something else."""
 
-    def hook(called: nn.Module, _args: object, output: Output) -> Output | None:
-        if called is not module:
-            return None
+    def hook(_args: object, output: Output) -> Output | None:
         stream = output[0] if isinstance(output, tuple) and output else output
         if not isinstance(stream, Tensor):
             within = f" of {type(stream).__name__}" if isinstance(output, tuple) else ""
@@ -105,19 +103,18 @@ def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
         new = transform(stream)
         return (new, *output[1:]) if isinstance(output, tuple) and new is not None else new
 
-    return module.register_forward_hook(Hung(hook))
+    return module.register_forward_hook(Hung(module, hook))
 
 
 def on_input(module: nn.Module, transform: Transform) -> RemovableHandle:
     """Hook `transform` on the hidden state that `module`, and no copy of it, is called with (`stream_given`)."""
 
-    def hook(called: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        new = transform(stream_given(args, kwargs)) if called is module else None
-        if new is None:
+    def hook(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        if (new := transform(stream_given(args, kwargs))) is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    return module.register_forward_pre_hook(Hung(hook), with_kwargs=True)
+    return module.register_forward_pre_hook(Hung(module, hook), with_kwargs=True)
 
 
 @contextmanager

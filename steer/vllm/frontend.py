@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -39,7 +39,6 @@ from steer.tokenization import Thinking
 from steer.vllm import internals
 from steer.vllm.internals.types import Call, CallAsync
 from steer.vllm.placement import VllmPlacement
-from steer.vllm.selfcheck import Ask, self_check
 from steer.vllm.settings import KEY, READ, RESOLVED, EngineSettings, check_absent, prompt_of, receipt_of
 from steer.vllm.steering_module import code_digest
 
@@ -226,8 +225,8 @@ class Frontend:
 
     # -- start -------------------------------------------------------------------------------------------------------
 
-    def start(self, ask: Ask, engines: int = 1) -> None:
-        """Meet the workers, check that they steer, fill the registry. Blocks. Raises SteerError when the engine must
+    def start(self, check: Callable[[Frontend], None]) -> None:
+        """Meet the workers, `check` that they steer, fill the registry. Blocks. Raises SteerError when the engine must
         not serve."""
         if self.serves:
             log_to_stderr()
@@ -236,12 +235,9 @@ class Frontend:
         codes = {worker["code"] for worker in workers}
         if codes != {code_digest()}:
             raise UnsupportedModel("the workers run another version of Steer than this process")
-        missing = sorted(set(range(self.shape.layers)) - {layer for worker in workers for layer in worker["layers"]})
-        if missing:
-            raise UnsupportedModel(f"no worker steers the layers {missing}")
         with self.shared.once("self-check") as first:  # by one alone: it switches what runs, and wants no neighbours
             if first:
-                self_check(self, ask, ranks=engines)
+                check(self)
         self.registry.swaps = 0
         self.shared.follows()
         self.registry.sync()

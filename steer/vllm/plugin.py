@@ -18,7 +18,7 @@ from steer.settings import KEEP_ALIVE
 from steer.spec import Spec
 from steer.vllm import internals
 from steer.vllm.frontend import ATTRIBUTE, Frontend, in_self_check, parted
-from steer.vllm.selfcheck import Job, ProbeAnswer
+from steer.vllm.selfcheck import Job, ProbeAnswer, self_check
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.settings import read as settings_of
 
@@ -79,7 +79,7 @@ def _attach_sync(engine: types.LLMEngine, settings: EngineSettings, serves: bool
     setattr(engine, ATTRIBUTE, frontend)
     token = in_self_check.set(True)
     try:
-        frontend.start(ask)
+        frontend.start(partial(self_check, ask=ask))
     finally:
         in_self_check.reset(token)
 
@@ -128,7 +128,7 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
 
     def start() -> None:
         in_self_check.set(True)  # seen by what this thread asks of the event loop, and by nothing else
-        frontend.start(ask, engines)
+        frontend.start(partial(self_check, ask=ask, ranks=engines))
         frontend.watch()
 
     async def ready() -> None:

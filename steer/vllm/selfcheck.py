@@ -12,7 +12,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -23,11 +23,11 @@ from steer.direction import Direction, DirectionMeta
 from steer.errors import UnsupportedModel
 from steer.geometry import orthogonal_part
 from steer.names import TURNING, Mode
-from steer.registry import Registry
 from steer.runtime.bank import EMBEDDING, HookPoint
-from steer.shape import Shape
-from steer.vllm.internals.types import Call
-from steer.vllm.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from steer.vllm.frontend import Frontend
+    from steer.vllm.settings import EngineSettings
 
 log = logging.getLogger("steer")
 
@@ -40,19 +40,6 @@ Ask = Callable[[Sequence[Job], int], list[ProbeAnswer]]
 #: Of one hook point, by phase: what is wrong, `RIGHT`, or None where no effect is clear.
 Judgement: TypeAlias = dict[str, str | None]
 RIGHT = ""
-
-
-class Checked(Protocol):
-    """What the self-check needs of an engine's front end."""
-
-    settings: EngineSettings
-    shape: Shape
-    dtype: str
-    registry: Registry
-
-    @property
-    def call(self) -> Call: ...
-
 
 #: Once with all of it and once with half: what acts twice is all the same where nothing is left.
 STRENGTHS = (1.0, 0.5)
@@ -73,7 +60,7 @@ NUDGES = 3.0
 LEFT, LEFT_ROUNDING = 0.1, 32.0
 
 
-def self_check(frontend: Checked, ask: Ask, *, ranks: int) -> None:
+def self_check(frontend: Frontend, *, ask: Ask, ranks: int = 1) -> None:
     """Raise UnsupportedModel naming the hook points that do not steer. Before anything is served: nothing else may
     run."""
     streams, shape = _streams(frontend), frontend.shape
@@ -111,7 +98,7 @@ def self_check(frontend: Checked, ask: Ask, *, ranks: int) -> None:
 class _Engine:
     """One data-parallel rank."""
 
-    def __init__(self, frontend: Checked, ask: Ask, rank: int) -> None:
+    def __init__(self, frontend: Frontend, ask: Ask, rank: int) -> None:
         self.frontend, self.ask, self.rank = frontend, ask, rank
         self.nudge = 1 + ROUNDING.get(frontend.dtype, ROUNDING["bfloat16"])
         plain = [(prompt, "off") for prompt in range(PROMPTS)]
@@ -249,7 +236,7 @@ def rms(x: NDArray[np.float64]) -> float:
     return float(np.sqrt(np.square(x).mean())) if x.size else 0.0
 
 
-def _streams(frontend: Checked) -> dict[HookPoint, Tensor]:
+def _streams(frontend: Frontend) -> dict[HookPoint, Tensor]:
     """What every hook point has in plain passes: as long as streams there are, in their common direction.
     Tensor-parallel ranks say the same."""
     return {
@@ -292,7 +279,7 @@ def _spec(name: str, tried: Tried, strength: float) -> str:
     return f"{name}:{tried.mode}{shift}={strength}"
 
 
-def _direction(frontend: Checked, tried: Tried, stream: Tensor) -> Direction:
+def _direction(frontend: Frontend, tried: Tried, stream: Tensor) -> Direction:
     """Acts at one hook point, and changes much there. With `affine` its component of a stream becomes as large as
     streams are; with `ablate` and `one_sided` what streams there have in common is removed from them in part, and with
     `rotate` a part of it is turned to an axis that they do not have in common."""

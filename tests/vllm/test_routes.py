@@ -499,10 +499,6 @@ def test_servers_without_a_layer_of_ours_do_not_start(monkeypatch: pytest.Monkey
     internals.engine.check_entry("OPENAI_API_SERVER")
     with pytest.raises(UnsupportedModel, match="batch runner"):
         internals.engine.check_entry("OPENAI_BATCH_RUNNER")
-    with monkeypatch.context() as patch:
-        patch.setenv("VLLM_USE_RUST_FRONTEND", "1")
-        with pytest.raises(UnsupportedModel, match="VLLM_USE_RUST_FRONTEND"):
-            internals.config.check_rust()
     name = "vllm.entrypoints.launchers.grpc_server"
     monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     with pytest.raises(UnsupportedModel, match="gRPC"):

@@ -17,9 +17,8 @@ HASHED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "Moonca
 #: Connectors between instances for prefill and for decoding: blocks go by request, and no instance knows how the
 #: other steered what it sends.
 DISAGGREGATED = ("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
-#: vLLM's variable for a front end in which nothing of ours runs.
+#: vLLM's variable for a front end written in Rust, in which nothing of ours runs.
 RUST_FRONTEND = "VLLM_USE_RUST_FRONTEND"
-RUST_PROBLEM = f"vLLM's Rust front end would ignore the field 'steer': unset {RUST_FRONTEND}"
 #: Executors that call the worker's own methods, in the order in which the engine asked.
 EXECUTORS = {"UniProcExecutor", "MultiprocExecutor"}
 
@@ -43,7 +42,7 @@ def check_config(config: VllmConfig, *, readout: bool) -> None:
         "--enable-fault-tolerance is on: workers forget requests that the front end goes on with": getattr(
             parallel, "enable_fault_tolerance", False
         ),
-        RUST_PROBLEM: _switched_on(RUST_FRONTEND),
+        f"vLLM's Rust front end would ignore the field 'steer': unset {RUST_FRONTEND}": _switched_on(RUST_FRONTEND),
         "weights are offloaded with VLLM_WEIGHT_OFFLOADING_DISABLE_UVA, which runs a module's hooks twice; unset "
         "it": _switched_on("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA") and _offloads(config),
         "--kv-sharing-fast-prefill is on": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
@@ -162,9 +161,3 @@ def max_tokens(config: VllmConfig) -> int:
 def max_requests(config: VllmConfig) -> int:
     """The most requests that one forward pass can have. vLLM's compile cache knows this number."""
     return int(config.scheduler_config.max_num_seqs)
-
-
-def check_rust() -> None:
-    """Raise UnsupportedModel where vLLM's front end written in Rust serves, in which nothing of ours runs."""
-    if _switched_on(RUST_FRONTEND):
-        raise UnsupportedModel(RUST_PROBLEM)

@@ -14,7 +14,6 @@ from steer.runtime.selfcheck import tensors_in
 from steer.serve import metrics
 from steer.tokenization import Thinking, Tokenizer, thinking_of
 from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, T, news_of, seam, version
-from steer.vllm.internals.config import check_rust
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import (
@@ -361,7 +360,6 @@ def check_entry(context: str) -> None:
     for name in {main, *sys.modules}:
         if name and name.startswith("vllm.entrypoints.") and name.endswith(".grpc_server"):
             raise UnsupportedModel("vLLM's gRPC server has no way to request steering: serve HTTP, without --grpc")
-    check_rust()
 
 
 def probe_prompt(number: int) -> object:

@@ -51,7 +51,8 @@ class WorkerCapture:
         self.seen = [0] * prompts
         self._form, self._device = form, device
         self._asked: dict[str, CaptureRequest] = {}
-        self._step: _Step | None = None
+        #: Of the step that runs: (token, prompt, which of its positions) and (token, prompt), `[reads, …]` each.
+        self._step: tuple[Tensor, Tensor] | None = None
         self._handles = [
             block.register_forward_hook(lambda _m, _args, output, n=layer: self._see(n, output))
             for layer, block in blocks.items()
@@ -67,21 +68,23 @@ class WorkerCapture:
         if asked := CaptureRequest.of(params):
             self._asked[request_id] = asked
 
-    def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: Mapping[str, int]) -> None:
-        """A step comes: request i has `lengths[i]` tokens, the first at position `starts[requests[i]]`."""
-        picks: list[tuple[int, int, int]] = []  # token of the step, prompt, which of its positions
-        owns: list[tuple[int, int]] = []  # token of the step, prompt
+    def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: NDArray[np.int32]) -> None:
+        """A step comes: request i has `lengths[i]` tokens, the first at position `starts[i]`."""
+        picks: list[tuple[int, int, int]] = []
+        owns: list[tuple[int, int]] = []
         offset = 0
-        for request, length in zip(requests, lengths.tolist(), strict=True):
+        for request, length, begin in zip(requests, lengths.tolist(), starts.tolist(), strict=True):
             if asked := self._asked.get(request):
-                begin = starts[request]
                 new = range(max(begin, self.seen[asked.number]), begin + length)
                 picks += [(offset + p - begin, asked.number, i) for i, p in enumerate(asked.at) if p in new]
                 owned = range(max(new.start, asked.start), min(new.stop, asked.stop))
                 owns += [(offset + p - begin, asked.number) for p in owned]
                 self.seen[asked.number] = max(self.seen[asked.number], new.stop)
             offset += length
-        self._step = _Step(picks, owns, self._device) if picks or owns else None
+        self._step = None
+        if picks or owns:
+            both = (torch.tensor(rows, dtype=torch.int64, device=self._device) for rows in (picks, owns))
+            self._step = next(both).reshape(-1, 3), next(both).reshape(-1, 2)
 
     def end_step(self) -> None:
         """What runs until the next step begins is no request's."""
@@ -91,16 +94,6 @@ class WorkerCapture:
         if (step := self._step) is None:
             return
         x = stream(self._form, output).double()
-        self.picked[layer][step.prompts, step.positions] = x[step.picked]
-        self.own[layer].index_add_(0, step.owners, x[step.owned])
-
-
-class _Step:
-    """The tokens of one step that are read, as index tensors on the device."""
-
-    def __init__(self, picks: list[tuple[int, int, int]], owns: list[tuple[int, int]], device: torch.device) -> None:
-        def column(rows: Sequence[tuple[int, ...]], i: int) -> Tensor:
-            return torch.tensor([row[i] for row in rows], dtype=torch.int64, device=device)
-
-        self.picked, self.prompts, self.positions = (column(picks, i) for i in range(3))
-        self.owned, self.owners = column(owns, 0), column(owns, 1)
+        (picked, prompts, positions), (owned, owners) = (part.unbind(1) for part in step)
+        self.picked[layer][prompts, positions] = x[picked]
+        self.own[layer].index_add_(0, owners, x[owned])

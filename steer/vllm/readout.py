@@ -65,7 +65,7 @@ class ReadRunner:
             (layer, b"".join(values[i].tobytes() for values in whole)) for i, layer in enumerate(self.steering_modules)
         ]
 
-    def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: Mapping[str, int]) -> None:
+    def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: NDArray[np.int32]) -> None:
         """A step comes: read the last token of each request that is read, unless its prompt goes on after it.
 
         Values are kept by the number of the token that is predicted, so a step that is run again after preemption,
@@ -76,7 +76,7 @@ class ReadRunner:
         ends = np.cumsum(lengths)
         for i, request in enumerate(requests):
             if run := self._running.get(request):
-                number = starts[request] + int(lengths[i]) - run.prompt
+                number = int(starts[i] + lengths[i]) - run.prompt
                 if number >= 0 and len(at) < self.reads.count:
                     at.append(int(ends[i]) - 1)
                     self._step.append((run, number))

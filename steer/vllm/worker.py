@@ -155,8 +155,6 @@ class SteeringWorker:
         for new in scheduler_output.scheduled_new_reqs:
             self._meet(new)
         watchers = [w for w in (self._capture, self._reads) if w is not None and w.busy]
-        if watchers:
-            self._starts = internals.worker.starts_of(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             self._rest()  # vLLM may still run a pass, for other ranks
         self._batch = [], np.zeros(0, np.int32)
@@ -248,7 +246,7 @@ class SteeringWorker:
             self._index.go_on(lost)
         for watcher in (self._capture, self._reads):
             if watcher is not None and watcher.busy:
-                watcher.begin_step(requests, lengths, self._starts)
+                watcher.begin_step(requests, lengths, starts)
 
     # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
 

@@ -165,43 +165,27 @@ def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
     return "V1"
 
 
-class _Rewound(torch.Generator):
-    """A generator of the CPU's that is set back to where it was made. It has no offset, as CUDA's have, by which vLLM
-    takes back what it draws for a piece of a prompt."""
-
-    before: Tensor
-
-    @classmethod
-    def at(cls, other: torch.Generator) -> _Rewound:
-        """One that goes on as `other` would."""
-        made = cls()
-        made.before = other.get_state()
-        made.set_state(made.before)
-        return made
-
-    def get_offset(self) -> int:
-        return 0
-
-    def set_offset(self, offset: int) -> torch.Generator:
-        return self.set_state(self.before)
-
-
 def keep_seeds(runner: GPUModelRunner) -> None:
-    """On a CPU, where vLLM's V1 runner fails and takes the engine with it, have requests with a seed keep what they
-    draw next through the pieces of their prompts."""
+    """On a CPU, have no request with a seed draw by it at the end of a piece of its prompt. vLLM's V1 runner takes such
+    a draw back by the offset of a generator, which one of a CPU lacks, and fails, and the engine with it."""
     if runner.device.type != "cpu" or hasattr(runner, "prepare_inputs"):
         return
     prepare = seam(runner, "_prepare_inputs", ["scheduler_output", "num_scheduled_tokens"])
-    for owner, name in ((seam(runner, "input_batch"), "generators"), (runner, "requests")):
-        seam(owner, name)
+    for owner, names in ((seam(runner, "input_batch"), ("generators", "req_id_to_index")), (runner, ("requests",))):
+        for name in names:
+            seam(owner, name)
     seam(seam(runner, "discard_request_mask"), "np")
+    kept: list[str] = []  # the requests without their generators in the batch
 
     def preparing(scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]) -> object:
-        out = prepare(scheduler_output, num_scheduled_tokens)
         batch = runner.input_batch
-        for i, generator in batch.generators.items():
-            if runner.discard_request_mask.np[i]:
-                batch.generators[i] = runner.requests[batch.req_ids[i]].generator = _Rewound.at(generator)
+        for request in kept:
+            if (i := batch.req_id_to_index.get(request)) is not None and (own := runner.requests[request].generator):
+                batch.generators[i] = own
+        out = prepare(scheduler_output, num_scheduled_tokens)
+        kept[:] = [batch.req_ids[i] for i in batch.generators if runner.discard_request_mask.np[i]]
+        for request in kept:
+            del batch.generators[batch.req_id_to_index[request]]
         return out
 
     runner._prepare_inputs = preparing

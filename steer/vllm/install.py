@@ -135,7 +135,7 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
         steering_module = SteeringModule(bank.slices[target.point], index, reader, decides=target.point.readable)
         target.attach(steering_module)
         steering_modules.append((target.point, steering_module))
-    streams = _self_check(worker, targets, local, bank, index, (plain, again))
+    streams = _self_check(worker, targets, local, form, bank, index, (plain, again))
     folded = tuple(target.point.layer for target in targets if target.norm is not None)
     return Installation(local, form, bank, tuple(steering_modules), reads, folded, streams)
 
@@ -257,6 +257,7 @@ def _self_check(
     worker: Worker,
     targets: list[Target],
     local: dict[int, nn.Module],
+    form: Form,
     bank: DirectionBank,
     index: TokenIndex,
     plain: tuple[Tensor, Tensor],
@@ -280,8 +281,8 @@ def _self_check(
         run,
         internals.base.PROBE_TOKENS,
         torch.finfo(worker.model_config.dtype).eps,
-        summed=any(target.form == "sum" for target in targets),
-        dead=any(target.form == "first" for target in targets),
+        summed=form == "sum",
+        dead=form == "first",
     )
     bad, watch = checked.problems(list(dict.fromkeys(target.point.site for target in targets)))
     if not internals.worker.replicated(torch.cat([x.flatten() for x in watch.raw.values()]).float()):

@@ -45,3 +45,18 @@ def test_it_equals_orthogonalised_weights(name: str, tmp_path: Path, in_process:
                 assert abs(expected[position, token].item() - entry[token].logprob) < TOLERANCE
     finally:
         in_process(llm)
+
+
+def test_they_can_be_the_only_site(tmp_path: Path, in_process: Callable[[Any], None]) -> None:
+    """Of blocks that hand on the stream in two parts."""
+    home = Home.make("llama", tmp_path)
+    for file in home.directions.iterdir():
+        file.unlink()
+    made = models.direction(home.model, shared=True, embedding=True, sites=("writers",))
+    made.save(home.directions / "everywhere.safetensors")
+    llm = home.start(**IN_PROCESS, enforce_eager=True, steer={"sites": ["writers"]})
+    try:
+        plain, steered = generate(llm, [(PROMPTS[0], "off"), (PROMPTS[0], "everywhere")])
+        assert list(steered.outputs[0].token_ids) != list(plain.outputs[0].token_ids)
+    finally:
+        in_process(llm)

@@ -84,17 +84,22 @@ class Conditional(NamedTuple):
     thresholds: Tensor
 
 
+def layout(rank: int) -> np.dtype[np.void]:
+    """What the index has for a token, 4 bytes each: where the rank is above 1 also the slot of its combination, the
+    place of its decision, how it decides, and its threshold (`Probe`)."""
+    acts = [("slots", np.int32), ("strengths", np.float32), ("bounds", np.int32), ("shifts", np.float32)]
+    more = [("combination", np.int32), ("decision", np.int32), ("deciding", np.int32), ("threshold", np.float32)]
+    return np.dtype([*((name, kind, (rank,)) for name, kind in acts), *(more if rank > 1 else ())])
+
+
 def fields(rank: int) -> int:
-    """How many int32 the index has for a token (`unpacked`, `conditions`)."""
-    return 4 * rank + (4 if rank > 1 else 0)
+    """How many int32 that is on the device."""
+    return layout(rank).itemsize // 4
 
 
 def unpacked(packed: Tensor, rank: int, opened: Tensor | None = None) -> Acts:
-    """What acts on tokens, of `packed` `[tokens, fields]` int32: all but the rows are views of it. Of each token these
-    are `rank` slots, as many strengths (the bits of a float32), bounds and shifts (as strengths), and the combination
-    where there can be any.
-    `opened` `[tokens]` bool: where it is False all strengths are 0.
-    """
+    """What acts on tokens, of `packed` `[tokens, fields]` int32 (`layout`): all but the rows are views of it. `opened`
+    `[tokens]` bool: where it is False all strengths are 0."""
     slots, strengths, bounds, shifts = (packed[:, part * rank : (part + 1) * rank].T for part in range(4))
     strengths, shifts = strengths.view(torch.float32), shifts.view(torch.float32)
     if opened is not None:
@@ -104,8 +109,7 @@ def unpacked(packed: Tensor, rank: int, opened: Tensor | None = None) -> Acts:
 
 
 def conditions(packed: Tensor, rank: int, opened: Tensor) -> Conditional:
-    """How tokens decide, of the same `packed`, where the rank is above 1: of each token, after the combination, the
-    place of its decision, how it decides, and its threshold (the bits of a float32)."""
+    """How tokens decide, of the same `packed`, where the rank is above 1."""
     return Conditional(opened, packed[:, 4 * rank + 2], packed[:, 4 * rank + 3].view(torch.float32))
 
 
@@ -244,6 +248,9 @@ def applied(steer: RequestSteer | None) -> bool | None:
     return None if steer is None or steer.decision is None else steer.decision.holds
 
 
+#: What the host knows of an entry: where it ends, the entry that goes on there, the one that acts (PLAIN for none) and
+#: the one that acts in the last part, with the position from which on that is so; the number of its combination, or 0.
+PART = np.dtype([(name, np.int64) for name in ("stop", "next", "acting", "last", "since", "combined")])
 #: How many tokens each request of a step has, and where they begin.
 Counts: TypeAlias = NDArray[np.int64] | NDArray[np.int32]
 
@@ -334,26 +341,20 @@ class TokenIndex:
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], Counts] | None = None
         self._acting = Acting(0, False, False, False, False, False, False, False)
-        #: What a token of each entry has in the index, and the number of the entry's combination, 0 for none.
-        self._entries = np.zeros((0, fields(rank)), np.int32)
-        self._entry_combined = np.zeros(0, np.int64)
-        #: Where these have the slot of a combination, the place of a decision, and how it is made (`Probe`).
-        self._combination, self._decision, self._probe = (4 * rank + i for i in range(3))
-        self._combining: dict[int, Combination] = {}
-        self._home: Combinations | None = None
-        #: Of each entry: where it ends, the entry that goes on there, and the one that acts (PLAIN for none).
-        self._entry_parts = np.zeros((3, 0), np.int64)
-        #: And the one that acts in its last part, with the position from which on that is so.
-        self._entry_last = np.zeros((2, 0), np.int64)
+        #: What has entered, by number; what a token of it has in the index; and what the host knows of it.
+        self._steers: dict[int, RequestSteer] = {}
+        self._entries, self._parts = np.zeros(0, layout(rank)), np.zeros(0, PART)
         self._free = list[int]()
         self._grow(16)
         self._free.remove(PLAIN)
-        self._deciding: dict[int, Decision] = {}
-        #: Entries that have a decision, and whether the buffers speak of any.
+        self._parts["stop"][PLAIN] = END
+        self._home: Combinations | None = None
+        #: Where the buffers have the place of a decision.
+        self._decision = 4 * rank + 1
+        #: How many entries have a decision (and do the buffers speak of any), act in a phase, and have tokens that each
+        #: decide.
         self._conditional, self._speaks_of_conditions = 0, False
-        #: The entries that act in a phase, and those whose tokens decide.
-        self._in_phase: set[int] = set()
-        self._each: set[int] = set()
+        self._in_phase, self._each = 0, 0
         #: Who decides in this step: entry, decision and token; and at which layers.
         self._deciders: list[tuple[int, Decision, int]] = []
         self.deciding: frozenset[int] = frozenset()
@@ -382,73 +383,64 @@ class TokenIndex:
         last = number
         for position, after in steer.then:
             following = self._enter(after)
-            self._entry_parts[:2, last] = position, following
+            self._parts["stop"][last], self._parts["next"][last] = position, following
             last = following
-            self._entry_last[:, number] = self._entry_parts[2, last], position
+            self._parts["last"][number], self._parts["since"][number] = self._parts["acting"][last], position
         return number
 
     def _grow(self, more: int) -> None:
-        """Have so many more entries. A new one acts at all tokens and has no other part."""
-        numbers = np.arange(size := len(self._entries), size + more)
-        self._free += numbers[::-1].tolist()
-        self._entries = np.pad(self._entries, ((0, more), (0, 0)))
-        self._entry_combined = np.pad(self._entry_combined, (0, more))
-        parts, last = (np.full_like(numbers, END), numbers, numbers), (numbers, np.zeros_like(numbers))
-        self._entry_parts = np.concatenate([self._entry_parts, parts], axis=1)
-        self._entry_last = np.concatenate([self._entry_last, last], axis=1)
+        """Have so many more entries."""
+        size = len(self._entries)
+        self._free += range(size + more - 1, size - 1, -1)
+        self._entries = np.concatenate([self._entries, np.zeros(more, self._entries.dtype)])
+        self._packed_entries = self._entries.view(np.int32).reshape(size + more, -1)  # the same memory
+        self._parts = np.concatenate([self._parts, np.zeros(more, PART)])
 
     def _enter(self, steer: RequestSteer) -> int:
         if not self._free:
             self._grow(len(self._entries))
         number = self._free.pop()
         self._filled = None
-        bounds = np.full(self.rank, ANYWHERE) if steer.bounds is None else steer.bounds
-        shifts = np.zeros(self.rank, np.float32) if steer.shifts is None else steer.shifts
-        # no slot yet of what combines: the one of those that combine nothing is never its own
-        rest = np.zeros(fields(self.rank) - 4 * self.rank, np.int32)
-        rest[:1] = ALONE
-        numbers = [each.view(np.int32) for each in (steer.strengths, shifts)]
-        self._entries[number] = np.concatenate([steer.slots, numbers[0], bounds, numbers[1], rest])
-        self._entry_combined[number] = 0
-        acting = number if steer.strengths.any() else PLAIN
-        self._entry_parts[:, number], self._entry_last[:, number] = (END, number, acting), (acting, 0)
+        self._steers[number] = steer
+        self._count(steer, 1)
+        place, deciding, threshold = UNCONDITIONAL, 0, 0.0
         if (decision := steer.decision) is not None:
             assert decision.number != UNCONDITIONAL, "it was taken"
-            self._entries[number, self._decision] = decision.number
-            self._conditional += 1
+            place = decision.number
             if not decision.made:
-                self.decisions.lay(decision.number, steer.phase)
-            if steer.phase is not None:
-                decision.made = True
-                self._in_phase.add(number)
-            if (probe := steer.probe) is not None and not decision.made:
-                threshold = np.float32(probe.threshold).view(np.int32)
-                self._entries[number, self._probe :] = probe.deciding, threshold
-                self._deciding[number] = decision
-        elif (probe := steer.probe) is not None:
-            threshold = np.float32(probe.threshold).view(np.int32)
-            self._entries[number, self._decision :] = EACH, probe.deciding, threshold
-            self._conditional += 1
-            self._each.add(number)
+                self.decisions.lay(place, steer.phase)
+            decision.made |= steer.phase is not None
+        elif steer.probe is not None:
+            place = EACH
+        if (probe := steer.probe) is not None and not (decision and decision.made):
+            deciding, threshold = probe.deciding, probe.threshold
+        bounds = ANYWHERE if steer.bounds is None else steer.bounds
+        shifts = 0.0 if steer.shifts is None else steer.shifts
+        # no slot yet of what combines: the one of those that combine nothing is never its own
+        more = (ALONE, place, deciding, threshold) if self.rank > 1 else ()
+        self._entries[number] = (steer.slots, steer.strengths, bounds, shifts, *more)
+        acting, combined = number if steer.strengths.any() else PLAIN, 0
         if combination := steer.combination:
             assert self._home in (None, combination.home), "an index speaks of one bank"
-            self._home, self._combining[number] = combination.home, combination
-            self._entry_combined[number] = combination.number
+            self._home, combined = combination.home, combination.number
+        self._parts[number] = (END, number, acting, acting, 0, combined)
         return number
 
+    def _count(self, steer: RequestSteer, by: int) -> None:
+        each = steer.decision is None and steer.probe is not None
+        self._conditional += by * (each or steer.decision is not None)
+        self._in_phase += by * (steer.phase is not None)
+        self._each += by * each
+
     def leave(self, number: int) -> None:
-        following = int(self._entry_parts[1, number])
+        following = int(self._parts["next"][number])
         self.phased -= following != number
         while True:
-            self._combining.pop(number, None)
-            self._deciding.pop(number, None)
-            self._conditional -= bool(self.rank > 1 and self._entries[number, self._decision] != UNCONDITIONAL)
-            self._in_phase.discard(number)
-            self._each.discard(number)
+            self._count(self._steers.pop(number), -1)
             self._free.append(number)
             if following == number:
                 return
-            number, following = following, int(self._entry_parts[1, following])
+            number, following = following, int(self._parts["next"][following])
 
     def reset(self) -> None:
         """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""
@@ -473,9 +465,8 @@ class TokenIndex:
         Nothing is copied where the step before was the same and no request has entered since (steady decode)."""
         if self.phased and numbers.any():
             assert starts is not None, "what acts depends on the position"
-            last, since = self._entry_last[:, numbers]
-            if (starts >= since).all():  # steady decode: all are in their last parts
-                numbers = last
+            if (starts >= self._parts["since"][numbers]).all():  # steady decode: all are in their last parts
+                numbers = self._parts["last"][numbers]
             else:
                 numbers, lengths = self._parted(numbers, lengths, starts)
         return self._fill(numbers, lengths, tokens)
@@ -492,7 +483,9 @@ class TokenIndex:
         if moved or not (self._filled and all(map(np.array_equal, self._filled, (numbers, lengths)))):
             array = (self.packed if self._stages is None else self._stages.next())[:end].numpy()
             if total:
-                np.take(self._entries, np.repeat(numbers, lengths), axis=0, out=array[:total], mode="clip")  # no copy
+                np.take(
+                    self._packed_entries, np.repeat(numbers, lengths), axis=0, out=array[:total], mode="clip"
+                )  # no copy
             array[total:] = 0
             if self._stages is not None:
                 self._stages.send(self.packed, end)
@@ -512,9 +505,13 @@ class TokenIndex:
         """Lay what was decided before beside the tokens of a step, and note who decides in it: the last of a part."""
         assert self.opened is not None
         torch.index_select(self.decisions.opened, 0, self.packed[:end, self._decision], out=self.opened[:end])
-        ends, how, places = np.cumsum(lengths), *self._entries[numbers, [[self._probe], [self._decision]]]
-        once = np.flatnonzero((how != 0) & (places != EACH))
-        self._deciders = [(int(numbers[i]), self._deciding[int(numbers[i])], int(ends[i]) - 1) for i in once]
+        how, places = self._entries["deciding"][numbers], self._entries["decision"][numbers]
+        ends, once = np.cumsum(lengths), np.flatnonzero((how != 0) & (places != EACH))
+        self._deciders = [
+            (number, decision, int(end) - 1)
+            for number, end in zip(numbers[once].tolist(), ends[once], strict=True)
+            if (decision := self._steers[number].decision)
+        ]
         self.deciding = frozenset(np.abs(how[how != 0]) - 1)
         self._speaks_of_conditions = bool(places.any())
 
@@ -522,15 +519,14 @@ class TokenIndex:
         """After the pass is enqueued: what was decided in it is kept. Whose decisions, and by which tokens."""
         if not (decisions := self._deciders):
             return []
-        assert self.opened is not None
-        packed, opened = self.packed[: self._used], self.opened[: self._used]
-        places = packed[:, self._decision].long()
-        decided = (packed[:, self._probe] != 0) & (places != EACH)  # others write what is there
+        opened, deciding, _ = self.conditional_of(self._used)
+        places = self.packed[: self._used, self._decision].long()
+        decided = (deciding != 0) & (places != EACH)  # others write what is there
         places = torch.where(decided, places, UNCONDITIONAL)
         self.decisions.opened.scatter_(0, places, torch.where(decided, opened, True))
         self._deciders, self._filled = [], None
         for number, decision, _ in decisions:
-            decision.made, self._entries[number, self._probe] = True, 0
+            decision.made, self._entries["deciding"][number] = True, 0
         return [(decision, at) for _, decision, at in decisions]
 
     def found(self) -> Tensor:
@@ -558,13 +554,12 @@ class TokenIndex:
         at, ends = starts, starts + lengths
         parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
         while True:
-            stops, following, acting = self._entry_parts[:, numbers]
-            taken = np.maximum(np.minimum(stops, ends) - at, 0)
-            parts.append((acting, taken))
+            taken = np.maximum(np.minimum(self._parts["stop"][numbers], ends) - at, 0)
+            parts.append((self._parts["acting"][numbers], taken))
             at = at + taken
             if (at == ends).all():
                 break
-            numbers = following
+            numbers = self._parts["next"][numbers]
         flat, counts = (np.stack(each, 1).ravel() for each in zip(*parts, strict=True))
         return flat[counts > 0], counts[counts > 0]
 
@@ -602,14 +597,14 @@ class TokenIndex:
             if self.phased and numbers.any():
                 assert starts is not None, "what acts depends on the position"
                 numbers, counts = self._parted(numbers, counts, np.array(starts, np.int64))
-            taken, combined = self._entries[numbers], self._entry_combined[numbers]
+            taken, combined = self._packed_entries[numbers], self._parts["combined"][numbers]
             _, slots, strengths, bounds, shifts, _ = unpacked(torch.from_numpy(taken), self.rank)
             given = strengths != 0
             depth = max(given.any(1).nonzero().flatten().tolist(), default=-1) + 1
             same = bool((taken == taken[:1]).all() and (combined == combined[:1]).all())
             bounded = bool((given & (bounds != ANYWHERE)).any())
             shifting = bool((given & (shifts != 0)).any())
-            conditional = self.rank > 1 and bool(taken[:, self._decision].any())
+            conditional = self.rank > 1 and bool(self._entries["decision"][numbers].any())
             everywhere = bool(given[:depth].all()) and not bounded and not conditional
             same = same and not conditional
             turning = bool((given & turns(slots)).any())
@@ -644,13 +639,13 @@ class TokenIndex:
         Returns whether any of them was put into another slot."""
         if self._home is None:
             return False
-        combined = numbers[self._entry_combined[numbers] != 0]
+        combined = numbers[self._parts["combined"][numbers] != 0]
         if not combined.size:
             return False
-        self._home.reserve(self._entry_combined[combined])
-        stale = self._home.stale(self._entries[combined, self._combination], self._entry_combined[combined])
-        kept = self._entries[combined[~stale], self._combination]
+        slots, known = self._entries["combination"][combined], self._parts["combined"][combined]
+        self._home.reserve(known)
+        stale = self._home.stale(slots, known)
         missing = np.unique(combined[stale]).tolist()
-        slots = self._home.use(kept, [self._combining[number] for number in missing])
-        self._entries[missing, self._combination] = slots
+        asked = [each for number in missing if (each := self._steers[number].combination)]
+        self._entries["combination"][missing] = self._home.use(slots[~stale], asked)
         return bool(missing)

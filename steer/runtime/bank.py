@@ -9,10 +9,10 @@ point (`op`). Row 0 is all zeros and means plain. What makes the rows of one req
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import TypeAlias
 from weakref import WeakValueDictionary
 
@@ -149,8 +149,8 @@ class DirectionBank:
         self._resident: dict[str, _Resident] = {}
         self.combinations = Combinations(list(self.slices.values()), rank, device, requests) if rank > 1 else None
         self._combined: WeakValueDictionary[_Key, Combination] = WeakValueDictionary()
-        self._known: dict[tuple[tuple[str, str, bool], ...], Tensor] = {}
-        self._knowing = threading.Lock()
+        # requests are prepared in several threads
+        self._joined = lru_cache(KNOWN)(partial(_joined, self._resident, tuple(self.slices), rank, d_model))
 
     @property
     def rows_in_use(self) -> int:
@@ -322,30 +322,9 @@ class DirectionBank:
             together.setdefault(tuple(_acts(e) and _reaches(e, point) for e in entries), []).append(i)
         out = torch.empty(len(self.slices), self.rank, self.rank, dtype=torch.float32)
         for acting, points in together.items():
-            key = tuple((e.digest, e.mode, acts) for e, acts in zip(entries, acting, strict=True))
-            if (known := self._known.get(key)) is None:
-                known = self._joined(entries, acting)
-                with self._knowing:  # requests are prepared in several threads
-                    if len(self._known) >= KNOWN:
-                        del self._known[next(iter(self._known))]
-                    self._known[key] = known
+            known = self._joined(tuple((e.digest, e.mode, acts) for e, acts in zip(entries, acting, strict=True)))
             out[points] = known[points]
         return out
-
-    def _joined(self, entries: Sequence[Entry], acting: Sequence[bool]) -> Tensor:
-        """M of each hook point where those of `entries` that are `acting` act at all layers."""
-        vectors = torch.zeros(len(self.slices), self.rank, self.d_model, dtype=torch.float32)
-        weights = torch.zeros(len(self.slices), self.rank, dtype=torch.float32)
-        at = 0
-        for entry, acts in zip(entries, acting, strict=True):
-            direction = self._resident[entry.digest].direction
-            assert direction is not None, "the rank is not 1"
-            values, part = _Values.of(direction, entry.mode), slice(at, at + direction.rows_in(entry.mode))
-            at = part.stop
-            for i, point in enumerate(self.slices if acts else ()):
-                if (own := _vectors(direction, point, part.stop - part.start)) is not None:
-                    vectors[i, part], weights[i, part] = own, values.at(point)[:, op.WEIGHT]
-        return op.joint(vectors, weights)
 
 
 @dataclass(slots=True)
@@ -381,6 +360,28 @@ class _Values:
     def at(self, point: HookPoint) -> Tensor:
         """`[k, 6]`"""
         return self.embedding if point.layer == EMBEDDING else self.layers[point.term][point.layer]
+
+
+def _joined(
+    resident: Mapping[str, _Resident],
+    points: Sequence[HookPoint],
+    rank: int,
+    d_model: int,
+    entries: tuple[tuple[str, Mode, bool], ...],
+) -> Tensor:
+    """M of each of `points` where those of `entries` (digest, mode, does it act) that act do so at all layers."""
+    vectors = torch.zeros(len(points), rank, d_model, dtype=torch.float32)
+    weights = torch.zeros(len(points), rank, dtype=torch.float32)
+    at = 0
+    for digest, mode, acts in entries:
+        direction = resident[digest].direction
+        assert direction is not None, "the rank is not 1"
+        values, part = _Values.of(direction, mode), slice(at, at + direction.rows_in(mode))
+        at = part.stop
+        for i, point in enumerate(points if acts else ()):
+            if (own := _vectors(direction, point, part.stop - part.start)) is not None:
+                vectors[i, part], weights[i, part] = own, values.at(point)[:, op.WEIGHT]
+    return op.joint(vectors, weights)
 
 
 def _acts(entry: Entry) -> bool:

@@ -564,7 +564,7 @@ class Steering:
         )
         self.attach()
         try:
-            bad, _ = checked.problems(self.sites)
+            bad, _ = checked.problems()
             if not selfcheck.same(anatomy.probe().logits, plain, again):
                 bad.append("a plain pass is not the same with hooks as without")
             if not bad and not self._rows_stay():

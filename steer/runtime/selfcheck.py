@@ -185,12 +185,12 @@ class EagerCheck:
             self.run(steers)
         return watch
 
-    def problems(self, sites: Sequence[Site]) -> tuple[list[str], Watch]:
+    def problems(self) -> tuple[list[str], Watch]:
         """What is wrong at which hook point, none where all is right; and the record of a plain pass."""
         plain = self.watched([None] * len(CASES))
         bad = self._wider(plain)
         if not bad:
-            for site in sites:
+            for site in dict.fromkeys(hooked.point.site for hooked in self.hooked):
                 bad += self._at(site, plain)
         return bad, plain
 

@@ -149,12 +149,10 @@ class Ticket:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One `add_request` while it runs, with the requests that it has made: all of them, and the ids of those that hold
-    the ticket's admission."""
+    """One `add_request` while it runs, and how many requests it has made."""
 
     ticket: Ticket
     made: int = 0
-    holding: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -433,7 +431,6 @@ class Frontend:
         ticket.admission.hold(request.request_id)
         self.held[request.request_id] = ticket
         ticket.running.add(request.request_id)
-        call.holding.append(request.request_id)
 
     def has_added(self, request: EngineRequest, state: RequestState) -> None:
         """The output processor keeps `state` for a request that was taken."""
@@ -450,9 +447,10 @@ class Frontend:
             self._read_no_more(ticket)
 
     def left_of_call(self) -> list[str]:
-        """Ids of the steered requests that the `add_request` of this context has made and that have not ended."""
+        """Ids of the steered requests of what the `add_request` of this context is for that have not ended: where one
+        of several fails, all do."""
         call = _adding.get()
-        return [request_id for request_id in call.holding if request_id in self.held] if call else []
+        return list(call.ticket.running) if call else []
 
     def lost(self, request_id: str) -> NotFinite:
         """The stream of this request was lost: what its blocks hold is for nobody."""

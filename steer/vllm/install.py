@@ -284,7 +284,7 @@ def _self_check(
         summed=form == "sum",
         dead=form == "first",
     )
-    bad, watch = checked.problems(list(dict.fromkeys(target.point.site for target in targets)))
+    bad, watch = checked.problems()
     if not internals.worker.replicated(torch.cat([x.flatten() for x in watch.raw.values()]).float()):
         bad.append("each tensor-parallel rank has another part of the stream")
     if not selfcheck.same(internals.worker.probe(worker), *plain):

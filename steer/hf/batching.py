@@ -24,7 +24,7 @@ from steer.hf.sampling import Sampler, Sampling, Token, sample
 from steer.hf.selfcheck import SelfCheckFailed, self_check
 from steer.hf.steering import Steering
 from steer.runtime.readout import Reading
-from steer.runtime.token_index import RequestSteer, applied
+from steer.runtime.token_index import RequestSteer
 from steer.spec import Readout
 
 if TYPE_CHECKING:
@@ -252,9 +252,8 @@ class BatchingEngine(Engine):
             if request and isinstance(token, RequestFailed):
                 request.fail(token)
             elif request and isinstance(token, Token):
-                reading, met = readings.get(id(request)), applied(request.steer)
-                told = token if reading is None and met is None else replace(token, reading=reading, applied=met)
-                request.tokens.append(told)
+                reading = readings.get(id(request))
+                request.tokens.append(token if reading is None else replace(token, reading=reading))
         ids = [token.id if isinstance(token, Token) else 0 for token in tokens]
         output_ids[0, : len(ids)].copy_(torch.tensor(ids, dtype=output_ids.dtype))
 

@@ -68,7 +68,8 @@ class Engine(abc.ABC):
                         if phase is not None:
                             met |= phase.begun
                             phase = phase.after(token.id)
-                        yield token if phase is None else replace(token, applied=met)
+                        held = applied(steer) if phase is None else met
+                        yield token if held is None else replace(token, applied=held)
             finally:
                 decisions.give(steer)
 
@@ -197,7 +198,7 @@ class SequentialEngine(Engine):
         if isinstance(token, RequestFailed):
             raise token
         decoding.append(token.id)
-        return replace(token, reading=readings[0] if readings else None, applied=applied(steer))
+        return replace(token, reading=readings[0]) if readings else token
 
     async def _scored(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         async with self._turn:

@@ -45,7 +45,7 @@ from steer.vllm.steering_module import code_digest
 if TYPE_CHECKING:
     from steer.serve.errors import HTTPProblem
     from steer.tokenization import Decoder
-    from steer.vllm.internals.types import EngineRequest, RequestState, SamplingParams, VllmConfig
+    from steer.vllm.internals.types import EngineCoreRequest, RequestState, SamplingParams, VllmConfig
 
 log = logging.getLogger("steer")
 
@@ -71,7 +71,7 @@ def salt(spec: Spec, prompt: int, whole: Sequence[tuple[int, int]] = ()) -> str:
     return f"{SALT}{first}:{spec.key(prompt)}"
 
 
-def salted(request: EngineRequest, spec: Spec) -> str:
+def salted(request: EngineCoreRequest, spec: Spec) -> str:
     """The salt of a request that is steered by `spec`: its blocks are found by requests of the same spec alone. Raises
     SpecError where it is not known at which tokens that acts."""
     length = internals.engine.prompt_length(request)
@@ -81,7 +81,7 @@ def salted(request: EngineRequest, spec: Spec) -> str:
     return (request.cache_salt or "") + salt(spec, prompt, internals.engine.image_spans(request))
 
 
-def parted(request: EngineRequest) -> tuple[str, int, str]:
+def parted(request: EngineCoreRequest) -> tuple[str, int, str]:
     """A request's own salt, the first token at which its steering acts, and what that adds to the salt. The blocks of
     the tokens before it are those of plain requests. (…, 0, "") for one that no front end of ours has
     salted, whatever its salt looks like."""
@@ -394,7 +394,7 @@ class Frontend:
             _adding.reset(token)
             admission.release(call)
 
-    def check_added(self, request: EngineRequest) -> None:
+    def check_added(self, request: EngineCoreRequest) -> None:
         """The output processor takes a request, which holds its admission from here on, and is salted where it is
         steered. Raises for one that was never admitted."""
         if SALT in (request.cache_salt or ""):
@@ -432,7 +432,7 @@ class Frontend:
         self.held[request.request_id] = ticket
         ticket.running.add(request.request_id)
 
-    def has_added(self, request: EngineRequest, state: RequestState) -> None:
+    def has_added(self, request: EngineCoreRequest, state: RequestState) -> None:
         """The output processor keeps `state` for a request that was taken."""
         if (call := _adding.get()) is None:
             return

@@ -201,7 +201,7 @@ class SteeringWorker:
             log.warning("steering was put back after the model had been changed: %s", ", ".join(lost))
         self._looked = True
 
-    def _meet(self, new: types.NewRequest) -> None:
+    def _meet(self, new: types.NewRequestData) -> None:
         """A request's first step here, or its return from preemption (V2 sends it as a new one)."""
         if not self._met_front_end:
             raise UnsupportedModel(

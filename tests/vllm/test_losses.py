@@ -33,7 +33,7 @@ def step(requests: dict[str, int], lost: list[int], starts: dict[str, int], deci
     flags = torch.zeros(sum(requests.values()), dtype=torch.bool)
     flags[lost] = True
     cached = SimpleNamespace(req_ids=list(starts), num_computed_tokens=list(starts.values()))
-    scheduled = SimpleNamespace(scheduled_cached_reqs=cached, scheduled_new_reqs=[])
+    scheduled: Any = SimpleNamespace(scheduled_cached_reqs=cached, scheduled_new_reqs=[])
     opened = torch.zeros_like(flags)
     opened[[at for at, holds in decided.items() if holds]] = True
     losses = Losses(flags, None, opened, [(Decision(1), at) for at in decided])
@@ -165,13 +165,15 @@ def test_a_salt_is_parted_for_requests_alone_that_a_front_end_has_steered() -> N
     """A request that was not cannot have its own salt taken away by what it looks like, and cannot end an engine."""
     spec = Spec((Entry("a", "0" * 64, "ablate", 1.0, None, "answer"),))
     whole = f"mine{salt(spec, 40)}"
-    steered = SimpleNamespace(cache_salt=whole, sampling_params=SimpleNamespace(extra_args={RESOLVED: spec.receipt()}))
+    steered: Any = SimpleNamespace(
+        cache_salt=whole, sampling_params=SimpleNamespace(extra_args={RESOLVED: spec.receipt()})
+    )
     assert parted(steered) == ("mine", 39, whole.removeprefix("mine"))
     for looks in (whole, f"{SALT}x", f"{SALT}99999:", SALT, "", None):
         for extra in (None, {}, {"other": 1}):
-            plain = SimpleNamespace(cache_salt=looks, sampling_params=SimpleNamespace(extra_args=extra))
+            plain: Any = SimpleNamespace(cache_salt=looks, sampling_params=SimpleNamespace(extra_args=extra))
             assert parted(plain) == (looks or "", 0, "")
-    odd = SimpleNamespace(cache_salt=f"{SALT}x", sampling_params=steered.sampling_params)
+    odd: Any = SimpleNamespace(cache_salt=f"{SALT}x", sampling_params=steered.sampling_params)
     assert parted(odd) == (f"{SALT}x", 0, "")
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from steer.vllm.internals.base import seam
 
 if TYPE_CHECKING:
-    from steer.vllm.internals.types import EngineRequest
+    from steer.vllm.internals.types import EngineCoreRequest
 
 _NAME = "generate_block_hash_extra_keys"
 
 
-def salt_later(parted: Callable[[EngineRequest], tuple[str, int, str]]) -> None:
+def salt_later(parted: Callable[[EngineCoreRequest], tuple[str, int, str]]) -> None:
     """Have `parted(request)` tell of each salted request its own salt, which goes into the hash of its first block
     as ever, and from which token on what else of the salt does; 0 for all of it at the first block. Once a process.
 
@@ -29,7 +29,7 @@ def salt_later(parted: Callable[[EngineRequest], tuple[str, int, str]]) -> None:
         return
 
     @functools.wraps(original)
-    def keys_of(request: EngineRequest, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
+    def keys_of(request: EngineCoreRequest, start_token_idx: int, end_token_idx: int, start_mm_idx: int) -> Any:
         salt = request.cache_salt
         own, first, ours = parted(request) if salt else ("", 0, "")
         if not first:

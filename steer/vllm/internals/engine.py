@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         AsyncLLM,
         EngineArgs,
         EngineCoreOutput,
-        EngineRequest,
+        EngineCoreRequest,
         LLMEngine,
         OutputProcessor,
         RequestOutput,
@@ -66,8 +66,8 @@ async def call_workers_async(engine: AsyncLLM, method: str, *args: object) -> li
 
 def wrap_requests(
     outputs: OutputProcessor,
-    adds: Callable[[EngineRequest], None],
-    added: Callable[[EngineRequest, RequestState], None],
+    adds: Callable[[EngineCoreRequest], None],
+    added: Callable[[EngineCoreRequest, RequestState], None],
     ended: Callable[[str], None],
     watched: Mapping[str, object],
     lost: Callable[[str], Exception],
@@ -86,7 +86,7 @@ def wrap_requests(
     states = seam(outputs, "request_states")
     formed = set[str]()  # the requests whose answers are held to a form
 
-    def adding(request: EngineRequest, *args: object, **kwargs: object) -> object:
+    def adding(request: EngineCoreRequest, *args: object, **kwargs: object) -> object:
         adds(request)
         try:
             out = add(request, *args, **kwargs)
@@ -218,12 +218,12 @@ def is_beam_step(params: SamplingParams) -> bool:
     return bool(getattr(params, "skip_clone", False) and getattr(params, "max_tokens", None) == 1)
 
 
-def prompt_length(request: EngineRequest) -> int:
+def prompt_length(request: EngineCoreRequest) -> int:
     """Tokens of the prompt of an EngineCoreRequest; 0 where it came as embeddings."""
     return len(getattr(request, "prompt_token_ids", None) or ())
 
 
-def positions_of(request: EngineRequest) -> int:
+def positions_of(request: EngineCoreRequest) -> int:
     """Positions of the prompt of an EngineCoreRequest, whatever it came as."""
     embeds = getattr(request, "prompt_embeds", None)
     return prompt_length(request) or (0 if embeds is None else len(embeds))
@@ -233,7 +233,7 @@ def positions_of(request: EngineRequest) -> int:
 MAX_EMBEDDING = 1e4
 
 
-def check_numbers(request: EngineRequest) -> None:
+def check_numbers(request: EngineCoreRequest) -> None:
     """Raise InvalidInput for embeddings, or what was made of images and sounds, that a model computes no numbers of:
     they stay in blocks of the cache, and get from there to requests that have these blocks next."""
     given: list[tuple[str, object]] = [("prompt_embeds", getattr(request, "prompt_embeds", None))]
@@ -246,7 +246,7 @@ def check_numbers(request: EngineRequest) -> None:
             raise InvalidInput(f"{name}: holds NaN, infinity or too large a number; accepted: {what}")
 
 
-def image_spans(request: EngineRequest) -> list[tuple[int, int]]:
+def image_spans(request: EngineCoreRequest) -> list[tuple[int, int]]:
     """(first token, tokens) of each image, sound or video in the prompt of an EngineCoreRequest."""
     places = (seam(feature, "mm_position") for feature in getattr(request, "mm_features", None) or ())
     return [(int(place.offset), int(place.length)) for place in places]

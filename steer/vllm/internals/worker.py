@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         GPUModelRunner,
         IntermediateTensors,
         ModelRunnerOutput,
-        NewRequest,
+        NewRequestData,
         Norm,
         SchedulerOutput,
         VllmConfig,
@@ -191,13 +191,13 @@ def keep_seeds(runner: GPUModelRunner) -> None:
     runner._prepare_inputs = preparing
 
 
-def new_prompt_length(new: NewRequest) -> int:
+def new_prompt_length(new: NewRequestData) -> int:
     """Prompt tokens of a request that the scheduler sends for the first time, or again after preemption."""
     ids = getattr(new, "prompt_token_ids", None)
     return len(ids if ids is not None else seam(new, "prompt_embeds"))
 
 
-def prompt_of(new: NewRequest) -> Sequence[object]:
+def prompt_of(new: NewRequestData) -> Sequence[object]:
     """What stands at each position of the prompt of such a request: a token, or what tells an embedding, or a part of
     an image, from any other."""
     found: list[object] = list(new.prompt_token_ids or [])
@@ -210,7 +210,7 @@ def prompt_of(new: NewRequest) -> Sequence[object]:
     return found
 
 
-def adapter_of(new: NewRequest) -> str:
+def adapter_of(new: NewRequestData) -> str:
     """The name of the LoRA adapter of such a request; empty without one."""
     return str(getattr(getattr(new, "lora_request", None), "lora_name", ""))
 

@@ -1,56 +1,44 @@
 """Measuring in a worker: hooks on the blocks read the stream of chosen tokens while prompts are prefilled.
 
-For an eager engine without prefix cache, on the worker's main thread. `SamplingParams.extra_args` of a request says
-what to read; a prompt that comes in chunks, or again after preemption, is read once.
+For an eager engine without prefix cache, on the worker's main thread. A prompt that comes in chunks, or again after
+preemption, is read once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel
 from torch import Tensor, nn
 
 from steer.runtime.hook_points import Output
-from steer.vllm.settings import CAPTURE
+from steer.vllm.settings import captured_by
 from steer.vllm.steering_module import Form, stream
 
-
-class CaptureRequest(BaseModel, extra="forbid", frozen=True):
-    """Of the prompt numbered `number`: the vectors at token positions `at`, and the sum over those from `start` to
-    `stop`."""
-
-    number: int
-    at: tuple[int, ...]
-    start: int
-    stop: int
-
-    @classmethod
-    def of(cls, params: object) -> CaptureRequest | None:
-        found = (getattr(params, "extra_args", None) or {}).get(CAPTURE)
-        return None if found is None else cls.model_validate(found)
+#: What is read of one prompt: the vectors at some token positions, as many of each prompt, and the sum over those from
+#: a first one to a last.
+Asked: TypeAlias = tuple[Sequence[int], int, int]
 
 
 class WorkerCapture:
-    """Reads the outputs of `blocks`. `picked` `[prompts, positions, d_model]` and `own` `[prompts, d_model]` for each
-    layer, float64; `seen` `[prompts]` counts the prompt tokens that came by."""
+    """Reads the outputs of `blocks`, of prompts of which each request says the number. `picked` `[prompts, positions,
+    d_model]` and `own` `[prompts, d_model]` for each layer, float64; `seen` `[prompts]` counts the prompt tokens that
+    came by."""
 
     def __init__(
-        self, blocks: Mapping[int, nn.Module], form: Form, shape: tuple[int, int, int], device: torch.device
+        self, blocks: Mapping[int, nn.Module], form: Form, asked: Sequence[Asked], d_model: int, device: torch.device
     ) -> None:
-        prompts, positions, d_model = shape
-
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.picked = {layer: zeros(prompts, positions, d_model) for layer in blocks}
-        self.own = {layer: zeros(prompts, d_model) for layer in blocks}
-        self.seen = [0] * prompts
-        self._form, self._device = form, device
-        self._asked: dict[str, CaptureRequest] = {}
+        self.picked = {layer: zeros(len(asked), len(asked[0][0]), d_model) for layer in blocks}
+        self.own = {layer: zeros(len(asked), d_model) for layer in blocks}
+        self.seen = [0] * len(asked)
+        self._form, self._device, self._asked = form, device, asked
+        self._numbers: dict[str, int] = {}
         #: Of the step that runs: (token, prompt, which of its positions) and (token, prompt), `[reads, …]` each.
         self._step: tuple[Tensor, Tensor] | None = None
         self._handles = [
@@ -65,8 +53,8 @@ class WorkerCapture:
             handle.remove()
 
     def meet(self, request_id: str, params: object) -> None:
-        if asked := CaptureRequest.of(params):
-            self._asked[request_id] = asked
+        if (number := captured_by(params)) is not None:
+            self._numbers[request_id] = number
 
     def begin_step(self, requests: Sequence[str], lengths: NDArray[np.int32], starts: NDArray[np.int32]) -> None:
         """A step comes: request i has `lengths[i]` tokens, the first at position `starts[i]`."""
@@ -74,12 +62,12 @@ class WorkerCapture:
         owns: list[tuple[int, int]] = []
         offset = 0
         for request, length, begin in zip(requests, lengths.tolist(), starts.tolist(), strict=True):
-            if asked := self._asked.get(request):
-                new = range(max(begin, self.seen[asked.number]), begin + length)
-                picks += [(offset + p - begin, asked.number, i) for i, p in enumerate(asked.at) if p in new]
-                owned = range(max(new.start, asked.start), min(new.stop, asked.stop))
-                owns += [(offset + p - begin, asked.number) for p in owned]
-                self.seen[asked.number] = max(self.seen[asked.number], new.stop)
+            if (number := self._numbers.get(request)) is not None:
+                at, start, stop = self._asked[number]
+                new = range(max(begin, self.seen[number]), begin + length)
+                picks += [(offset + p - begin, number, i) for i, p in enumerate(at) if p in new]
+                owns += [(offset + p - begin, number) for p in range(max(new.start, start), min(new.stop, stop))]
+                self.seen[number] = max(self.seen[number], new.stop)
             offset += length
         self._step = None
         if picks or owns:

@@ -25,7 +25,7 @@ from steer.lab.prompts import Encoded, Prompt, Rendering
 from steer.lab.source import Activations, CapturePlan, Source
 from steer.registry import Admission
 from steer.spec import parse, text
-from steer.vllm import capture, frontend, internals
+from steer.vllm import frontend, internals
 from steer.vllm.settings import CAPTURE, KEY, SCORED
 
 #: How many of the likeliest tokens of a place the engine is asked for; it gives no more than 20 by default.
@@ -88,15 +88,13 @@ class VllmSource(Source):
         """
         from vllm import SamplingParams
 
-        answers = self.llm.collective_rpc("steer_capture", args=(len(batch), len(plan.positions), plan.last_layer))
+        asked = [([p if p >= 0 else len(e.ids) + p for p in plan.positions], e.own.start, e.own.stop) for e in batch]
+        answers = self.llm.collective_rpc("steer_capture", args=(asked, plan.last_layer))
         InvalidInput.raise_for(sorted({answer["error"] for answer in answers if answer}))
-        parameters = []
-        for number, e in enumerate(batch):
-            at = tuple(p if p >= 0 else len(e.ids) + p for p in plan.positions)
-            asked = capture.CaptureRequest(number=number, at=at, start=e.own.start, stop=e.own.stop)
-            parameters.append(
-                SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args={CAPTURE: asked.model_dump()})
-            )
+        parameters = [
+            SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args={CAPTURE: number})
+            for number in range(len(batch))
+        ]
         self.llm.generate([{"prompt_token_ids": e.ids} for e in batch], parameters, use_tqdm=False)
         d_model = self.facts.d_model
         picked = torch.zeros(len(plan.positions), plan.layers, len(batch), d_model)

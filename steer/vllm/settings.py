@@ -21,7 +21,7 @@ KEY = "steer"
 RESOLVED = "steer.resolved"
 #: The digests of the versions whose rows are read, in this order, and whether their axes are.
 READ = "steer.read"
-#: What a measurement in this program has captured of its own requests; without one it means nothing.
+#: Which prompt of a measurement in this program its own request brings; without one it means nothing.
 CAPTURE = "steer.capture"
 #: How many tokens of a request's prompt are the prompt of an answer, which the others are: so one is scored.
 SCORED = "steer.scored"
@@ -115,6 +115,11 @@ def read_by(params: object) -> tuple[Sequence[str], bool]:
     """The digests in SamplingParams of what is read for a request, none where nothing is; and are their axes read?"""
     digests, axes = (getattr(params, "extra_args", None) or {}).get(READ, ((), False))
     return digests, axes
+
+
+def captured_by(params: object) -> int | None:
+    """The number of the prompt of a measurement that a request with these SamplingParams brings."""
+    return (getattr(params, "extra_args", None) or {}).get(CAPTURE)
 
 
 def prompt_of(params: object, length: int) -> int:

@@ -21,7 +21,7 @@ from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex, Tokens
 from steer.spec import Spec
 from steer.tokenization import Thinking
 from steer.vllm import install, internals, settings
-from steer.vllm.capture import WorkerCapture
+from steer.vllm.capture import Asked, WorkerCapture
 from steer.vllm.losses import SteeredRun, SteeredRuns, Step
 from steer.vllm.readout import ReadRunner
 from steer.vllm.residents import Kept, Residents, RowsInUse
@@ -288,14 +288,14 @@ class SteeringWorker:
             return {"error": str(error)}
         return {}
 
-    def steer_capture(self, prompts: int, positions: int, last_layer: int) -> dict[str, str]:
-        """From now on read what requests ask for in `extra_args`, at the blocks up to `last_layer`."""
+    def steer_capture(self, asked: list[Asked], last_layer: int) -> dict[str, str]:
+        """From now on read what is asked of each prompt, at the blocks up to `last_layer`."""
         if int(self.vllm_config.compilation_config.mode or 0) or self.vllm_config.cache_config.enable_prefix_caching:
             return {"error": "measuring needs an engine with enforce_eager and without prefix caching"}
         self.steer_captured()
         blocks = {layer: block for layer, block in self._installation.blocks.items() if layer <= last_layer}
-        shape = prompts, positions, self._installation.bank.d_model
-        self._capture = WorkerCapture(blocks, self._installation.form, shape, self.device)
+        d_model = self._installation.bank.d_model
+        self._capture = WorkerCapture(blocks, self._installation.form, asked, d_model, self.device)
         return {}
 
     def steer_captured(self) -> dict[str, object] | None:

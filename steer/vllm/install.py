@@ -22,10 +22,10 @@ from steer.runtime.token_index import TokenIndex
 from steer.spec import MAX_TOGETHER
 from steer.vllm import internals
 from steer.vllm.internals.types import Worker
+from steer.vllm.readout import ReadRunner
 from steer.vllm.settings import EngineSettings
 from steer.vllm.steering_module import (
     Form,
-    Reads,
     SteeringModule,
     StreamArgument,
     attach_after,
@@ -81,18 +81,11 @@ class Installation:
     form: Form
     bank: DirectionBank
     steering_modules: tuple[tuple[HookPoint, SteeringModule], ...]
-    reads: Reads | None
+    reads: ReadRunner | None
     #: The layers whose hook point is in the norm that comes next.
     folded: tuple[int, ...]
     #: What a plain pass had at each hook point, `[d_model]` float32 on the CPU (`_typical`).
     streams: dict[HookPoint, Tensor]
-
-    @property
-    def reading(self) -> dict[int, SteeringModule]:
-        """The steering modules that read, by layer."""
-        return {
-            point.layer: steering_module for point, steering_module in self.steering_modules if steering_module.reading
-        }
 
 
 def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Installation:
@@ -128,13 +121,15 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
         device=worker.device,
         requests=MAX_TOGETHER * internals.config.max_requests(worker.vllm_config),
     )
-    reads = Reads(settings.readout, settings.rank, worker.device) if settings.readout else None
+    read = [point.layer for point in points if point.readable]
+    reads = ReadRunner(read, settings.readout, settings.rank, worker.device) if settings.readout else None
     steering_modules = []
     for target in targets:
-        reader = reads if target.point.readable else None
-        steering_module = SteeringModule(bank.slices[target.point], index, reader, decides=target.point.readable)
+        point, readable = target.point, target.point.readable
+        buffers = reads.of(point.layer) if reads and readable else None
+        steering_module = SteeringModule(bank.slices[point], index, buffers, decides=readable)
         target.attach(steering_module)
-        steering_modules.append((target.point, steering_module))
+        steering_modules.append((point, steering_module))
     streams = _self_check(worker, targets, local, form, bank, index, (plain, again))
     folded = tuple(target.point.layer for target in targets if target.norm is not None)
     return Installation(local, form, bank, tuple(steering_modules), reads, folded, streams)

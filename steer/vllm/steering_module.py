@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from types import MethodType
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from steer.names import Site
 from steer.runtime.bank import BankSlice, Operands, decide, gather, operate, operate_before_norm
 from steer.runtime.hook_points import Args, Kwargs, Output
-from steer.runtime.memory import lasting
 from steer.runtime.readout import measured
 from steer.runtime.token_index import TokenIndex, conditions, unpacked
 
@@ -31,16 +30,8 @@ if TYPE_CHECKING:
 Form = Literal["tensor", "first", "sum"]
 
 
-class Reads:
-    """The tokens that are read in a step, for all steering modules that read: at `[count]`, which token; rows `[count,
-    rank]`, which rows of the bank; int64, written in place. Every pass looks at all of them, so those that are not in
-    use must be 0, the one token that every pass has."""
-
-    def __init__(self, count: int, rank: int, device: torch.device) -> None:
-        self.count, self.rank = count, rank
-        with lasting():
-            self.at = torch.zeros(count, dtype=torch.int64, device=device)
-            self.rows = torch.zeros(count, rank, dtype=torch.int64, device=device)
+#: Which tokens are read in a step, which rows of the bank, and where what was `measured` goes (`readout.ReadRunner`).
+ReadBuffers: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class SteeringModule(nn.Module):
@@ -62,7 +53,7 @@ class SteeringModule(nn.Module):
     found: Tensor
 
     def __init__(
-        self, bank_slice: BankSlice, index: TokenIndex, reads: Reads | None = None, *, decides: bool = False
+        self, bank_slice: BankSlice, index: TokenIndex, reads: ReadBuffers | None = None, *, decides: bool = False
     ) -> None:
         super().__init__()
         self.rank = index.rank
@@ -78,12 +69,7 @@ class SteeringModule(nn.Module):
             "opened": index.opened,
         }
         if reads is not None:
-            with lasting():
-                tensors |= {
-                    "read_at": reads.at,
-                    "read_rows": reads.rows,
-                    "found": bank_slice.vectors.new_zeros(reads.count, 2 * reads.rank + 1),
-                }
+            tensors |= dict(zip(("read_at", "read_rows", "found"), reads, strict=True))
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 

@@ -23,7 +23,6 @@ from steer.tokenization import Thinking
 from steer.vllm import install, internals, settings
 from steer.vllm.capture import Asked, WorkerCapture
 from steer.vllm.losses import SteeredRun, SteeredRuns, Step
-from steer.vllm.readout import ReadRunner
 from steer.vllm.residents import Kept, Residents, RowsInUse
 from steer.vllm.steering_module import code_digest
 
@@ -91,8 +90,7 @@ class SteeringWorker:
         self._met_front_end = False
         self._thinking: Thinking | None = None
         self._folder = ""  # where the front ends meet
-        reads = self._installation.reads
-        self._reads = ReadRunner(reads, self._installation.reading) if reads is not None else None
+        self._reads = self._installation.reads
         self._capture: WorkerCapture | None = None
         self._runner_kind = internals.worker.watch_batches(self.model_runner, self._on_batch)
         internals.worker.keep_seeds(self.model_runner)
@@ -194,9 +192,9 @@ class SteeringWorker:
         self._residents.bank.renumber()
         if (combinations := self._residents.bank.combinations) is not None:
             combinations.renew()
-        if self._installation.reads is not None:
-            self._installation.reads.at.zero_()
-            self._installation.reads.rows.zero_()
+        if self._reads is not None:
+            self._reads.at.zero_()
+            self._reads.rows.zero_()
         if lost:
             log.warning("steering was put back after the model had been changed: %s", ", ".join(lost))
         self._looked = True

@@ -432,15 +432,15 @@ class TokenIndex:
         self._in_phase += by * (steer.phase is not None)
         self._each += by * each
 
-    def leave(self, number: int) -> None:
-        following = int(self._parts["next"][number])
-        self.phased -= following != number
-        while True:
+    def leave(self, number: int) -> RequestSteer:
+        """What had entered."""
+        steer = self._steers[number]
+        self.phased -= bool(steer.then)
+        for _ in (steer, *steer.then):
             self._count(self._steers.pop(number), -1)
             self._free.append(number)
-            if following == number:
-                return
-            number, following = following, int(self._parts["next"][following])
+            number = int(self._parts["next"][number])
+        return steer
 
     def reset(self) -> None:
         """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from steer._version import __version__
 from steer.errors import DirectionError, NoRoom, SteerError, UnsupportedModel
-from steer.runtime.token_index import PLAIN, RequestSteer, TokenIndex, Tokens
+from steer.runtime.token_index import PLAIN, TokenIndex, Tokens
 from steer.spec import Spec
 from steer.tokenization import Thinking
 from steer.vllm import install, internals, settings
@@ -81,7 +81,6 @@ class SteeringWorker:
         self._index = index
         self._residents = Residents(self._installation.bank)
         self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
-        self._conditional: dict[str, RequestSteer] = {}  # those of them that decide
         self._lost_runs = SteeredRuns()
         self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
         self._batch: tuple[list[str], NDArray[np.int32]] = [], np.zeros(0, np.int32)
@@ -144,8 +143,7 @@ class SteeringWorker:
         # A request that was aborted and came again under its id stands in both lists of one step: ends come first.
         for request in scheduler_output.finished_req_ids:
             if number := self._running.pop(request, None):
-                self._index.leave(number)
-                self._index.decisions.give(self._conditional.pop(request, None))
+                self._index.decisions.give(self._index.leave(number))
             self._residents.end(request)
             self._lost_runs.end(request)
             if self._reads is not None:
@@ -223,9 +221,7 @@ class SteeringWorker:
             return
         run = SteeredRun(internals.worker.adapter_of(new) + spec.key(asked), internals.worker.prompt_of(new), length)
         self._lost_runs.meet(new.req_id, run)
-        if steer.decides:
-            self._conditional[new.req_id] = steer = self._index.decisions.take(steer)
-        self._running[new.req_id] = self._index.enter(steer)
+        self._running[new.req_id] = self._index.enter(self._index.decisions.take(steer))
 
     def _on_batch(
         self, requests: list[str], lengths: NDArray[np.int32], starts: NDArray[np.int32], tokens: Tokens

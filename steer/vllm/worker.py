@@ -21,8 +21,8 @@ from steer.runtime.token_index import PLAIN, TokenIndex, Tokens
 from steer.spec import Spec
 from steer.tokenization import Thinking
 from steer.vllm import install, internals, settings
-from steer.vllm.capture import Asked, WorkerCapture
 from steer.vllm.losses import SteeredRun, SteeredRuns, Step
+from steer.vllm.readout import Asked, WorkerCapture
 from steer.vllm.residents import Kept, Residents, RowsInUse
 from steer.vllm.steering_module import code_digest
 

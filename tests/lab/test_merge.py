@@ -20,6 +20,7 @@ from steer.direction import Direction
 from steer.errors import DirectionError, InvalidInput, UnsupportedModel
 from steer.hf.internals import axis_in_file
 from steer.hf.load import attention_implementation
+from steer.lab import measurement
 from steer.lab.merge import model as merge
 from steer.lab.merge.model import CONFIG, RECEIPT, WEIGHTS, bake, export_adapter, new_folder
 from steer.lab.merge.removal import RemovalPlan, Verdict, removal
@@ -149,11 +150,31 @@ def test_one_vector_for_the_whole_stream_is_baked_as_writers_and_more_are_refuse
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3"])
-def test_bfloat16_is_stored_as_bfloat16_and_verified(name: str, tmp_path: Path) -> None:
+def test_16_bits_are_stored_as_16_bits_and_verified_as_32_are(name: str, tmp_path: Path) -> None:
+    """With these rows the rounding of bfloat16 sends a token of the Mixtral to another expert."""
     model = models.save(name, tmp_path / "model", torch.bfloat16)
-    edited, verdict = made(tmp_path / "model", at_writers(model))
+    edited, verdict = made(tmp_path / "model", at_writers(model, k=2, shared=False, seed=2))
     assert next(edited.parameters()).dtype == torch.bfloat16
     assert verdict is not None
+    assert verdict.logits is not None
+    assert verdict.logits <= 1e-4
+
+
+def test_a_file_that_holds_something_else_than_was_written_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a single number that no logit shows."""
+    model = models.save("llama", tmp_path / "model", torch.bfloat16)
+    written = measurement.save_tensors
+
+    def worn(path: Path, tensors: dict[str, torch.Tensor], *rest: Any) -> None:
+        tensors["model.layers.1.mlp.down_proj.weight"][0, 0] *= 1.01
+        written(path, tensors, *rest)
+
+    monkeypatch.setattr(merge, "save_tensors", worn)
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.down_proj\.weight is not as it was written"):
+        baked(tmp_path / "model", at_writers(model))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_experts_of_a_class_that_is_not_known_are_refused_and_not_guessed(
@@ -338,12 +359,14 @@ def test_what_nothing_can_be_compared_with_is_written_only_where_that_is_told(tm
     assert made(tmp_path / "model", direction, 0.5, preserve_norms=True, verified=False)[1] is None
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("missed", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_writer_that_was_missed_is_found_by_its_effect_and_nothing_is_kept(
-    name: str, missed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, missed: str, dtype: torch.dtype, strength: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models.save(name, tmp_path / "model")
+    model = models.save(name, tmp_path / "model", dtype)
     direction, edited = at_writers(model), RemovalPlan.edited
 
     def forgetful(plan: RemovalPlan, writer: Writer, tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -351,10 +374,10 @@ def test_a_writer_that_was_missed_is_found_by_its_effect_and_nothing_is_kept(
 
     monkeypatch.setattr(RemovalPlan, "edited", forgetful)
     with pytest.raises(UnsupportedModel, match=r"some writer.*Nothing was kept"):
-        baked(tmp_path / "model", direction)
+        baked(tmp_path / "model", direction, strength)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert made(tmp_path / "model", direction, verified=False)[1] is None
-    assert not json.loads((tmp_path / "baked-1.0" / RECEIPT).read_text())["verified"]
+    assert made(tmp_path / "model", direction, strength, verified=False)[1] is None
+    assert not json.loads((tmp_path / f"baked-{strength}" / RECEIPT).read_text())["verified"]
 
 
 def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,7 +563,6 @@ def test_an_adapter_that_does_something_else_is_found_by_its_effect_and_not_kept
 
 
 def test_a_failed_check_names_only_what_was_measured() -> None:
-    most = (1e-3, 1e-5)
-    assert Verdict(0.5, None, None, most).found == "logits differ by 0.5"
-    assert Verdict(None, None, 0.25, most).found == "0.25 of the stream is left along it"
-    assert Verdict(0.5, 0.1, 0.25, most).found == "logits differ by 0.5, 0.25 of the stream is left along it"
+    assert Verdict(0.5, None, None).found == "logits differ by 0.5"
+    assert Verdict(None, None, 0.25).found == "0.25 of the stream is left along it"
+    assert Verdict(0.5, 0.1, 0.25).found == "logits differ by 0.5, 0.25 of the stream is left along it"

@@ -75,8 +75,7 @@ def bake(
         verdict = None
         if verified:
             made = Checkpoint(folder, trust_remote_code=checkpoint.trust_remote_code)
-            dtype = next(tensor.dtype for _, tensor in made.tensors([planned.writers[0].name]))
-            verdict = verify(planned, made, dtype, progress, preserve_norms=preserve_norms)
+            verdict = verify(planned, made, progress, preserve_norms=preserve_norms)
     return count, verdict
 
 
@@ -210,7 +209,7 @@ def export_adapter(
         }
         _write_json(folder / CONFIG, config)
         if verified:
-            verdict = verify(planned, checkpoint, torch.float32, progress, _adapted(planned, folder))
+            verdict = verify(planned, checkpoint, progress, _adapted(planned, folder))
     return len(weights), verdict
 
 

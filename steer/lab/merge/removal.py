@@ -1,6 +1,8 @@
 """What is removed from a model's weights, and where: a direction at the site `writers`, and the model's own writers.
 That it was removed is shown by its effect: the logits of a pass, and what is left of the direction in the stream. Both
-models are streamed, so that one of any size is verified.
+models are streamed, so that one of any size is verified. Of files in 16 bits two things are shown, that the weights
+have this effect before they are rounded, and that the files hold them rounded: rounding sends tokens to other experts,
+and is as large as what a low strength does, so no writer that was missed could be told from it.
 
 (W − λ·v·vᵀW)x = Wx − λ·v·(vᵀWx): weights orthogonalised by v write what is served with v at `writers`.
 
@@ -13,8 +15,9 @@ g ⊙ u is not along v.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +36,8 @@ from steer.runtime.op import WEIGHT, coefficients, displacements, embedding_coef
 
 #: The part of a command's progress in which the writers are looked for.
 LOOKING = "looking"
+#: What tensors of the files, of these names, were before they were rounded; none of what was not edited.
+Unrounded: TypeAlias = Callable[[Iterable[str]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +150,18 @@ def plan(checkpoint: Checkpoint, removal: Removal, progress: Progress | None = N
     return RemovalPlan(checkpoint, removal, streamed, terms, find(checkpoint, streamed, terms))
 
 
-def stream(checkpoint: Checkpoint, progress: Progress, change: Change | None = None) -> Streamed:
+def stream(
+    checkpoint: Checkpoint, progress: Progress, change: Change | None = None, unrounded: Unrounded | None = None
+) -> Streamed:
     """The model in `checkpoint`, which reads its weights as it runs; each tensor is one of `progress`."""
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        for pair in checkpoint.tensors(names):
-            yield pair
+        names = list(names)
+        exact = {} if unrounded is None else unrounded(names)
+        for name, tensor in checkpoint.tensors(names):
+            if not torch.equal(exact.get(name, tensor).to(tensor.dtype), tensor):
+                raise UnsupportedModel(f"{checkpoint.folder}: {name} is not as it was written. Nothing was kept")
+            yield name, exact.get(name, tensor)
             progress.advance()
 
     return Streamed(checkpoint.folder, checkpoint.map, read, change, trust_remote_code=checkpoint.trust_remote_code)
@@ -158,10 +169,8 @@ def stream(checkpoint: Checkpoint, progress: Progress, change: Change | None = N
 
 #: The part of a command's progress.
 VERIFYING = "verifying"
-#: What may differ in the logits, and be left of a component, relative; by the stored dtype. In 16 bits it is the
-#: rounding of the stored weights.
-TOLERANCE = {torch.float32: (1e-3, 1e-5)}
-TOLERANCE_16 = (5e-2, 2e-3)
+#: What may differ in the logits, and be left of a component, relative: the rounding of float32.
+MOST_LOGITS, MOST_LEFT = 1e-3, 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +181,12 @@ class Verdict:
     relative to the largest logit; where no norm comes after the weights that is the original as served with the
     direction at `writers`. None where lengths were preserved, which is another model. served: the same from the
     original as it is served, where a norm comes after (see above), else None. left: the largest share of the stream
-    that is left along a removed direction; None where none was to be removed whole. most: what `logits` and `left`
-    may be.
+    that is left along a removed direction; None where none was to be removed whole.
     """
 
     logits: float | None
     served: float | None
     left: float | None
-    most: tuple[float, float]
 
     @property
     def found(self) -> str:
@@ -190,12 +197,12 @@ class Verdict:
         )
 
     def __str__(self) -> str:
-        told, (logits, left) = [], self.most
+        told = []
         if self.logits is not None:
             as_served = "as served" if self.served is None else "as the original without it before its norms"
-            told.append(f"logits {as_served} to {self.logits:.1e} (accepted: to {logits:.0e})")
+            told.append(f"logits {as_served} to {self.logits:.1e} (accepted: to {MOST_LOGITS:.0e})")
         if self.left is not None:
-            told.append(f"{self.left:.1e} of the stream left along it (accepted: up to {left:.0e})")
+            told.append(f"{self.left:.1e} of the stream left along it (accepted: up to {MOST_LEFT:.0e})")
         if self.served is not None:
             told.append(
                 f"from what is served, which removes it after the norms, the logits differ by {self.served:.1e}, "
@@ -207,24 +214,29 @@ class Verdict:
 def verify(
     plan: RemovalPlan,
     edited: Checkpoint,
-    dtype: torch.dtype,
     progress: Progress,
     change: Change | None = None,
     preserve_norms: bool = False,
 ) -> Verdict:
-    """Compare `edited`, whose weights are stored in `dtype`, after the `change` of a tensor, with what `plan` is about.
+    """Compare `edited`, the files that were made or, with the `change` that an adapter is, the original ones, with what
+    `plan` is about.
 
     Raises UnsupportedModel where it is something else: then some writer was missed, or files were not written as they
     should be. Raises InvalidInput where there is nothing to compare.
     """
     passes = 1 if preserve_norms else 2 + plan.normed
     progress.plan(VERIFYING, passes * len(plan.streamed.becomes))
+    writers = {writer.name: writer for writer in plan.writers}
+
+    def unrounded(names: Iterable[str]) -> dict[str, Tensor]:
+        originals = plan.checkpoint.tensors(name for name in names if name in writers)
+        return {name: plan.edited(writers[name], tensor.float(), preserve_norms) for name, tensor in originals}
+
     with progress.part(VERIFYING):
-        return _verdict(plan, stream(edited, progress, change), dtype, preserve_norms)
+        return _verdict(plan, stream(edited, progress, change, None if change else unrounded), preserve_norms)
 
 
-def _verdict(plan: RemovalPlan, edited: Streamed, dtype: torch.dtype, preserve_norms: bool) -> Verdict:
-    most = TOLERANCE.get(dtype, TOLERANCE_16)
+def _verdict(plan: RemovalPlan, edited: Streamed, preserve_norms: bool) -> Verdict:
     got, left = _without(plan, edited)
     logits = served = None
     if not preserve_norms:
@@ -238,8 +250,8 @@ def _verdict(plan: RemovalPlan, edited: Streamed, dtype: torch.dtype, preserve_n
             "whole from all that is written; give --no-verify to write it unverified"
         )
     largest = float(torch.tensor(list(left.values())).max()) if left else None  # NaN, where there is one
-    verdict = Verdict(logits, served, largest, most)
-    if not ((logits or 0.0) <= most[0] and (largest or 0.0) <= most[1]):
+    verdict = Verdict(logits, served, largest)
+    if not ((logits or 0.0) <= MOST_LOGITS and (largest or 0.0) <= MOST_LEFT):
         raise UnsupportedModel(
             f"what was made is not the original with the direction removed from what its weights write: {verdict.found}"
             "; some writer of this architecture is not known by its name. Nothing was kept"

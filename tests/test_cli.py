@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -797,6 +798,16 @@ def test_a_file_that_cannot_be_written_is_an_error_and_no_traceback(
         last = done.stderr.splitlines()[-1]
         assert (done.returncode, last.startswith(start), last.endswith(end)) == (2, True, True), done.stderr
         assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+@pytest.mark.parametrize("asked", ["--help", "--version", "methods"])
+def test_what_is_printed_on_a_full_disk_is_an_error_and_no_traceback(asked: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "steer", asked], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
+        )
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
 def test_a_model_that_is_nowhere_is_looked_for_once(sets: tuple[str, str], tmp_path: Path) -> None:

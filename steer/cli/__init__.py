@@ -20,3 +20,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # what is printed outside of a command, as its help, where the disk is full
+        print(f"error: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)

@@ -39,7 +39,7 @@ def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
 
 def find_list(decoder: nn.Module, layers: int) -> nn.ModuleList:
     """What holds the blocks (`find_blocks`)."""
-    found = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    found = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers > 0]
     outer = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
     if len(outer) != 1:
         names = [n for n, _ in outer] or "none"

@@ -202,6 +202,8 @@ def test_a_missing_block_or_an_inert_hook_refuses_to_start() -> None:
     model.config.num_hidden_layers = 5
     with pytest.raises(UnsupportedModel, match="one list of 5 decoder blocks"):
         Anatomy(model)
+    with pytest.raises(UnsupportedModel, match=r"one list of 0 decoder blocks .*, found none"):
+        Steering(tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**models._shape(num_hidden_layers=0))))
     model = models.tiny("llama")
     skipped = model.model.layers[2]
     skipped.forward = lambda x, *args, **kwargs: x

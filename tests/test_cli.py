@@ -539,7 +539,7 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
         (("serve", "tests"), "the folder has no config.json"),
         (("serve", "README.md"), "it is a file, not a folder"),
         (
-            ("serve", "steer/demo/model", "--backend", "transformers", "--device", "tpu9"),
+            ("serve", "steer/demo/model", "--backend", "transformers", "--device", "tpu9", "--port", "0"),
             "device 'tpu9' cannot be used",
         ),
         (("serve", "--prot", "8001"), "--prot 8001: not an option of the transformers backend"),
@@ -581,6 +581,15 @@ def test_errors_name_the_option_and_have_no_traceback(arguments: tuple[str, ...]
     done = run(*arguments, code=2)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    link = tmp_path / "d.safetensors"
+    link.symlink_to(link)
+    for given in (("derive", str(link), "-o", str(tmp_path / "o.safetensors")), ("audit", "verify", str(link))):
+        done = run(*given, code=2)
+        assert str(link) in done.stderr
+        assert "cannot be read" in done.stderr
 
 
 ODD = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +161,7 @@ def _check_condition(ctx: typer.Context, file: Path, output: Path | None, layer:
     ]
     if layer in ("widest", "all"):
         problems.append(f"--layer: '{layer}' is not for --condition: auto, or the number of a layer")
-    if output is not None and output.resolve() == file.resolve():
+    if output is not None and os.path.realpath(output) == os.path.realpath(file):
         problems.append(f"--output: {output} is the file of --condition, which is not changed: give another name")
     InvalidInput.raise_for(problems)
     check_name(file.stem)

@@ -374,7 +374,7 @@ def check_output(
         raise InvalidInput(f"{option}: {output} is a folder; accepted: the name of a file, which may exist")
     if output.suffix != SUFFIX and not converted:
         raise InvalidInput(f"{option}: '{output.name}' must end in {SUFFIX}: nothing reads it under another name")
-    if output.resolve() in (Path(str(one)).resolve() for one in read):
+    if os.path.realpath(output) in (os.path.realpath(str(one)) for one in read):  # also of links in a circle
         raise InvalidInput(f"{option}: {output} is read by this command, and would be lost: give another name")
     if (output.parent / "config.json").is_file():
         raise InvalidInput(f"{option}: the folder {output.parent} is a model's, which this would change: give another")

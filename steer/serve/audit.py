@@ -554,7 +554,7 @@ def verify(paths: Sequence[Path], anchors: Iterable[Head] = (), start: int = 1) 
 
     Raises OSError for a file that cannot be read.
     """
-    paths = list({path.resolve(): path for path in paths}.values())
+    paths = list({os.path.realpath(path): path for path in paths}.values())
     report = Verification()
     wanted = {head.seq: head for head in anchors if head.seq}
     for name in {file: None for path in paths for file in (path, path.with_name(_ROTATED.sub("", path.name)))}:

@@ -19,7 +19,14 @@ from typer.core import TyperCommand
 from steer._version import __version__
 from steer.cli import admin, check, evaluate, export, fit, search
 from steer.cli.console import echo_json, log_warnings, quiet_libraries, reported
-from steer.cli.options import VLLM_OPTIONS, check_model, expanded, find_vllm_model, unknown_options
+from steer.cli.options import (
+    VLLM_OPTIONS,
+    check_model,
+    expanded,
+    find_vllm_model,
+    nearest_option,
+    unknown_options,
+)
 from steer.errors import InvalidInput, problem_text
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.settings import ServeSettings, check_directions_folder, served_name
@@ -36,12 +43,16 @@ class _Command(TyperCommand):
             for each in self.params:
                 each.help = each.help and escape(each.help)  # type: ignore[attr-defined]  # typer's have one
 
-    def parse_args(self, *arguments: Any) -> list[str]:
-        """A value that is not accepted is told as in all other messages."""
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """A value that is not accepted is told as in all other messages, and what is missing with what is nearly it."""
+        given = list(args)  # of which the parser takes what it reads
         try:
-            return super().parse_args(*arguments)
+            return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            if isinstance(error.__cause__, ValidationError):
+            if not error.message:  # it is missing
+                near = ((one, nearest_option(ctx, one)) for one in given if one.startswith("--"))
+                error.message = next((f"{one}: not an option of this command{end}" for one, end in near if end), "")
+            elif isinstance(error.__cause__, ValidationError):
                 item = error.__cause__.errors(include_url=False)[0]
                 if "ctx" in item:  # out of a range, of which both ends are told
                     ends = {"ge": getattr(error.param, "min", None), "le": getattr(error.param, "max", None)}
@@ -95,9 +106,13 @@ def serve(
         options.insert(0, model)
         model = None
     check_model(model or str(MODEL), settings.revision)
+    backend = settings.backend
+    if backend == "auto" and (model is None or find_spec("vllm") is None):
+        backend = "transformers"
+    if options and backend == "transformers":  # before what is wrong without the option that was meant
+        raise unknown_options(ctx, options, "the transformers backend")
     check_directions_folder(settings.directions, settings.default_steer)
     named = settings.served_model_name or ("demo" if model is None else served_name(model))
-    backend = "transformers" if model is None and settings.backend == "auto" else settings.backend
     settings = settings.model_copy(update={"served_model_name": named, "backend": backend})
     if choose_backend(model or str(MODEL), settings) == "vllm":
         from steer.vllm.plugin import serve as serve_on_vllm
@@ -120,13 +135,11 @@ def serve(
 
 
 def choose_backend(model: str, settings: ServeSettings) -> str:
-    """What `--backend auto` means here: vLLM where it is installed and serves the model's architecture."""
+    """What `--backend auto` means where vLLM is installed: it serves what it knows the architecture of."""
     if settings.backend != "auto":
         if settings.backend == "vllm":
             find_vllm_model(model, settings.revision)
         return settings.backend
-    if find_spec("vllm") is None:
-        return "transformers"
     from steer.hf.load import find_model
     from steer.vllm.internals.server import serves
 

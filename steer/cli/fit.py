@@ -71,13 +71,13 @@ def fit(
     errors on prompts that were set aside are printed; the exit code is 3 if it does not tell the sets apart. With
     --output the same direction is written with the condition in its metadata, which no request applies by itself.
     """
+    engine = opt.EngineOptions(backend, model, ctx, opening)
     if condition is not None:
         _check_condition(ctx, condition, output, layer)
     elif output is None:
         raise InvalidInput("--output: is missing: the direction file to write")
     if output is not None:
         opt.check_output(output)
-    engine = opt.EngineOptions(backend, model, ctx, opening)
     rendering, behaviour = rendered.rendering(), counted.loaded()
     made = opt.chosen_method(method or "slerp", t, parameter) if method or t is not None or parameter else None
     least = LEAST_SHOWN if condition is None else SMALL

@@ -432,13 +432,19 @@ CANDIDATES = 64
 Bench: TypeAlias = "tuple[Source, Callable[[int, int, Rendering | None], Evaluator]]"
 
 
+def nearest_option(context: typer.Context, given: str) -> str:
+    """The end of a sentence on an argument that the command in `context` does not have, where it has nearly that."""
+    name = given.partition("=")[0]
+    known = [own for param in context.command.get_params(context) for own in (*param.opts, *param.secondary_opts)]
+    near = get_close_matches(name, known, 1, 0.75)
+    return f"; did you mean {near[0]}?" if near and near[0] != name else ""
+
+
 def unknown_options(context: typer.Context, given: Sequence[str], taker: str) -> InvalidInput:
     """The error where `taker`, which is not vLLM, takes no more options than those of the command in `context`."""
-    first = given[0].partition("=")[0]
-    what = "an option" if first.startswith("-") else "an argument"
-    known = [name for param in context.command.params for name in (*param.opts, *param.secondary_opts)]
-    near = "".join(f"; did you mean {name}?" for name in get_close_matches(first, known, 1, 0.8))
-    return InvalidInput(f"{' '.join(given)}: not {what} of {taker}{near or '; options of vLLM need --backend vllm'}")
+    what = "an option" if given[0].startswith("-") else "an argument"
+    near = nearest_option(context, given[0]) or "; options of vLLM need --backend vllm"
+    return InvalidInput(f"{' '.join(given)}: not {what} of {taker}{near}")
 
 
 @dataclass(frozen=True, slots=True)

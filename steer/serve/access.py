@@ -35,6 +35,8 @@ ORDINARY: dict[str, re.Pattern[str]] = {
         r"/v1/chat/completions|/v1/completions|/v1/responses|/v1/messages(/count_tokens)?|/tokenize|/detokenize"
     ),
 }
+#: Matches no path.
+NO_PATH = re.compile(r"(?!)")
 
 
 def _with_request_id(send: Send, scope: Scope) -> Send:
@@ -121,7 +123,7 @@ class Access:
             return known or NOBODY
         if known is None:
             message = "the API key is not known here"
-            if secret is None:
+            if not secret:
                 message = "an API key is needed: Authorization: Bearer KEY"
                 if {"authorization", "x-api-key"} & set(Headers(scope=scope)):
                     message += "; the request has something else there, or more than one"
@@ -131,10 +133,13 @@ class Access:
         self.control.check_policy()
         if path == METRICS and not (known.rules.metrics or known.manages):
             refusal = "/metrics tells of all directions: it needs a key with `metrics = true` or the managing role"
-        elif known.manages or (method in ORDINARY and ORDINARY[method].fullmatch(path)):
+        elif known.manages or ORDINARY.get(method, NO_PATH).fullmatch(path):
             return known
         else:
             refusal = f"{method} {path[:100]} needs a key with the managing role"
+            meant = (f"/v1{path}", path.removeprefix("/v1"))  # with a base URL that ends in /v1, and only once
+            if any(ORDINARY.get(method, NO_PATH).fullmatch(one) for one in meant):
+                refusal += f"; {errors.BASE_URL}"
         raise forbidden("path", refusal)
 
 
@@ -146,7 +151,8 @@ def route_path(scope: Scope) -> str:
 
 
 def api_key_of(headers: Headers) -> str | None:
-    """The secret of a request, sent as OpenAI's or Anthropic's clients do; None where there is none, or two."""
+    """The secret of a request, sent as OpenAI's or Anthropic's clients do; None for no secret or two, "" for a secret that
+    is sent in another way."""
     found = {value.strip() for value in headers.getlist("x-api-key")}
     for value in headers.getlist("authorization"):
         scheme, _, secret = value.partition(" ")

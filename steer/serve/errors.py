@@ -219,10 +219,12 @@ def pydantic_text(message: str) -> tuple[str, str] | None:
     return "; ".join(f"{where}: {wrong}" for where, wrong in found.items())[:MAX_PROBLEM], next(iter(found))
 
 
+#: A hint for 404, since the base URL of a client is often wrong.
+BASE_URL = "the base URL of a client ends in /v1, as in /v1/chat/completions"
+
+
 def no_route(path: str) -> JSONResponse:
-    """404, with a hint: often the client's base URL is wrong."""
-    message = f"there is no route {path[:100]!r} here; the base URL of a client ends in /v1, as in /v1/chat/completions"
-    return response(Code.NOT_FOUND, message)
+    return response(Code.NOT_FOUND, f"there is no route {path[:100]!r} here; {BASE_URL}")
 
 
 async def on_http_exception(request: Request, error: Exception) -> JSONResponse:

@@ -100,6 +100,26 @@ def test_nothing_is_served_without_one_known_key(server: Server, headers: list[t
         assert "refusal" not in answer.text
 
 
+def test_a_key_in_the_wrong_place_and_a_wrong_base_url_are_told_as_such(server: Server) -> None:
+    """With a client of another make, or a base URL with no /v1 or with two, nobody needs another key."""
+    for sent in (SECRETS["all"], f"Basic {SECRETS['all']}", "Bearer"):
+        told = server.client.get("/v1/models", headers={"Authorization": sent}).json()["error"]["message"]
+        assert told == (
+            "an API key is needed: Authorization: Bearer KEY; the request has something else there, or more than one"
+        )
+    for method, path, meant in (
+        ("POST", "/chat/completions", True),
+        ("POST", "/v1/v1/chat/completions", True),
+        ("GET", "/models", True),
+        ("POST", "/pause", False),
+        ("PUT", "/v1/directions/x", False),
+    ):
+        answer = server.client.request(method, path, headers=bearer("reader"))
+        told = answer.json()["error"]["message"]
+        assert answer.status_code == 403
+        assert (f"{method} {path} needs a key" in told, "the base URL of a client ends in /v1" in told) == (True, meant)
+
+
 def test_reading_is_a_right_of_its_own_and_goes_no_further_than_steering(server: Server) -> None:
     refused = ask(server, "reader", steer="refusal", steer_readout=True)
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "steering_forbidden")

@@ -125,7 +125,8 @@ class Control:
     logged."""
 
     def __init__(self, settings: ControlSettings = _DEFAULTS) -> None:
-        """Raises PolicyError for a policy file that is not acceptable."""
+        """Raises PolicyError for a policy file that is not acceptable, and AuditError for an audit log that cannot be
+        written."""
         self.settings = settings
         self.in_force: InForce | None = policy.load(settings.policy) if settings.policy else None
         self.audit = (
@@ -133,6 +134,8 @@ class Control:
             if settings.audit
             else None
         )
+        if self.audit:
+            self.audit.check()
         #: The hosts and pages that a server without keys answers; None where keys decide. The strictest until `listen`.
         self.allowed_origins: AllowedOrigins | None = None if self.in_force else AllowedOrigins()
         #: The origins of other servers' pages that may call.

@@ -251,8 +251,6 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
     # before the minute that the engine takes to start
     control = Control(settings.control)
     check_door(control, args)
-    if control.audit:
-        control.audit.check()
     settings.check_folder()
     if not (getattr(args, "uds", None) or getattr(args, "headless", False)):
         check_address(args.host or "", args.port)  # vLLM would share the port with what listens there

@@ -834,7 +834,7 @@ def test_a_model_that_is_nowhere_is_looked_for_once(sets: tuple[str, str], tmp_p
 
 def test_an_encoder_is_not_served_as_if_it_could_answer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
-    done = run("serve", str(tmp_path), "--backend", "transformers", code=2)
+    done = run("serve", str(tmp_path), "--backend", "transformers", "--port", "0", code=2)
     assert "BertForMaskedLM fills in masked tokens and generates no text" in done.stderr
 
 
@@ -842,7 +842,7 @@ def test_a_folder_without_a_tokenizer_is_told_so(tiny_folder: Path, tmp_path: Pa
     for file in tiny_folder.iterdir():
         if "token" not in file.name:
             (tmp_path / file.name).symlink_to(file)
-    assert "has no tokenizer" in run("serve", str(tmp_path), "--backend", "transformers", code=2).stderr
+    assert "has no tokenizer" in run("serve", str(tmp_path), "--backend", "transformers", "--port", "0", code=2).stderr
 
 
 def test_an_interruption_says_whether_the_same_command_goes_on(capsys: pytest.CaptureFixture[str]) -> None:

@@ -402,6 +402,7 @@ class Frontend:
         text = receipt_of(request.sampling_params)
         call = _adding.get()
         if call is None or not call.made or getattr(request, "resumable", False):  # n answers have one prompt
+            internals.engine.check_fields(request)
             internals.engine.check_numbers(request)
         if (way := passage.get()) is not None and not way.manages and request.priority:
             check_priority(way)

@@ -156,7 +156,7 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
                     if left := frontend.left_of_call():
                         await internals.engine.abort_async(engine, left)
                     raise
-        except InvalidInput as error:
+        except ValueError as error:  # InvalidInput, and what vLLM raises of its own
             raise internals.engine.client_error(error) from error
 
     engine.get_supported_tasks = tasks

@@ -164,6 +164,21 @@ def test_where_no_route_is_the_error_has_the_form_of_all_others(server: Server) 
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "length_penalty"), answer.text
 
 
+def test_what_the_engine_cannot_take_is_refused_with_a_word(server: Server) -> None:
+    """Of who manages, who alone may send it."""
+    tokens = {"model": "tiny", "token_ids": [5, 6], "sampling_params": {"max_tokens": 2, "trace_decode_token_ids": []}}
+    xargs = {"vllm_xargs": {"kv_transfer_params": "abc"}}
+    bodies: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+        ("/v1/completions", BODIES["/v1/completions"] | xargs, {}),
+        ("/inference/v1/generate", tokens, {}),
+    ]
+    bodies += [(route, body, {"X-Vllm-Priority": f"1{'0' * 30}"}) for route, body in BODIES.items()]
+    for route, body, headers in bodies:
+        answer = server.client.post(route, json=body, headers=bearer("all") | headers)
+        assert answer.status_code == 400, (route, answer.text)
+        assert "accepted: " in answer.text or "trace_decode_token_ids must be" in answer.text
+
+
 def test_a_form_is_not_read(server: Server) -> None:
     """vLLM would read it on the event loop, the empty ones too."""
     kind = {"Content-Type": "application/x-www-form-urlencoded"} | bearer("all")

@@ -416,7 +416,12 @@ def test_no_request_brings_what_no_model_computes_with(engine: Engine) -> None:
         data = {name: types.SimpleNamespace(data=value) for name, value in fields.items()}
         features = [types.SimpleNamespace(data=data or None)]
         return types.SimpleNamespace(
-            prompt_embeds=embeds, mm_features=features, cache_salt=None, sampling_params=None, prompt_token_ids=[1]
+            prompt_embeds=embeds,
+            mm_features=features,
+            cache_salt=None,
+            sampling_params=None,
+            prompt_token_ids=[1],
+            priority=0,
         )
 
     fine, image = torch.full((5, 8), 100.0, dtype=torch.bfloat16), torch.rand(3, 4, 4)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
-from steer.errors import InvalidInput, UnsupportedModel
+from steer.errors import InvalidInput, UnsupportedModel, brief
 from steer.runtime.selfcheck import tensors_in
 from steer.serve import metrics
 from steer.tokenization import Thinking, Tokenizer, thinking_of
@@ -244,6 +244,20 @@ def check_numbers(request: EngineCoreRequest) -> None:
         if not all(float(each.abs().max()) <= most for each in tensors_in(value)):
             what = "finite numbers" if most > MAX_EMBEDDING else f"numbers from {-most:g} to {most:g}"
             raise InvalidInput(f"{name}: holds NaN, infinity or too large a number; accepted: {what}")
+
+
+#: Fields of `extra_args` that vLLM uses as objects without a check.
+TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
+
+
+def check_fields(request: EngineCoreRequest) -> None:
+    """Raise InvalidInput for values that vLLM does not check, and on which it fails later without a message."""
+    if not -(2**63) <= request.priority < 2**63:
+        raise InvalidInput(f"priority: {brief(request.priority)} is too large; accepted: whole numbers of 64 bits")
+    extra = getattr(request.sampling_params, "extra_args", None) or {}
+    for name in TRANSFERS:
+        if not isinstance(extra.get(name) or {}, dict):
+            raise InvalidInput(f"{name}: {brief(extra[name])} is not accepted; accepted: an object")
 
 
 def image_spans(request: EngineCoreRequest) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, UnsupportedModel
+from steer.errors import EngineFailed, NoRoom, NotFinite, RequestError, SpecError, UnsupportedModel
 from steer.names import readable
 from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading
@@ -220,6 +220,8 @@ class Frontend:
         self.held: dict[str, Ticket] = {}
         self._outlived = internals.config.shares_blocks(config)
         self.salts = self._salts()
+        #: The kind of the workers' model runner, once they have been checked.
+        self.runner = ""
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -236,6 +238,7 @@ class Frontend:
         with self.shared.once("self-check") as first:  # by one alone: it switches what runs, and wants no neighbours
             if first:
                 check(self)
+        self.runner = workers[0]["runner"]
         self.registry.swaps = 0
         self.shared.follows()
         self.registry.sync()
@@ -406,6 +409,12 @@ class Frontend:
             internals.engine.check_numbers(request)
         if (way := passage.get()) is not None and not way.manages and request.priority:
             check_priority(way)
+        if self.serves and self.runner == "V1" and getattr(request.sampling_params, "logprob_token_ids", None):
+            raise RequestError(
+                "'logprob_token_ids' is not served here: vLLM's model runner V1 would give all requests of the batch "
+                "the log-probabilities of these tokens",
+                param="logprob_token_ids",
+            )
         if call is not None:
             call.made += 1
             usage, tokens = metrics.current_usage(), internals.engine.positions_of(request)

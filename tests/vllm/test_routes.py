@@ -439,6 +439,18 @@ def test_no_request_brings_what_no_model_computes_with(engine: Engine) -> None:
         check(asking(pixel_values=image))
 
 
+def test_no_request_names_tokens_for_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import SamplingParams
+
+    for runner, ids in (("V1", None), ("V2", [1]), ("V1", [1])):
+        monkeypatch.setattr(engine.steer, "runner", runner)
+        params = SamplingParams(logprob_token_ids=ids)
+        request: Any = types.SimpleNamespace(sampling_params=params, prompt_token_ids=[1], priority=0)
+        refused = pytest.raises(InvalidInput, match="'logprob_token_ids' is not served here")
+        with refused if runner == "V1" and ids else nullcontext():
+            engine.steer.check_added(request)
+
+
 def test_a_prompt_of_embeddings_is_counted(engine: Engine) -> None:
     """By which a key's tokens in a minute are, and the audit log."""
     import torch

@@ -410,6 +410,26 @@ def test_the_angle_is_what_transformers_has(server: Server, home: Home) -> None:
     assert (refused.status_code, "'verbosity' holds no plane" in refused.text) == (400, True)
 
 
+def test_log_probabilities_are_a_requests_own(server: Server) -> None:
+    """Whatever tokens one beside it names. vLLM's V1 runner would give them to both."""
+    asked: dict[str, Any] = {"max_tokens": 48, "ignore_eos": True}
+
+    def told(**more: Any) -> Any:
+        return ask(server, "/v1/completions", **asked, **more)
+
+    def own() -> Any:
+        return told(logprobs=3).json()["choices"][0]["logprobs"]["top_logprobs"]
+
+    alone = own()
+    with ThreadPoolExecutor(4) as threads:
+        others = [threads.submit(told, logprob_token_ids=[5, 6], logprobs=2) for _ in range(6)]
+        beside = [threads.submit(own) for _ in range(4)]
+    assert [[set(each) for each in one.result()] for one in beside] == [[set(each) for each in alone]] * 4
+    for other in others:
+        answer = other.result()
+        assert answer.status_code == 200 or "would give all requests of the batch" in answer.text
+
+
 def test_reading_changes_no_answer_and_its_bounds_are_told(server: Server) -> None:
     asked = ask(server, "/v1/completions", steer="refusal", steer_readout=True)
     assert words(asked) == words(ask(server, "/v1/completions", steer="refusal"))

@@ -151,8 +151,8 @@ def route_path(scope: Scope) -> str:
 
 
 def api_key_of(headers: Headers) -> str | None:
-    """The secret of a request, sent as OpenAI's or Anthropic's clients do; None for no secret or two, "" for a secret that
-    is sent in another way."""
+    """The secret of a request, sent as OpenAI's or Anthropic's clients do; None for no secret or two, "" for a secret
+    that is sent in another way."""
     found = {value.strip() for value in headers.getlist("x-api-key")}
     for value in headers.getlist("authorization"):
         scheme, _, secret = value.partition(" ")

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steer.errors import EngineFailed, NoRoom, NotFinite, RequestError, SpecError, UnsupportedModel
+from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, UnsupportedModel
 from steer.names import readable
 from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading
@@ -220,8 +220,9 @@ class Frontend:
         self.held: dict[str, Ticket] = {}
         self._outlived = internals.config.shares_blocks(config)
         self.salts = self._salts()
-        #: The kind of the workers' model runner, once they have been checked.
-        self.runner = ""
+        #: Sampling parameters that a server refuses, each with the reason; known after `start`.
+        self.unsafe: dict[str, str] = {}
+        self._config = config
 
     # -- start -------------------------------------------------------------------------------------------------------
 
@@ -238,7 +239,8 @@ class Frontend:
         with self.shared.once("self-check") as first:  # by one alone: it switches what runs, and wants no neighbours
             if first:
                 check(self)
-        self.runner = workers[0]["runner"]
+        if self.serves:
+            self.unsafe = internals.config.unsafe_fields(self._config, workers[0]["runner"])
         self.registry.swaps = 0
         self.shared.follows()
         self.registry.sync()
@@ -405,16 +407,10 @@ class Frontend:
         text = receipt_of(request.sampling_params)
         call = _adding.get()
         if call is None or not call.made or getattr(request, "resumable", False):  # n answers have one prompt
-            internals.engine.check_fields(request)
+            internals.engine.check_fields(request, self.unsafe)
             internals.engine.check_numbers(request)
         if (way := passage.get()) is not None and not way.manages and request.priority:
             check_priority(way)
-        if self.serves and self.runner == "V1" and getattr(request.sampling_params, "logprob_token_ids", None):
-            raise RequestError(
-                "'logprob_token_ids' is not served here: vLLM's model runner V1 would give all requests of the batch "
-                "the log-probabilities of these tokens",
-                param="logprob_token_ids",
-            )
         if call is not None:
             call.made += 1
             usage, tokens = metrics.current_usage(), internals.engine.positions_of(request)

@@ -77,6 +77,16 @@ def test_all_reasons_are_told_together() -> None:
         internals.config.check_config(config(**parts), readout=False)
 
 
+def test_what_harms_others_in_a_batch_is_refused_where_it_does() -> None:
+    own: dict[str, Any] = {"speculative_config": None, "lora_config": None}
+    cpu, cuda = ({"device_config": SimpleNamespace(device_type=device)} for device in ("cpu", "cuda"))
+    assert internals.config.unsafe_fields(config(**own, **cpu), "V2") == {}
+    assert internals.config.unsafe_fields(config(**own, **cuda), "V1").keys() == {"logprob_token_ids"}
+    for name, field in (("speculative_config", "top_k"), ("lora_config", "prompt_logprobs")):
+        assert internals.config.unsafe_fields(config(**own | {name: object()}, **cuda), "V2") == {}
+        assert internals.config.unsafe_fields(config(**own | {name: object()}, **cpu), "V2").keys() == {field}
+
+
 def test_variables_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     offloading = config(offload_config=SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=4)))
     ray = config(**parallel(distributed_executor_backend="ray"))

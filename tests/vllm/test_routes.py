@@ -439,16 +439,20 @@ def test_no_request_brings_what_no_model_computes_with(engine: Engine) -> None:
         check(asking(pixel_values=image))
 
 
-def test_no_request_names_tokens_for_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_harms_those_beside_it(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm import SamplingParams
 
-    for runner, ids in (("V1", None), ("V2", [1]), ("V1", [1])):
-        monkeypatch.setattr(engine.steer, "runner", runner)
-        params = SamplingParams(logprob_token_ids=ids)
-        request: Any = types.SimpleNamespace(sampling_params=params, prompt_token_ids=[1], priority=0)
-        refused = pytest.raises(InvalidInput, match="'logprob_token_ids' is not served here")
-        with refused if runner == "V1" and ids else nullcontext():
-            engine.steer.check_added(request)
+    refused = {"logprob_token_ids": [1], "top_k": 4, "prompt_logprobs": 0}
+    for unsafe in ({}, dict.fromkeys(refused, "it harms others")):
+        monkeypatch.setattr(engine.steer, "unsafe", unsafe)
+        for name, value in [("top_k", -1), ("top_k", 0), ("logprob_token_ids", None), *refused.items()]:
+            params = SamplingParams(**{name: value})
+            request: Any = types.SimpleNamespace(
+                sampling_params=params, prompt_token_ids=[1], priority=0, cache_salt=None, request_id="1"
+            )
+            told = pytest.raises(InvalidInput, match=f"'{name}' is not served here: it harms others")
+            with told if unsafe and refused[name] == value else nullcontext():
+                engine.steer.check_added(request)
 
 
 def test_a_prompt_of_embeddings_is_counted(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from steer.hf.load import text_architecture
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import KVTransferConfig, VllmConfig
+
+log = logging.getLogger("steer")
 
 #: Connectors that take KV blocks from elsewhere by vLLM's own block hashes, which contain the salt of steered requests.
 HASHED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector")
@@ -58,6 +61,23 @@ def check_config(config: VllmConfig, *, readout: bool) -> None:
     problems += _connector_problems(getattr(config, "kv_transfer_config", None))
     if problems:
         raise UnsupportedModel(f"steering cannot be right here: {'; '.join(problems)}")
+
+
+def unsafe_fields(config: VllmConfig, runner: str) -> dict[str, str]:
+    """Sampling parameters with which one request would harm others in its batch, each with vLLM's fault that is the
+    reason. `runner`: the kind of the workers' model runner. Also logs which answers vLLM gets wrong on a CPU."""
+    found: dict[str, str] = {}
+    if runner == "V1":
+        found["logprob_token_ids"] = (
+            "vLLM's model runner V1 would give all requests of the batch the log-probabilities of these tokens"
+        )
+    if config.device_config.device_type == "cpu" and config.speculative_config is not None:
+        log.warning("on a CPU, vLLM's drafts give requests without a temperature wrong tokens beside sampled requests")
+        found["top_k"] = "with --speculative-config on a CPU it ends vLLM's engine"
+    if config.device_config.device_type == "cpu" and config.lora_config is not None:
+        log.warning("on a CPU, vLLM can give requests the LoRA adapters of others in their batch")
+        found["prompt_logprobs"] = "with --enable-lora on a CPU it ends vLLM's engine"
+    return found
 
 
 def _switched_on(variable: str) -> bool:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
-from steer.errors import InvalidInput, UnsupportedModel, brief
+from steer.errors import InvalidInput, RequestError, UnsupportedModel, brief
 from steer.runtime.selfcheck import tensors_in
 from steer.serve import metrics
 from steer.tokenization import Thinking, Tokenizer, thinking_of
@@ -250,14 +250,26 @@ def check_numbers(request: EngineCoreRequest) -> None:
 TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
 
 
-def check_fields(request: EngineCoreRequest) -> None:
-    """Raise InvalidInput for values that vLLM does not check, and on which it fails later without a message."""
+#: Values of sampling parameters that ask for nothing.
+_NOTHING: Mapping[str, tuple[object, ...]] = {
+    "logprob_token_ids": (None, []),
+    "top_k": (None, 0, -1),
+    "prompt_logprobs": (None,),
+}
+
+
+def check_fields(request: EngineCoreRequest, unsafe: Mapping[str, str]) -> None:
+    """Raise InvalidInput for values that vLLM does not check, and on which it fails later without a message; and for
+    the `unsafe` sampling parameters, each of which has its reason."""
     if not -(2**63) <= request.priority < 2**63:
         raise InvalidInput(f"priority: {brief(request.priority)} is too large; accepted: whole numbers of 64 bits")
     extra = getattr(request.sampling_params, "extra_args", None) or {}
     for name in TRANSFERS:
         if not isinstance(extra.get(name) or {}, dict):
             raise InvalidInput(f"{name}: {brief(extra[name])} is not accepted; accepted: an object")
+    for name, reason in unsafe.items():
+        if getattr(request.sampling_params, name, None) not in _NOTHING[name]:
+            raise RequestError(f"'{name}' is not served here: {reason}", param=name)
 
 
 def image_spans(request: EngineCoreRequest) -> list[tuple[int, int]]:

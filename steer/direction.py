@@ -1,26 +1,27 @@
 """A direction: unit vectors for each layer with the class means they came from, and the safetensors file that holds it.
 
-Layer l is the **output of block l**, 0-based. The file's tensors (float32):
+Layer l means the **output of block l**, 0-based. The file's tensors (float32):
 
     directions         [layers, k, d_model]   orthonormal rows; a layer whose rows are all zero is not steered
     weights            [layers]               how much of the operation each layer does
-    mlp_weights        [layers]               optional, at the site `writers`: the same of what MLPs write, where
-                                              `weights` is then of what attention writes
-    reference          [layers, k]            ρ of the mode `one_sided`: what is above it is acted on
+    mlp_weights        [layers]               optional, for the site `writers`: how much of the operation is done on the
+                                              MLP's output; `weights` then applies to attention's output alone
+    reference          [layers, k]            ρ of the mode `one_sided`, which acts on components above ρ
     mean_harmful       [layers, d_model]      class means at the fitted position
     mean_harmless      [layers, d_model]
     mean_harmless_all  [layers, d_model]      mean over all positions of the harmless prompts' own text
-    target             [layers, k]            optional: what `one_sided` sets the component to; ρ where it is not there
+    target             [layers, k]            optional: the value to which `one_sided` sets the component; default: ρ
     embedding          [k, d_model]           optional: rows for the stream before block 0
 
-Where k is 1, a file of schema 2 has two more, for the modes that turn the stream in the plane of a layer's two vectors:
+If k is 1, a file of schema 2 has two more tensors, for the modes that turn the stream in the plane of a layer's two
+vectors:
 
-    axis               [layers, d_model]      unit, orthogonal to the direction, on the side of the harmless mean
-    angles             [layers, 2]            of `rotate_one_sided`, from the axis in radians: what is beyond the first
+    axis               [layers, d_model]      unit vector, orthogonal to the direction, on the side of the harmless mean
+    angles             [layers, 2]            of `rotate_one_sided`, in radians from the axis: an angle beyond the first
                                               is turned to the second
 
-and one metadata key, `steer`, with a `DirectionMeta` as JSON. A version refuses tensors that it does not know. The
-sha256 of the file's bytes is its identity.
+The file has one metadata key, `steer`, whose value is a `DirectionMeta` as JSON. A version of Steer refuses tensors
+that it does not know. The sha256 of the file's bytes identifies the direction.
 """
 
 from __future__ import annotations
@@ -50,21 +51,23 @@ from steer.errors import DirectionError, brief, prefixed, problems_of, unique_ke
 from steer.geometry import angle
 from steer.names import MAX_STRENGTH, MEASUREMENT_KEY, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
 
-#: A file of 128 layers × 16384 with k = 2 has about 50 MB.
+#: Most bytes of a direction file. A file with 128 layers, d_model 16384 and k = 2 has about 50 MB.
 MAX_BYTES = 256 * 2**20
-#: Of its head, which says what is in it, and is read by Python.
+#: Most bytes of the file's header, the JSON that lists its tensors and metadata, because Python parses it.
 MAX_HEAD = 4 * 2**20
+#: How far the inner products of a layer's rows may be from those of orthonormal rows.
 UNIT_TOLERANCE = 1e-4
-#: Of any value: products and norms of larger ones overflow float32, and NaN would get into the stream.
+#: Largest magnitude of any value in a tensor. Products and norms of larger values overflow float32, and NaN would get
+#: into the stream.
 MAX_VALUE = 1e15
-#: A component as a share of the vector that it is of, which float32's rounding of that can leave.
+#: Components of a vector below this share of its length may come from float32 rounding alone.
 ROUNDING = 1e-6
 #: Tensors that a file may be without.
 OPTIONAL = ("embedding", "target", "mlp_weights", "axis", "angles")
 
 
 def no_bool(value: object) -> object:
-    """What it is before pydantic takes true for 1."""
+    """Return `value`, but a bool as text, so that pydantic refuses it; otherwise pydantic would accept true as 1."""
     return brief(value) if isinstance(value, bool) else value
 
 
@@ -96,10 +99,10 @@ class FoundCondition(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False
 
     @property
     def errors(self) -> str:
-        """How well it tells the prompts apart, in words, and in which chats."""
+        """How well the condition tells the two sets apart, in words, and in which chats this was counted."""
         missed, caught = (
-            f"{wrong} of {of.count} of {of.name}"
-            for wrong, of in ((self.missed, self.harmful), (self.caught, self.harmless))
+            f"{count} of {dataset.count} of {dataset.name}"
+            for count, dataset in ((self.missed, self.harmful), (self.caught, self.harmless))
         )
         around = [
             f"{key.replace('_', ' ')} {value!r}"
@@ -163,12 +166,12 @@ class DirectionMeta(BaseModel, extra="forbid", frozen=True, json_schema_serializ
     @field_validator("modes")
     @classmethod
     def _with_clamp(cls, value: tuple[Mode, ...]) -> tuple[Mode, ...]:
-        """A file with the means that `add` and `one_sided` need has what `clamp` needs, also one that is older."""
+        """Add `clamp` to the modes of files that are older than it: it needs only what `add` and `one_sided` need."""
         clamps = {"add", "one_sided"} <= set(value)
         return tuple(mode for mode in MODES if mode in value or mode == "clamp") if clamps else value
 
     def strength_in(self, mode: Mode) -> float:
-        """The strength where none is asked for: the file's in its own mode, which is none of another's, and there 1."""
+        """The strength in `mode` if a request gives none: the file's strength in the file's mode, 1 in another mode."""
         return self.strength if mode == self.mode else 1.0
 
 
@@ -191,8 +194,10 @@ class LayerProfile(TypedDict):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Direction:
-    """A direction in memory. `problems` lists what is wrong with it, and `to_bytes` raises that. Two are equal that say
-    the same with the same tensors."""
+    """A direction in memory. `problems` lists what is wrong with the direction, and `to_bytes` raises these problems.
+
+    Two directions are equal if their metadata and all their tensors are equal.
+    """
 
     meta: DirectionMeta
     directions: Tensor
@@ -214,7 +219,7 @@ class Direction:
         return self.meta == other.meta and all(_same(one, two) for one, two in pairs)
 
     def __hash__(self) -> int:
-        """Of what costs nothing: a set of directions is small, and tensors are compared where it says the same."""
+        """Hash only metadata, which is cheap: sets of directions are small, and `__eq__` compares the tensors."""
         meta = self.meta
         return hash((meta.method, meta.model, meta.created, meta.mode, meta.strength, meta.layers, meta.d_model))
 
@@ -223,11 +228,11 @@ class Direction:
         if not isinstance(self.meta, DirectionMeta):
             return f"Direction(meta {_kind(self.meta)})"
         try:
-            told = f"digest {digest(self.to_bytes())[:12]}"
+            summary = f"digest {digest(self.to_bytes())[:12]}"
         except DirectionError as error:
-            told = f"{len(error.problems)} problems, see problems()"
+            summary = f"{len(error.problems)} problems, see problems()"
         meta = self.meta
-        return f"Direction({meta.method}, {meta.mode}, {meta.layers} layers, d_model {meta.d_model}, {told})"
+        return f"Direction({meta.method}, {meta.mode}, {meta.layers} layers, d_model {meta.d_model}, {summary})"
 
     @property
     def layers(self) -> int:
@@ -235,7 +240,7 @@ class Direction:
 
     @property
     def rank(self) -> int:
-        """k: rows for each layer."""
+        """k, the number of rows of each layer."""
         return self.directions.shape[1]
 
     @property
@@ -243,16 +248,22 @@ class Direction:
         return self.directions.shape[2]
 
     def rows_in(self, mode: Mode) -> int:
-        """Rows that act on a token in `mode`: those that turn take the axis too."""
+        """The number of rows that act on a token in `mode`: the turning modes use the axis as a second row."""
         return 2 if mode in TURNING else self.rank
 
     def resident(self, rank: int) -> int:
-        """Rows that it takes of a bank whose requests can use `rank` rows; one of 1 has no use for its axis."""
+        """The number of rows that the direction takes in a direction bank whose requests can use `rank` rows.
+
+        The axis takes a row too, unless `rank` is 1: then no request can use the turning modes.
+        """
         return self.rank + (self.axis is not None and rank > 1)
 
     def contrasted(self, *, each: bool = False) -> bool:
-        """Are the class means there, and apart by more than rounding along a row, or `each` row, of every layer that it
-        steers?"""
+        """Whether the file has class means that differ by more than rounding at every layer that it steers.
+
+        Args:
+            each: whether the means must differ along each row of a layer; otherwise one row of the layer is enough.
+        """
         steered = self.directions.flatten(1).any(1) & (self.weights != 0)
         means = torch.stack([self.mean_harmful, self.mean_harmless])
         apart = torch.einsum("lkd,ld->lk", self.directions, means[0] - means[1]).abs()
@@ -261,21 +272,28 @@ class Direction:
         return bool(found[steered].all())
 
     def acts_in(self, mode: Mode) -> Tensor:
-        """`[layers]` bool: where it can change anything in `mode`. `add` adds the difference of the class means."""
+        """The layers at which the direction can change anything in `mode`, `[layers]` bool.
+
+        `add` changes nothing at a layer whose class means are equal, because it adds their difference.
+        """
         acts = self.directions.flatten(1).any(1) & (self.weight_sizes != 0)
         return acts & (self.mean_harmful != self.mean_harmless).any(-1) if mode == "add" else acts
 
     def weights_of(self, term: int) -> Tensor:
-        """`[layers]`: of what a block writes first (0, attention) or second (1, its MLP)."""
+        """The weights for one term of each block, `[layers]`: for attention if `term` is 0, for the MLP if it is 1."""
         return self.mlp_weights if term and self.mlp_weights is not None else self.weights
 
     @property
     def weight_sizes(self) -> Tensor:
-        """How much each layer does at most, whatever the sign, `[layers]`."""
+        """The larger magnitude of each layer's two weights, `[layers]`."""
         return torch.maximum(self.weights.abs(), self.weights_of(1).abs())
 
     def check_terms(self, single: Iterable[int]) -> None:
-        """Raise DirectionError where one of the layers `single`, whose block writes one term, has two weights."""
+        """Raise DirectionError if a layer in `single` has two different weights.
+
+        Args:
+            single: the layers whose block writes attention and MLP as one term.
+        """
         if different := [layer for layer in sorted(single) if self.weights[layer] != self.weights_of(1)[layer]]:
             raise DirectionError(
                 f"tensor 'mlp_weights' differs from 'weights' at layers {different}, and this model's block writes one "
@@ -286,8 +304,10 @@ class Direction:
         return {name: t for name in _shapes(1, 1, 1) if (t := getattr(self, name)) is not None}
 
     def problems(self) -> list[str]:
-        """Every rule that the tensors break, each naming its tensor. Shapes come first: values of a tensor of the
-        wrong shape are not looked at."""
+        """Every rule that the tensors or the metadata break, each as a text that names the tensor.
+
+        Values of a tensor with a wrong dtype or shape are not checked.
+        """
         found: list[str] = []
         for name in _shapes(1, 1, 1):
             tensor = getattr(self, name)
@@ -296,7 +316,7 @@ class Direction:
         if not isinstance(self.meta, DirectionMeta):
             found.append(f"metadata: {_kind(self.meta)} is not accepted: a DirectionMeta")
         if found:
-            return found  # nothing else can be looked at
+            return found  # the other checks need dense tensors and metadata
         tensors = self.tensors()
         k = self.directions.shape[1] if self.directions.ndim == 3 else 1
         shapes = _shapes(self.meta.layers, max(1, k), self.meta.d_model)
@@ -348,7 +368,7 @@ class Direction:
         return found
 
     def _plane_problems(self) -> list[str]:
-        """Where metadata and tensors do not agree on whether there is a plane."""
+        """The ways in which metadata and tensors disagree on whether the file has a plane to turn the stream in."""
         found = []
         if (self.axis is None) != (self.angles is None):
             found.append("tensors 'axis' and 'angles' come together, one is missing")
@@ -363,7 +383,7 @@ class Direction:
         return found
 
     def with_meta(self, **changes: Any) -> Direction:
-        """The same tensors with other metadata, checked again. Raises DirectionError."""
+        """The same tensors with `changes` to the metadata, which is checked again. Raises DirectionError."""
         try:
             return replace(self, meta=DirectionMeta.model_validate(self.meta.model_dump() | changes))
         except ValidationError as error:
@@ -374,7 +394,7 @@ class Direction:
         sided, aimed = "one_sided" in self.meta.modes, self.reference if self.target is None else self.target
         for layer in range(self.layers):
             a, h = self.mean_harmless[layer], self.mean_harmful[layer]
-            known = bool(a.any() and h.any())  # of another tool's file only their difference may be there
+            known = bool(a.any() and h.any())  # another tool's file may have only their difference
             first, following = self.directions[layer, 0], self.directions[layer + 1 : layer + 2, 0]
             steered = bool(first.any())
             rows.append(
@@ -396,13 +416,13 @@ class Direction:
         return rows
 
     def to_bytes(self) -> bytes:
-        """The file, which `from_bytes` reads. Raises DirectionError with every problem."""
+        """The bytes of the file, which `from_bytes` reads. Raises DirectionError with every problem."""
         problems = self.problems()
-        told = _told(self.meta, problems) if isinstance(self.meta, DirectionMeta) else ""
+        metadata = _meta_json(self.meta, problems) if isinstance(self.meta, DirectionMeta) else ""
         DirectionError.raise_for(problems)
-        # copies, since two of them may share memory
+        # copies, because safetensors refuses tensors that share memory
         tensors = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in self.tensors().items()}
-        return sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": told}))
+        return sorted_metadata(safetensors.torch.save(tensors, {"format": "pt", "steer": metadata}))
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "direction file") -> Direction:
@@ -436,12 +456,12 @@ class Direction:
 
 
 def digest(data: bytes) -> str:
-    """The identity of a direction file: sha256 of its bytes, in hex."""
+    """The identity of a direction file: the sha256 of its bytes, in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def check_fits(direction: Direction, *, d_model: int, layers: int, architecture: str) -> None:
-    """Raise DirectionError with every way in which `direction` was made for another model than the one served."""
+    """Raise DirectionError with every way in which the served model differs from the one `direction` was made for."""
     meta, problems = direction.meta, []
     if meta.d_model != d_model:
         problems.append(f"it was made for d_model {meta.d_model}, this model has {d_model}")
@@ -453,13 +473,15 @@ def check_fits(direction: Direction, *, d_model: int, layers: int, architecture:
 
 
 def _family(architecture: str) -> str:
-    """A class of transformers without what it is for: the text model is the same in ForCausalLM and in
-    ForConditionalGeneration, which stands for the whole of a model that sees."""
+    """The name of a transformers class without its suffix for the task, such as ForCausalLM.
+
+    A model that also reads images is a …ForConditionalGeneration, and its text model is the same as in …ForCausalLM.
+    """
     return re.sub("(ForCausalLM|ForConditionalGeneration|LMHeadModel)$", "", architecture)
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """A file's bytes, not more than MAX_BYTES. Raises DirectionError, also where the file cannot be read."""
+    """The bytes of a file. Raises DirectionError if the file cannot be read or has more than MAX_BYTES."""
     _check_path(path)
     try:
         status = os.stat(path)
@@ -477,12 +499,12 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def folder_problem(path: str | os.PathLike[str]) -> str:
-    """What a folder is that stands where a file was asked for."""
+    """What is wrong with `path`, a folder that was given in place of a file: whether it is a model."""
     return "this is a model" if (Path(path) / "config.json").exists() else "this is a folder"
 
 
 def holds_model(names: Iterable[str]) -> bool:
-    """Are tensors of these `names` those of a model, of which each is a weight of a module?"""
+    """Whether tensors with these `names` belong to a model, whose tensors are named after modules (`….weight`)."""
     return any(name.endswith(".weight") for name in names)
 
 
@@ -494,7 +516,7 @@ def _check_path(path: object) -> None:
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` so that a reader sees the old file or the new one, never a part."""
+    """Write `data` so that a reader sees either the old file or the new one, never a part of it."""
     _check_path(path)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
@@ -502,8 +524,10 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file beside `path` to write to; at the end of the `with` it is fsynced and renamed to `path`, after
-    an error removed."""
+    """Yield a temporary file beside `path` to write to.
+
+    At the end of the `with` block the file is fsynced and renamed to `path`; after an error it is removed.
+    """
     target = Path(path)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     os.close(handle)
@@ -520,7 +544,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _dense(tensor: object) -> bool:
-    """Are its values there, one behind the other?"""
+    """Whether `tensor` is a strided tensor whose values are in memory (not on the device `meta`)."""
     return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
 
 
@@ -533,7 +557,7 @@ def _same(one: object, other: object) -> bool:
 
 
 def _kind(value: object) -> str:
-    """What it is, where it is no tensor whose values can be looked at."""
+    """A description of `value`, which is no dense tensor, for an error message."""
     if isinstance(value, Tensor):
         return f"on the device '{value.device}', {str(value.layout).removeprefix('torch.')}"
     return f"of the type {type(value).__module__}.{type(value).__name__}"
@@ -545,7 +569,7 @@ def _quoted(names: list[str]) -> str:
 
 
 def _shapes(layers: int, k: int, d_model: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a file may have."""
+    """The shape of every tensor that a file may have, by name."""
     return {
         "directions": (layers, k, d_model),
         "weights": (layers,),
@@ -562,7 +586,7 @@ def _shapes(layers: int, k: int, d_model: int) -> dict[str, tuple[int, ...]]:
 
 
 def _row_problems(name: str, rows: Tensor) -> list[str]:
-    """Layers of `rows` (`[layers, k, d_model]`) that are neither orthonormal nor all zero."""
+    """The problem that layers of `rows` (`[layers, k, d_model]`) are neither orthonormal nor all zero, if some are."""
     rows = rows.double()
     steered = rows.abs().amax(dim=(1, 2)) > 0
     gram = rows @ rows.transpose(1, 2)
@@ -575,7 +599,7 @@ def _row_problems(name: str, rows: Tensor) -> list[str]:
 
 
 def _axis_problems(axis: Tensor, rows: Tensor) -> list[str]:
-    """Layers where `axis` does not make a plane with the direction's row, both `[layers, d_model]`."""
+    """The problem that `axis` and `rows`, both `[layers, d_model]`, do not span a plane at some layers, if so."""
     axis, rows = axis.double(), rows.double()
     steered = rows.abs().amax(-1) > 0
     off = torch.stack([axis.square().sum(-1) - 1, (axis * rows).sum(-1)]).abs().amax(0)
@@ -586,8 +610,10 @@ def _axis_problems(axis: Tensor, rows: Tensor) -> list[str]:
 
 
 def sorted_metadata(data: bytes) -> bytes:
-    """The same file (or its header alone) with the metadata keys in order: safetensors writes them in any, and the
-    bytes are the identity."""
+    """Return the file `data` (or its header alone) with the metadata keys sorted.
+
+    safetensors writes the keys in any order, but the file's bytes identify the direction.
+    """
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -604,16 +630,19 @@ def _read_tensors(data: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        # looked at only now: the first byte of a good file is that of its header's length, which may be 0x80 too
+        # checked only after an error: a good file begins with its header's length, whose first byte may be 0x80 too
         if data[:4] in (b"PK\x03\x04", b"GGUF") or data[:1] == b"\x80":
             kind = "GGUF" if data[:4] == b"GGUF" else "a pickle or a zip archive (a .pt file?)"
-            told = f"this is {kind}, only safetensors is ever loaded; `steer convert` makes one of such files"
-            raise DirectionError(told) from None
+            message = f"this is {kind}, only safetensors is ever loaded; `steer convert` makes one of such files"
+            raise DirectionError(message) from None
         raise DirectionError(f"not a safetensors file: {error}") from None
 
 
 def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
-    """The `steer` metadata of bytes that safetensors has already accepted (its API gives metadata of paths only)."""
+    """Parse the `steer` metadata of `data`, which safetensors has already accepted; None if it has `problems`.
+
+    The header is parsed here because safetensors' API reads metadata only from a path.
+    """
     length = int.from_bytes(data[:8], "little")
     try:
         found = json.loads(data[8 : 8 + length], object_pairs_hook=unique_keys).get("__metadata__") or {}
@@ -630,6 +659,7 @@ def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:
 
 
 def _parsed(text: str, problems: list[str]) -> DirectionMeta | None:
+    """Parse the metadata `text`; if it is not valid, add what is wrong to `problems` and return None."""
     try:
         meta = DirectionMeta.model_validate_json(text, strict=True)
         _check_numbers(meta)
@@ -642,9 +672,9 @@ def _parsed(text: str, problems: list[str]) -> DirectionMeta | None:
     return None
 
 
-def _told(meta: DirectionMeta, problems: list[str]) -> str:
-    """The metadata as JSON, which is looked at as whoever reads it will."""
-    # what is not used is left out, so that older versions read the file
+def _meta_json(meta: DirectionMeta, problems: list[str]) -> str:
+    """The metadata as JSON. The text is parsed again, and what a reader would refuse is added to `problems`."""
+    # unused fields are left out, so that older versions can read the file
     optional = ("template", "response_prefix", "calibrated", "condition")
     unused = {name for name in optional if not getattr(meta, name)}
     try:
@@ -658,6 +688,8 @@ def _told(meta: DirectionMeta, problems: list[str]) -> str:
 
 
 def _check_numbers(meta: DirectionMeta) -> None:
-    """Raise ValueError for NaN and ∞. pydantic reads them and would write null: a file would say another thing than
-    what is told of it."""
+    """Raise ValueError for NaN and ∞ in the metadata.
+
+    pydantic accepts them but writes null, so the file would differ from the metadata in memory.
+    """
     json.dumps(meta.model_dump(warnings=False), allow_nan=False, default=str)

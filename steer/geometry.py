@@ -5,11 +5,12 @@ between them, e the unit part of h orthogonal to a. The slerp family is
 
     d(t) = cos(tω/2)·e − sin(tω/2)·â            (unit, for every t)
 
-which is what `normalise(slerp(â, ĥ, t) − â)` is in exact arithmetic while 0 < t·ω < 2π: the chord of the arc from â to
-the point at t·ω. For t < 0 that chord is −d(t), and at t·ω = 2π there is none; d goes on without a break. Its side is
-that of the harmful mean, ⟨d(t), h − a⟩ > 0, while |t − linear_t|·ω < π, which holds for every t from 0 to 2. t → 0
-gives *projected* abliteration (e), t = 1 the difference of the normalised means. The difference of the raw means
-(*linear*, Arditi et al. 2024) is the member at `linear_t`.
+If 0 < t·ω < 2π, then d(t) equals `normalise(slerp(â, ĥ, t) − â)` in exact arithmetic: it points along the chord of the
+arc from â to the point at the angle t·ω. For t < 0 the chord points along −d(t), and at t·ω = 2π the chord has no
+length; d(t) itself is continuous for every t. d(t) points to the side of the harmful mean, ⟨d(t), h − a⟩ > 0, if
+|t − linear_t|·ω < π, which holds for every t from 0 to 2. The limit t → 0 gives *projected* abliteration (e), and t = 1
+gives the difference of the normalised means. The difference of the raw means (*linear*, Arditi et al. 2024) is the
+member at `linear_t`.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from torch import Tensor
 
 from steer.errors import DegenerateError
 
-#: Two means closer than this angle (radians), or closer than this to opposite, define no direction: what is left of
-#: their difference is rounding noise of the forward pass that measured them.
+#: Least angle (radians) between two means, and least angle from opposite, at which they define a direction. Below it
+#: their difference is only rounding noise of the forward pass that measured them.
 MIN_ANGLE = 1e-6
-#: torch.quantile takes at most 2^24 elements at once.
+#: Most elements that torch.quantile takes at once.
 QUANTILE_ELEMENTS = 2**24
 
 
 def unit(v: Tensor) -> Tensor:
-    """`v / ‖v‖` over the last dimension, in float64. `v` is `[..., d_model]`.
+    """Return `v / ‖v‖` over the last dimension, in float64. `v` is `[..., d_model]`.
 
-    Raises DegenerateError for a zero or non-finite vector.
+    Raises:
+        DegenerateError: a vector is zero or not finite.
     """
     v = v.double()
     if not torch.isfinite(v).all():
@@ -43,19 +45,23 @@ def unit(v: Tensor) -> Tensor:
 
 
 def angle(a: Tensor, h: Tensor) -> Tensor:
-    """The angle ω between `a` and `h` (`[..., d_model]`) in radians, right to rounding at every angle.
+    """The angle ω between `a` and `h` (`[..., d_model]`) in radians, exact up to rounding at every angle.
 
-    ω = 2·atan2(‖ĥ − â‖, ‖ĥ + â‖) (Kahan): `acos` of the dot product loses half of the digits near 0 and π.
+    The formula is ω = 2·atan2(‖ĥ − â‖, ‖ĥ + â‖) (Kahan), because `acos` of the dot product loses half of the digits
+    near 0 and π.
     """
     a, h = unit(a), unit(h)
     return 2 * torch.atan2(torch.linalg.vector_norm(h - a, dim=-1), torch.linalg.vector_norm(h + a, dim=-1))
 
 
 def orthogonal_part(a: Tensor, h: Tensor) -> Tensor:
-    """e: the unit part of `h` (`[d_model]`) orthogonal to `a`, which is the slerp family at t = 0.
+    """Return e: the unit part of `h` (`[d_model]`) orthogonal to `a`, which is the slerp family at t = 0.
 
-    Taken from ĥ − â or ĥ + â, whichever is shorter, because both have the same orthogonal part and the shorter one
-    carries it without cancellation. Raises DegenerateError where `a` and `h` are parallel or antipodal.
+    e is computed from the shorter of ĥ − â and ĥ + â: both have the same orthogonal part, and the shorter one has it
+    without cancellation.
+
+    Raises:
+        DegenerateError: `a` and `h` are parallel or antipodal.
     """
     a, h = unit(a), unit(h)
     omega = float(angle(a, h))
@@ -65,14 +71,17 @@ def orthogonal_part(a: Tensor, h: Tensor) -> Tensor:
         raise DegenerateError(f"the two means are antipodal (angle π − {math.pi - omega:.1e}): every direction fits")
     short = h - a if omega < math.pi / 2 else h + a
     e = short - (short @ a) * a
-    e = e - (e @ a) * a  # a second pass of Gram-Schmidt: the first leaves rounding along `a` when e is short
+    e = e - (e @ a) * a  # again (Gram-Schmidt): if e is short, the first pass leaves rounding along `a`
     return unit(e)
 
 
 def slerp_direction(a: Tensor, h: Tensor, t: float) -> Tensor:
-    """d(t) of the slerp family for one layer: `[d_model]`, float64, unit. Any finite t.
+    """Return d(t) of the slerp family for one layer, a unit vector `[d_model]`, float64. `t` is any finite number.
 
-    Source: the SLERP abliteration article, in closed form. Raises DegenerateError as `orthogonal_part` does.
+    Source: the SLERP abliteration article, in closed form.
+
+    Raises:
+        DegenerateError: `t` is not finite, or `a` and `h` are parallel or antipodal.
     """
     if not math.isfinite(t):
         raise DegenerateError(f"t must be a finite number, got {t}")
@@ -81,7 +90,11 @@ def slerp_direction(a: Tensor, h: Tensor, t: float) -> Tensor:
 
 
 def linear_direction(a: Tensor, h: Tensor) -> Tensor:
-    """normalise(h − a), the difference of the raw means (`[d_model]`, float64). Source: Arditi et al. 2024."""
+    """Return normalise(h − a), the difference of the raw means (`[d_model]`, float64). Source: Arditi et al. 2024.
+
+    Raises:
+        DegenerateError: the means are equal up to rounding.
+    """
     a, h = a.double(), h.double()
     difference = h - a
     scale = torch.linalg.vector_norm(a) + torch.linalg.vector_norm(h)
@@ -91,7 +104,11 @@ def linear_direction(a: Tensor, h: Tensor) -> Tensor:
 
 
 def linear_t(a: Tensor, h: Tensor) -> float:
-    """The t at which the slerp family is the linear direction: (2/ω)·atan2(‖a‖ − ‖h‖cos ω, ‖h‖ sin ω)."""
+    """The t at which d(t) is the linear direction: (2/ω)·atan2(‖a‖ − ‖h‖cos ω, ‖h‖ sin ω).
+
+    Raises:
+        DegenerateError: the means point the same way.
+    """
     omega = float(angle(a, h))
     if omega < MIN_ANGLE:
         raise DegenerateError(f"the two means point the same way (angle {omega:.1e} rad): no t gives their difference")
@@ -102,7 +119,10 @@ def linear_t(a: Tensor, h: Tensor) -> float:
 def orthonormalise(rows: Tensor) -> Tensor:
     """An orthonormal basis with the span and order of `rows` (`[k, d_model]`), float64.
 
-    Two passes of modified Gram-Schmidt. Raises DegenerateError when a row depends on those before it.
+    The method is modified Gram-Schmidt with two passes.
+
+    Raises:
+        DegenerateError: a row is zero or not finite, or lies in the span of the rows before it.
     """
     basis: list[Tensor] = []
     for index, row in enumerate(rows.double()):
@@ -117,10 +137,13 @@ def orthonormalise(rows: Tensor) -> Tensor:
 
 
 def winsorise(x: Tensor, quantile: float) -> Tensor:
-    """Clip each activation vector of `x` (`[..., d_model]`) to its own `quantile` of magnitudes.
+    """Clip each activation vector of `x` (`[..., d_model]`) to the `quantile` of its own magnitudes.
 
-    Done for each vector alone, so that the result never depends on how prompts were batched. Models with a few huge
-    dimensions (Gemma) otherwise have those decide the means.
+    Each vector is clipped alone, so that the result does not depend on how prompts were batched. Without clipping, the
+    few huge dimensions of some models (Gemma) decide the means.
+
+    Raises:
+        DegenerateError: `quantile` is not in (0, 1].
     """
     if not 0 < quantile <= 1:
         raise DegenerateError(f"the winsor quantile must be in (0, 1], got {quantile}")

@@ -14,14 +14,14 @@ from steer.errors import DirectionError, brief
 Mode = Literal["ablate", "add", "affine", "clamp", "one_sided", "rotate", "rotate_one_sided"]
 Site = Literal["resid_post", "writers"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-#: The modes that turn the stream in a plane: the file's direction and its axis, so two rows.
+#: The modes that turn the stream in the plane of the file's direction and its axis, so they use two rows.
 TURNING: tuple[Mode, ...] = ("rotate", "rotate_one_sided")
 assert MODES[-len(TURNING) :] == TURNING, "`token_index.turns` tells them by their place"
-#: The modes with a threshold, which a request may shift.
+#: The modes that have a threshold, which a request may shift.
 SHIFTING: tuple[Mode, ...] = ("clamp", "one_sided", "rotate_one_sided")
-#: The modes that do another thing along −v than along v.
+#: The modes whose effect along −v differs from their effect along v.
 SIGNED: tuple[Mode, ...] = ("add", "one_sided", "rotate_one_sided")
-#: What each mode does, in one sentence for whoever chooses one.
+#: What each mode does, in one sentence, for people who choose a mode.
 MODE_SUMMARIES: dict[Mode, str] = {
     "ablate": "The component along the direction goes.",
     "add": "The difference of the class means, times the strength, is added.",
@@ -41,7 +41,7 @@ class Scale(TypedDict):
     means: str
 
 
-#: Of each mode; `means` is for whoever moves the slider.
+#: The scale of each mode. `means` explains the strengths to people who move the slider.
 MODE_SCALES: dict[Mode, Scale] = {
     "ablate": {"low": -1, "high": 2, "means": "1 removes all of it, more turns it round; below 0 it grows."},
     "add": {"low": -2, "high": 2, "means": "Above 0 towards the behaviour, below 0 away from it."},
@@ -51,7 +51,7 @@ MODE_SCALES: dict[Mode, Scale] = {
     "rotate": {"low": 0, "high": 2, "means": "The share of the angle: 1 is all of it, more turns beyond."},
     "rotate_one_sided": {"low": 0, "high": 2, "means": "The share of the angle: 1 is all of it, more turns beyond."},
 }
-#: The metadata key of a measurement, which is no direction yet.
+#: The metadata key of a measurement file, which is not a direction yet.
 MEASUREMENT_KEY = "steer_measurement"
 SITES: tuple[Site, ...] = get_args(Site)
 
@@ -60,9 +60,10 @@ SITES: tuple[Site, ...] = get_args(Site)
 class SiteRules:
     """What can be done at a site.
 
-    modes: those that are defined there. All but `ablate` need values of the whole stream.
-    whole: is what passes there the whole stream of a token, or one of the terms that are added to it?
-    readable: can a read-out be taken there? At each layer that is one site at most.
+    Attributes:
+        modes: the modes that are defined at the site. All modes but `ablate` need values of the whole stream.
+        whole: whether the vector at the site is a token's whole stream; otherwise it is one term that is added to it.
+        readable: whether a read-out can be taken at the site. At most one site of each layer is readable.
     """
 
     modes: tuple[Mode, ...]
@@ -70,7 +71,7 @@ class SiteRules:
     readable: bool
 
 
-#: One entry for each site; which modules of a model it is, each backend finds for itself.
+#: The rules of each site. Each backend finds for itself which modules of a model belong to a site.
 SITE_RULES: Mapping[Site, SiteRules] = {
     "resid_post": SiteRules(modes=MODES, whole=True, readable=True),
     "writers": SiteRules(modes=("ablate",), whole=False, readable=False),
@@ -78,17 +79,17 @@ SITE_RULES: Mapping[Site, SiteRules] = {
 
 
 def readable(sites: Iterable[Site]) -> bool:
-    """Can a read-out be taken at one of `sites`?"""
+    """Whether a read-out can be taken at one of `sites`."""
     return any(SITE_RULES[site].readable for site in sites)
 
 
 def acts_on_terms(sites: Iterable[Site]) -> bool:
-    """Is what passes at one of `sites` a term that is added to the stream, the embedding among them?"""
+    """Whether the vector at one of `sites` is a term that is added to the stream; the embedding is such a term too."""
     return not all(SITE_RULES[site].whole for site in sites)
 
 
 def site_problem(sites: Iterable[Site], mode: Mode) -> str | None:
-    """What is wrong with `mode` at `sites`, None where it is defined at all of them."""
+    """What is wrong with `mode` at `sites`; None if the mode is defined at all of them."""
     for site in sites:
         if mode not in (modes := SITE_RULES[site].modes):
             only = f"the mode '{modes[0]}' is" if len(modes) == 1 else f"the modes {', '.join(modes)} are"
@@ -96,17 +97,17 @@ def site_problem(sites: Iterable[Site], mode: Mode) -> str | None:
     return None
 
 
-#: Full removal is 1. More than this is a mistake.
+#: Largest magnitude of a strength. 1 is full removal, so a strength above this limit is a mistake.
 MAX_STRENGTH = 10.0
-#: The largest shift of a threshold, in distances between the class means.
+#: Largest shift of a threshold; the unit is the distance between the class means.
 MAX_SHIFT = 2.0
 
-#: The most direction rows that are resident at once, and the most of them that act on one token.
+#: Most direction rows that can be resident at once, and most of these rows that can act on one token.
 MAX_ROWS, MAX_RANK = 4096, 64
 
-#: What the files of a folder of directions end in.
+#: The suffix of direction files.
 SUFFIX = ".safetensors"
-#: What directions of other tools end in, which `steer convert` reads: pickled ones, and all.
+#: The suffixes of other tools' directions, which `steer convert` reads: the pickled formats, and all formats.
 PICKLED_SUFFIXES = (".pt", ".pth", ".refuse", ".bin")
 OTHER_SUFFIXES = (".gguf", *PICKLED_SUFFIXES)
 
@@ -115,9 +116,10 @@ _RESERVED = {"off", "none", "null", "false", "true"}
 
 
 def check_name(name: str) -> str:
-    """Return `name` if a direction may have it: it goes into file names, model names and headers.
+    """Return `name` if a direction may have this name, which goes into file names, model names and headers.
 
-    Raises DirectionError otherwise.
+    Raises:
+        DirectionError: the name is not acceptable.
     """
     named = isinstance(name, str) and _NAME.fullmatch(name) and name.lower() not in _RESERVED
     if not named or name.endswith(SUFFIX):

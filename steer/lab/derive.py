@@ -1,4 +1,4 @@
-"""From a measurement to a direction, without the model: the method at a layer, and what is done around any method."""
+"""Make a direction from a measurement, without the model: run a method at a layer, and do what all methods share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from steer.lab.methods.means import Slerp
 from steer.names import MAX_STRENGTH, MODES, SITES, TURNING, Mode, Site, acts_on_terms
 
 log = logging.getLogger("steer")
-#: The least part of the difference of means within the rows' span that a row must have to have a side.
+#: Least component along a row of the difference of the class means, as a share of the length of its projection onto the
+#: rows' span. A row with a smaller component has no harmful side.
 LEAST_SHARE = 0.2
 
 
@@ -41,14 +42,22 @@ _Weights = Annotated[
 class Recipe:
     """How a direction is made from a measurement.
 
-    layer: the source layer (negative from the last measured one), "widest" for the one whose class means are the
-    widest apart, "all" for each layer's own; "auto" is for `fit`, which has the model. position: None is the first that
-    was measured. winsorize and bootstrap read the prompts' vectors; sparsify is the share of dimensions that stay.
-    threshold and target: where ρ of `one_sided` stands between the means, and where it sets what is above ρ, 0 at the
-    harmless one and 1 at the harmful one. Without a threshold ρ is half way, and at a layer whose rows bisect the means
-    (see `Method.bisects`) the bisector; without a target it is ρ. weights: how much of the operation each layer does,
-    and the stream before block 0 nothing of it; None for all of it everywhere. mlp_weights: the same of what MLPs
-    write, at the site `writers`; `weights` is then of what attention writes.
+    Attributes:
+        layer: the source layer, where a negative number counts from the last measured layer; "widest" is the layer with
+            the largest angle between the class means, "all" makes a direction of its own for each layer, and "auto"
+            is for `fit`, which has the model.
+        position: the measured token position; None is the first that was measured.
+        winsorize: the quantile to which each prompt's vector is clipped. It needs the prompts' vectors.
+        sparsify: the share of dimensions that stay; the others are set to zero.
+        bootstrap: the number of resamples, 0 for no bootstrap. It needs the prompts' vectors.
+        seed: the seed of the bootstrap.
+        threshold: where ρ of `one_sided` lies between the class means, 0 at the harmless mean and 1 at the harmful one.
+            By default ρ is half way, but 0 at a layer whose rows bisect the means (see `Method.bisects`).
+        target: the value to which `one_sided` sets components above ρ, on the same scale. By default it is ρ.
+        weights: how much of the operation each layer does; the stream before block 0 is then left alone. None is all of
+            the operation everywhere.
+        mlp_weights: how much of the operation is done on each MLP's output, at the site `writers`; `weights` then
+            applies to attention's output alone.
     """
 
     method: Annotated[
@@ -74,15 +83,15 @@ class Recipe:
     mlp_weights: _Weights = None
 
     def __post_init__(self) -> None:
-        wrong: dict[str, str] = {}
+        refused: dict[str, str] = {}
         for name, rule in _rules().items():
             try:
                 rule.validate_python(value := getattr(self, name))
             except ValidationError:
-                wrong[name] = (
+                refused[name] = (
                     f"{name}: {brief(value, python=True)} is not accepted: {rule.json_schema()['description']}"
                 )
-        problems, sound = [*wrong.values()], _rules().keys() - wrong.keys()
+        problems, sound = [*refused.values()], _rules().keys() - refused.keys()
         threshold = 0.5 if self.threshold is None else self.threshold
         if self.target is not None and sound >= {"target", "threshold"} and self.target > threshold:
             problems.append(f"target must not be above the threshold, got {self.target:g}")
@@ -95,19 +104,23 @@ class Recipe:
 
 @cache
 def _rules() -> dict[str, TypeAdapter[object]]:
-    """What each field of a recipe may be, which its description says."""
+    """The type of each field of a recipe; its description says what is accepted."""
     return {name: TypeAdapter(hint) for name, hint in get_type_hints(Recipe, include_extras=True).items()}
 
 
 def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] | None = None) -> Direction:
-    """The direction that `recipe` makes (with any layer but "auto").
+    """Make the direction that `recipe` describes (with any layer but "auto").
 
-    With one source layer its rows serve all layers, and at the site "writers" the embedding too, without which that is
-    no weight orthogonalisation. At "resid_post" the embedding output is left alone: on the embedded model plain
-    ablation there took 23 of 100 harmless prompts to a refusal, and 1 without it. With "all" each layer has its own,
-    and layers whose classes define none, or were not measured, are left unsteered. The file's modes are those for
-    which the measurement has what they need at every steered layer. Raises DegenerateError naming the layer where
-    nothing is defined.
+    The rows of a single source layer serve all layers. At the site "writers" they also serve the embedding, unless the
+    recipe has weights: otherwise the result would not be weight orthogonalisation. At "resid_post" the embedding output
+    is left alone: plain ablation of it made the embedded model refuse 23 of 100 harmless prompts, and 1 without that.
+
+    With the layer "all" each layer has its own rows. A layer stays unsteered if its classes define no direction or if
+    it was not measured. The file's modes are those for which the measurement has what they need at every steered layer.
+
+    Raises:
+        InvalidInput: the measurement does not have what the recipe needs.
+        DegenerateError: the classes define no direction; the message names the layer.
     """
     facts, d_model = measurement.meta.model, measurement.meta.model.d_model
     check_needs(measurement, recipe)
@@ -183,8 +196,15 @@ def derive(measurement: Measurement, recipe: Recipe, selection: dict[str, Any] |
 
 
 def find(measurement: Measurement, recipe: Recipe, layer: int) -> tuple[Tensor, float | None]:
-    """The rows that the recipe's method finds at `layer`, `[k, d_model]`, float64; with a bootstrap the mean |cosine|
-    of its resamples with them. Raises DegenerateError naming the layer."""
+    """Run the recipe's method at `layer`.
+
+    Returns:
+        The rows, `[k, d_model]`, float64, and the mean |cosine| of the bootstrap's resamples with them (None without a
+        bootstrap).
+
+    Raises:
+        DegenerateError: the classes define no direction; the message names the layer.
+    """
     with prefixed(f"layer {layer}", DegenerateError):
         contrast, agreement = _contrast(measurement, recipe, layer), None
         rows = recipe.method.rows(contrast)
@@ -194,7 +214,7 @@ def find(measurement: Measurement, recipe: Recipe, layer: int) -> tuple[Tensor, 
 
 
 def _contrast(measurement: Measurement, recipe: Recipe, layer: int) -> Contrast:
-    """The two classes as the recipe reads them."""
+    """The two classes at `layer` and the recipe's position, winsorised if the recipe says so."""
     contrast = measurement.contrast(layer, recipe.position)
     if recipe.winsorize is None:
         return contrast
@@ -202,7 +222,7 @@ def _contrast(measurement: Measurement, recipe: Recipe, layer: int) -> Contrast:
 
 
 def spread(measurement: Measurement, recipe: Recipe, source: int, rows: Tensor) -> Tensor:
-    """Return the source layer's rows as they act at every layer of the model, `[layers, k, d_model]`."""
+    """Return the rows that the source layer's `rows` become at every layer of the model, `[layers, k, d_model]`."""
     layers = measurement.meta.model.layers
     if not recipe.method.varies:
         return rows.expand(layers, *rows.shape)
@@ -219,11 +239,13 @@ def spread(measurement: Measurement, recipe: Recipe, source: int, rows: Tensor) 
 
 
 def bootstrapped(method: Method, contrast: Contrast, resamples: int, seed: int) -> tuple[Tensor, float]:
-    """The rows of the mean projector over resamples of the prompts (with replacement, within each class): the subspace
-    on which they agree, and how much they do. Source: bagging (Breiman 1996) of projectors, which have no sign to agree
-    on.
+    """Find the subspace on which resamples of the prompts (with replacement, within each class) agree.
 
-    Pitfall: it steadies what few prompts decide, and a direction that is biased stays so.
+    Source: bagging (Breiman 1996) of projectors, whose average does not depend on the rows' signs. Pitfall: the
+    bootstrap reduces the influence of single prompts, but it does not correct a bias of the direction.
+
+    Returns:
+        The rows of the mean projector, and the mean |cosine| of the resamples' rows with them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -235,15 +257,18 @@ def bootstrapped(method: Method, contrast: Contrast, resamples: int, seed: int) 
     each = [method.rows(Contrast(resample(contrast.harmless), resample(contrast.harmful))) for _ in range(resamples)]
     rank = each[0].shape[0]
     rows = towards_harmful(principal(torch.cat(each), rank, "bootstrap"), contrast)
-    # the cosines between two subspaces are singular values; their mean is |cos| where there is one row
+    # the cosines between two subspaces are singular values; with one row their mean is |cos|
     cosines = [float(torch.linalg.svdvals(one @ rows.T).mean()) for one in each]
     return rows, sum(cosines) / resamples
 
 
 def sparsified(rows: Tensor, share: float) -> Tensor:
-    """The `share` of dimensions that carry most of the rows, the others set to zero, orthonormal again.
+    """Keep the `share` of dimensions in which `rows` are largest, set the others to zero and orthonormalise again.
 
-    Pitfall: with a small share an outlier dimension is what remains.
+    Pitfall: with a small share, only outlier dimensions may remain.
+
+    Raises:
+        DegenerateError: fewer dimensions are kept than there are rows, or the kept parts are linearly dependent.
     """
     count = max(1, math.ceil(share * rows.shape[1]))
     if count < rows.shape[0]:
@@ -255,6 +280,7 @@ def sparsified(rows: Tensor, share: float) -> Tensor:
 
 
 def source_layer(measurement: Measurement, recipe: Recipe) -> int:
+    """The recipe's source layer. Raises InvalidInput for "auto", "all" and a layer that was not measured."""
     if recipe.layer == "widest":
         return max(separated(measurement, recipe), key=lambda pair: pair[1])[0]
     if isinstance(recipe.layer, str):
@@ -269,7 +295,11 @@ def source_layer(measurement: Measurement, recipe: Recipe) -> int:
 
 
 def separated(measurement: Measurement, recipe: Recipe) -> list[tuple[int, float]]:
-    """The layers whose class means are at least MIN_ANGLE apart, each with that angle in degrees."""
+    """The layers whose class means are at least MIN_ANGLE apart, each with the angle between them in degrees.
+
+    Raises:
+        DegenerateError: there is no such layer.
+    """
     found, least = [], math.degrees(MIN_ANGLE)
     for layer in range(measurement.layers):
         contrast = measurement.contrast(layer, recipe.position)
@@ -287,7 +317,7 @@ def separated(measurement: Measurement, recipe: Recipe) -> list[tuple[int, float
 
 
 def check_needs(measurement: Measurement, recipe: Recipe) -> None:
-    """Raise InvalidInput where the measurement does not hold what the recipe reads, with what would give it."""
+    """Raise InvalidInput if the measurement lacks what the recipe reads; the message says how to measure it."""
     method, problems = recipe.method, []
     both = (measurement.harmful, measurement.harmless)
     vectors, moments = (all(getattr(s, kind) is not None for s in both) for kind in ("vectors", "moments"))
@@ -310,6 +340,7 @@ def check_needs(measurement: Measurement, recipe: Recipe) -> None:
 
 
 def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> Tensor | None:
+    """The rows of `layer` as they act there; None with a warning if the classes define no direction."""
     try:
         rows, _ = find(measurement, recipe, layer)
         return recipe.method.onto(rows, measurement.contrast(layer, recipe.position))
@@ -319,12 +350,12 @@ def _found_or_none(measurement: Measurement, recipe: Recipe, layer: int) -> Tens
 
 
 def _reference(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | None) -> Tensor | None:
-    """ρ of `one_sided` for each layer and row, `[layers, k]`; None where a steered layer has none.
+    """ρ of `one_sided` for each layer and row, `[layers, k]`; None if a steered layer was not measured.
 
-    At each layer it is the component of the point between that layer's two means which the recipe's threshold says. A
-    bisector separates the means by construction where it was made, and there ρ is 0; at another layer both means may
-    lie on one side of it. Where the harmful mean lies below the harmless one, what is above ρ is not the behaviour's
-    side: it is so large there that nothing is.
+    At each layer ρ is the component of the point between the layer's two means that the recipe's threshold names. At
+    the source layer of a bisector ρ is 0, because the component 0 separates the means by construction; at another layer
+    both means may lie on the same side of 0. If the harmful mean lies below the harmless one, components above ρ are
+    not on the behaviour's side: then ρ is MAX_VALUE, so that no component is above it.
     """
     found = _between(measurement, recipe, rows, 0.5 if recipe.threshold is None else recipe.threshold)
     changed = recipe.sparsify or recipe.bootstrap or recipe.winsorize or recipe.threshold is not None
@@ -337,9 +368,12 @@ def _reference(measurement: Measurement, recipe: Recipe, rows: Tensor, source: i
 
 
 def _sided(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | None) -> bool:
-    """Do all rows tell the classes apart? The rows of a subspace after its first may carry next to nothing of the
-    difference of means: which side of them is harmful is chance, and `one_sided` would act on half of all text, and
-    `clamp` would hold all of it, harmless text too, at a number that is of neither class."""
+    """Whether all rows tell the classes apart.
+
+    Rows after the first one of a subspace may have almost no component of the difference of means. Then it is chance
+    which side of the row is harmful: `one_sided` would act on half of all text, and `clamp` would keep all text,
+    harmless text too, at a component that belongs to neither class.
+    """
     if rows.shape[1] == 1:
         return True
     at, layers = measurement.position(recipe.position), range(measurement.layers) if source is None else [source]
@@ -352,8 +386,15 @@ def _sided(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int |
 
 
 def _weights(recipe: Recipe, source: int | None, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The recipe's, or 1; for the mode `add` at the source layer alone (Arditi et al. 2024, section 2.4): to add the
-    difference of means again at each layer is many times as much, and leaves no words."""
+    """The weights and MLP weights of each layer: the recipe's, or 1 and None.
+
+    In the mode `add` all layers but the source layer have the weight 0 (Arditi et al. 2024, section 2.4): if the
+    difference of means were added again at each layer, the sum would be many times too large and the model's answers
+    would have no words.
+
+    Raises:
+        InvalidInput: the number of weights is wrong, or the weights are 0 at every layer that could be steered.
+    """
     layers = len(rows)
     for name in ("weights", "mlp_weights"):
         if (given := getattr(recipe, name)) is not None and len(given) != layers:
@@ -378,9 +419,9 @@ def layer_weights(depth: int, peak: float, width: float, least: float) -> Tensor
 
         w(l) = least + (1 − least)·exp(−(l − peak)² / 2·width²).
 
-    Its maximum is 1, since the operation knows only the product strength · w: how much at the peak is the strength's to
-    say. Removal at layers one after the other leaves Π(1 − λ·w_l) of what stood before the first of them, so that one
-    full layer is enough for that, and `least` decides about what layers write after it.
+    The maximum is 1, because the operation uses only the product strength · w, so the strength sets the amount at the
+    peak. Removal at consecutive layers leaves Π(1 − λ·w_l) of the component that was there before the first of them. So
+    a single layer of weight 1 removes that component, and `least` decides what happens to what later layers write.
     """
     layers = torch.arange(depth, dtype=torch.float64)
     bell = torch.exp(-((layers - peak) ** 2) / (2 * width**2))
@@ -388,8 +429,13 @@ def layer_weights(depth: int, peak: float, width: float, least: float) -> Tensor
 
 
 def _between(measurement: Measurement, recipe: Recipe, rows: Tensor, share: float) -> Tensor | None:
-    """The component along the rows, `[layers, k]`, of the point at `share` of the way from each layer's harmless mean
-    to its harmful one; None where a steered layer was not measured."""
+    """The components along the rows of a point between each layer's class means, `[layers, k]`.
+
+    The point lies at `share` of the way from the harmless mean to the harmful one.
+
+    Returns:
+        The components, or None if a steered layer was not measured.
+    """
     at, measured = measurement.position(recipe.position), measurement.layers
     if rows[measured:].any():
         return None
@@ -399,9 +445,15 @@ def _between(measurement: Measurement, recipe: Recipe, rows: Tensor, share: floa
 
 
 def _axis(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | None) -> Tensor | None:
-    """Return the second axis of each layer's plane, `[layers, d_model]`: the unit part of the harmless mean orthogonal
-    to the layer's one row, at the layer that the row came from. For slerp at t that is cos(tω/2)·â + sin(tω/2)·e. None
-    where nothing can be turned: several rows, sites that do not have the whole stream, and rows along the mean."""
+    """Return the second axis of each layer's plane, `[layers, d_model]`.
+
+    The axis is the unit part, orthogonal to the layer's only row, of the harmless mean at the layer that the row came
+    from. For slerp at t the axis is cos(tω/2)·â + sin(tω/2)·e.
+
+    Returns:
+        The axis, or None if nothing can be turned: there are several rows, the sites do not have the whole stream, the
+        mode is `add`, or a row lies along the mean.
+    """
     if rows.shape[1] > 1 or acts_on_terms(recipe.sites) or recipe.mode == "add":
         return None
     axis, made = torch.zeros_like(rows[:, 0]), {}
@@ -419,9 +471,12 @@ def _axis(measurement: Measurement, recipe: Recipe, rows: Tensor, source: int | 
 
 
 def _angles(measurement: Measurement, recipe: Recipe, rows: Tensor, axis: Tensor) -> Tensor:
-    """Return the two angles of `rotate_one_sided`, `[layers, 2]`: beyond which it acts, and to which it turns. They are
-    made as the reference and the target of `one_sided`, from the angles of the two means in each layer's plane. Without
-    a target it turns to the axis. Where there is no harmful side, nothing is beyond."""
+    """Return the two angles of `rotate_one_sided`, `[layers, 2]`: it acts beyond the first and turns to the second.
+
+    They are made like the reference and the target of `one_sided`, but from the angles of the two means in each layer's
+    plane. Without a target in the recipe, the stream is turned to the axis. If a layer has no harmful side, the first
+    angle is MAX_VALUE, so that no angle is beyond it.
+    """
     plane = torch.stack([axis, rows[:, 0]], 1)
     first, last = (_between(measurement, recipe, plane, share) for share in (0.0, 1.0))
     if first is None or last is None:
@@ -435,18 +490,19 @@ def _angles(measurement: Measurement, recipe: Recipe, rows: Tensor, axis: Tensor
 
 
 def _modes(measurement: Measurement, recipe: Recipe, sided: bool, reference: bool, plane: bool) -> tuple[Mode, ...]:
+    """The modes for which the measurement has what they need; `sided`, `reference` and `plane` say what was made."""
     complete = measurement.layers == measurement.meta.model.layers or recipe.layer == "all"
     defined: dict[Mode, bool] = {
         "ablate": True,
         "one_sided": reference,
-        "clamp": complete and sided,  # else it holds all text at a component that is of neither class
+        "clamp": complete and sided,  # else it would keep all text at a component that belongs to neither class
         "add": complete,
         "affine": complete and measurement.harmless.mean_all is not None,
         "rotate": plane,
         "rotate_one_sided": plane and reference,
     }
     if recipe.mode == "add" and recipe.layer != "all":
-        # its weights are 0 but at the source layer, where another mode would do next to nothing
+        # the weights are 0 at all layers but the source layer, and another mode would change almost nothing there
         return ("add",) if complete else ()
     return tuple(mode for mode in MODES if defined[mode])
 
@@ -454,6 +510,7 @@ def _modes(measurement: Measurement, recipe: Recipe, sided: bool, reference: boo
 def _parameters(
     measurement: Measurement, recipe: Recipe, agreement: float | None
 ) -> dict[str, float | int | str | None]:
+    """The `parameters` of the direction's metadata: those of the recipe and those of its method."""
     around: dict[str, float | int | str | None] = {
         "position": measurement.meta.positions[measurement.position(recipe.position)],
         "winsorize": recipe.winsorize or measurement.meta.winsorize,
@@ -467,7 +524,10 @@ def _parameters(
 
 
 def _whole(means: Tensor | None, layers: int, d_model: int | None = None) -> Tensor:
-    """Means of the measured layers as the file has them: float32, zeros where nothing was measured."""
+    """The means for all layers of the model, float32 as in the file, with zeros for layers that were not measured.
+
+    `d_model` is needed only if `means` is None.
+    """
     if means is None:
         return torch.zeros(layers, d_model or 0, dtype=torch.float32)
     return nn.functional.pad(means.float(), (0, 0, 0, layers - len(means)))

@@ -1,5 +1,8 @@
-"""One loaded model tried out: greedy answers, and what directions do to the predictions. Every prompt is a row of a
-batch with its own steering, so that any number of candidates are tried at once (see `steer.lab.evaluator`)."""
+"""The evaluator for a loaded model: greedy answers, and how directions change the model's predictions.
+
+Every prompt is a row of a batch with its own steering, so that any number of candidates are tried at once (see
+`steer.lab.evaluator`).
+"""
 
 from __future__ import annotations
 
@@ -28,29 +31,32 @@ from steer.runtime.token_index import RequestSteer
 from steer.spec import Spec
 
 T = TypeVar("T")
-#: One for all prompts, or one for each; None is plain.
+#: One spec for all prompts, or one for each prompt. None is the plain model.
 Steers: TypeAlias = Spec | Sequence[Spec | None] | None
-#: Bytes of cache that a batch of answers may hold; AUTO rows are tried whatever they take.
+#: Most bytes of cache that a batch of answers may hold. A batch of AUTO rows is tried even if it takes more.
 CACHE_BYTES = 2**30
-#: Tokens that a shared beginning must save for it to be run by itself.
+#: Least tokens that must be saved by running the shared beginning of prompts separately.
 BEGUN_TOKENS = 64
-#: Rows of a batch, at most.
+#: Most rows of a batch.
 MOST = 512
-#: Bytes of logits that one teacher-forced pass may hold, and those of plain answers that are kept.
+#: Most bytes of logits in one teacher-forced pass, and most bytes of kept log-probabilities of plain answers.
 LOGIT_BYTES, KEPT_BYTES = 2**29, 2**30
-#: Tokens of such a pass on a CPU, at most: what it works on stays in the processor's cache.
+#: Most tokens of a teacher-forced pass on a CPU, so that its data stays in the processor's cache.
 CPU_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Continued(Answer):
-    """A plain answer with its log-probabilities `[tokens + 1, vocabulary]`, the end's included; None where they would
-    take too much memory to keep."""
+    """A plain answer with the log-probabilities along it.
+
+    Attributes:
+        logprobs: `[tokens + 1, vocabulary]`, with the prediction of the end; None if they would take too much memory.
+    """
 
     logprobs: Tensor | None = None
 
     def first(self, tokens: int) -> Continued:
-        """Its first `tokens` tokens. The text stays whole."""
+        """The answer with only the first `tokens` predictions: `tokens - 1` ids. The text stays complete."""
         if len(self.ids) < tokens:
             return self
         kept = None if self.logprobs is None else self.logprobs[:tokens]
@@ -58,8 +64,11 @@ class Continued(Answer):
 
 
 class HFEvaluator(Evaluator):
-    """Greedy answers and divergences of one loaded model. Raises UnsupportedModel where it has no batches of padded
-    rows that go on from a cache."""
+    """Greedy answers and divergences of one loaded model.
+
+    Raises:
+        UnsupportedModel: the model cannot run batches of padded rows that continue from a cache.
+    """
 
     def __init__(
         self,
@@ -81,8 +90,10 @@ class HFEvaluator(Evaluator):
 
     @torch.inference_mode()
     def _check_padding(self) -> None:
-        """Raise UnsupportedModel where a padded row is not what it is alone: its padding is seen, by attention that
-        looks ahead, or by a mask that the model makes itself."""
+        """Raise UnsupportedModel if the logits of a padded row differ from those of the row alone.
+
+        Then the padding has an effect: the attention looks ahead, or the model makes its own mask.
+        """
         anatomy = self.steering.anatomy
         long = ((torch.arange(12) * 7 + 11) % anatomy.vocabulary).tolist()
         ids, mask = left_padded([long, long[:5]], self._pad, anatomy.device)
@@ -139,9 +150,9 @@ class HFEvaluator(Evaluator):
 
         def run(indices: list[int]) -> list[Answer]:
             self.steering.anatomy.forget_lengths()
-            mine, asked = [encoded[i] for i in indices], [steers[i] for i in indices]
-            alone = len(mine[0]) > longest
-            found = [self._greedy_alone(mine[0], asked[0], enough)] if alone else self._greedy(mine, asked, enough)
+            rows, specs = [encoded[i] for i in indices], [steers[i] for i in indices]
+            alone = len(rows[0]) > longest
+            found = [self._greedy_alone(rows[0], specs[0], enough)] if alone else self._greedy(rows, specs, enough)
             return [Answer(ids, decode(ids)) for ids in found]
 
         size = self.batch_size or self._fitting(max(map(len, encoded), default=0) + self.max_tokens)
@@ -149,20 +160,20 @@ class HFEvaluator(Evaluator):
         return in_batches(encoded, run, batch_size=size, progress=self.progress, work=work, longest=longest)
 
     def _fitting(self, tokens: int) -> int:
-        """The rows of `tokens` tokens that a batch may have: the more, the less of a step is overhead."""
+        """How many rows of `tokens` tokens a batch may have. With more rows, less of each step is overhead."""
         return max(AUTO, min(MOST, CACHE_BYTES // (cache_bytes(self.steering) * max(1, tokens))))
 
     def opening_odds(self, prompts: Sequence[Prompt], steer: Steers, tokens: Sequence[int]) -> Floats:
-        """One prefill, of which the last position alone is predicted from."""
+        """Run one prefill and use only the prediction at its last position."""
         encoded, specs = self._ids(prompts), each_row(steer, len(prompts))
         model, device = self.steering.anatomy.model, self.steering.anatomy.device
 
         @torch.inference_mode()
         def run(indices: list[int]) -> list[float]:
             self.steering.anatomy.forget_lengths()
-            rows, mine = [encoded[i] for i in indices], [specs[i] for i in indices]
-            ids, mask, spans, cache = self._remainder(rows, mine)
-            with self._entries(rows, mine) as steers, self.steering.padded_batch(steers, spans, ids, left=True):
+            rows, row_specs = [encoded[i] for i in indices], [specs[i] for i in indices]
+            ids, mask, spans, cache = self._remainder(rows, row_specs)
+            with self._entries(rows, row_specs) as steers, self.steering.padded_batch(steers, spans, ids, left=True):
                 logits = last_logits(model, ids, mask, cache)[0].double()
             inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
             inside[list(tokens)] = True
@@ -174,7 +185,7 @@ class HFEvaluator(Evaluator):
         return np.array(found)
 
     def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> list[Continued]:
-        """The model's own greedy answers, `plain` if given."""
+        """The plain model's greedy answers, or `plain` if given, with log-probabilities if there is room for them."""
         if plain is None:
             plain = self.answers(prompts, None)
         tokens = sum(len(answer.ids) + 1 for answer in plain)
@@ -184,7 +195,7 @@ class HFEvaluator(Evaluator):
         return [Continued(answer.ids, answer.text, each) for answer, each in zip(plain, kept, strict=True)]
 
     def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Answer], steer: Steers) -> list[Floats]:
-        """Both passes read the plain answer (teacher forcing)."""
+        """Run the plain and the steered model along the plain answer (teacher forcing)."""
         expected = [answer.logprobs if isinstance(answer, Continued) else None for answer in plain]
         missing = [i for i, one in enumerate(expected) if one is None]
         tokens = sum(len(plain[i].ids) + 1 for i in missing)
@@ -212,9 +223,13 @@ class HFEvaluator(Evaluator):
         take: Callable[[int, Tensor], T],
         progress: Progress | None = None,
     ) -> list[T]:
-        """`take(row, logprobs)` of each row's log-probabilities `[tokens + 1, vocabulary]` along its plain answer."""
+        """Run the model along each row's plain answer under its spec.
+
+        Returns:
+            For each row the result of `take(row, logprobs)`, with log-probabilities `[tokens + 1, vocabulary]`.
+        """
         anatomy, heads = self.steering.anatomy, self._ids(prompts)
-        # an answer that ended at once still has its first prediction, the end itself
+        # an answer that ended at once still has one prediction: the end
         whole = [head + answer.ids for head, answer in zip(heads, plain, strict=True)]
         longest = max((len(answer.ids) + 1 for answer in plain), default=1)
         fitting = max(1, LOGIT_BYTES // (longest * anatomy.vocabulary * 4 * 2))
@@ -226,14 +241,14 @@ class HFEvaluator(Evaluator):
         @torch.inference_mode()
         def run(indices: list[int]) -> list[T]:
             anatomy.forget_lengths()
-            prompts, mine = [heads[i] for i in indices], [specs[i] for i in indices]
-            shared, cache = self._shared_prefix(prompts, mine)
+            prompts, row_specs = [heads[i] for i in indices], [specs[i] for i in indices]
+            shared, cache = self._shared_prefix(prompts, row_specs)
             ids = right_padded([whole[i][shared:] for i in indices], self._pad, anatomy.device)
             spans = [(len(heads[i]) - 1 - shared, len(whole[i]) - shared) for i in indices]
             kept = torch.arange(min(start for start, _ in spans), max(stop for _, stop in spans), device=anatomy.device)
-            with self._entries(prompts, mine) as steers:
-                if any(spec is not None and spec.decided_once for spec in mine):
-                    # by the prompts alone: a pass that reads answers too would have run past the tokens that decide
+            with self._entries(prompts, row_specs) as steers:
+                if any(spec is not None and spec.decided_once for spec in row_specs):
+                    # decide in a pass over the prompts alone: with the answers it would go past the tokens that decide
                     alone = right_padded(prompts, self._pad, anatomy.device)
                     with self.steering.padded_batch(steers, [range(len(prompt)) for prompt in prompts], alone):
                         anatomy.decoder(input_ids=alone, use_cache=False)
@@ -263,8 +278,8 @@ class HFEvaluator(Evaluator):
             anatomy.forget_lengths()
             ids = right_padded([sequences[i] for i in indices], self.loaded.tokenizer.pad_token_id or 0, anatomy.device)
             with self.steering.batch([steer]):
-                said = torch.log_softmax(anatomy.model(input_ids=ids, use_cache=False).logits.float(), -1)
-            own = said[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].cpu().double().numpy()
+                logprobs = torch.log_softmax(anatomy.model(input_ids=ids, use_cache=False).logits.float(), -1)
+            own = logprobs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].cpu().double().numpy()
             return [row[: len(sequences[i]) - 1] for i, row in zip(indices, own, strict=True)]
 
         size = min(self.batch_size or fitting, fitting)
@@ -274,11 +289,16 @@ class HFEvaluator(Evaluator):
     def _greedy(
         self, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None], enough: Callable[[list[int]], bool]
     ) -> list[list[int]]:
-        """The answer to each of `prompts` under its own of `specs`, without its end. It ends where `enough` says that
-        more of these ids would tell nothing.
+        """Answer each prompt greedily under its spec.
 
-        Only the last position goes through the unembedding. What a finished row holds of the cache is let go, so that
-        steps become shorter with the rows that remain.
+        Only the last position goes through the unembedding. A finished row is removed from the cache, so that later
+        steps run only the rows that remain.
+
+        Args:
+            enough: whether an answer may end early, because ids after these would change nothing.
+
+        Returns:
+            The ids of each answer, without the end token.
         """
         model, device = self.steering.anatomy.model, self.steering.anatomy.device
         with self._entries(prompts, specs) as steers:
@@ -299,7 +319,7 @@ class HFEvaluator(Evaluator):
                     break
                 if len(going) < len(rows):
                     kept = torch.tensor(going, device=device)
-                    cache.reorder_cache(kept)  # which states have too, unlike `batch_select_indices`
+                    cache.reorder_cache(kept)  # unlike `batch_select_indices`, caches of states have it too
                     chosen, mask, rows = chosen[kept], mask[kept], [rows[at] for at in going]
                 ids, mask = chosen.unsqueeze(1), torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
                 spans = [range(at := len(prompts[row]) + step, at + 1) for row in rows]
@@ -307,8 +327,10 @@ class HFEvaluator(Evaluator):
 
     @torch.inference_mode()
     def _greedy_alone(self, prompt: Sequence[int], spec: Spec | None, enough: Callable[[list[int]], bool]) -> list[int]:
-        """`_greedy` of one prompt as the model's own `generate` goes on: some compute their cache again where a text
-        grows longer than `longest_beside`."""
+        """Answer one prompt as `_greedy` does, but continue as the model's own `generate` would.
+
+        Some models compute their cache again when a text becomes longer than `longest_beside`.
+        """
         decoding, answer = Decoding(self.steering.anatomy.model, prompt, self.max_tokens), list[int]()
         with self._entries([prompt], [spec]) as steers:
             while len(answer) < self.max_tokens:
@@ -328,7 +350,7 @@ class HFEvaluator(Evaluator):
     def _entries(
         self, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]
     ) -> Iterator[list[RequestSteer | None]]:
-        """The index entries of each of `prompts` under its own of `specs`, with its own decision while it lasts."""
+        """Yield the token index entries of each prompt under its spec; each has its own decision inside the block."""
         steer, decisions = functools.cache(self.steering.bank.steer), self.steering.index.decisions
         with ExitStack() as stack:
             steers = []
@@ -339,11 +361,14 @@ class HFEvaluator(Evaluator):
             yield steers
 
     def _shared_prefix(self, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]) -> tuple[int, Any]:
-        """Run the tokens that all of `prompts` begin with (the chat template's) once for each of `specs` that does
-        something else there.
+        """Run the tokens with which all `prompts` begin (the chat template's) once for each different spec.
 
-        Returns: how many tokens that is, at least one fewer than each prompt has, and the cache after them with a row
-        for each prompt; (0, None) where it would save nothing, or the model's cache is not one of all tokens alone.
+        Specs that act in the same way on these tokens share one row.
+
+        Returns:
+            The number of these tokens, at least one fewer than each prompt has, and the cache after them with a row for
+            each prompt; (0, None) if too few tokens would be saved, or if the model's cache does not hold the keys and
+            values of all tokens and nothing else.
         """
         columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
         length = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
@@ -371,13 +396,15 @@ class HFEvaluator(Evaluator):
     def _remainder(
         self, prompts: Sequence[Sequence[int]], specs: Sequence[Spec | None]
     ) -> tuple[Tensor, Tensor, list[range], Any]:
-        """What is left to run of `prompts`, padded in front, where what they begin with is run: ids `[rows,
-        positions]`, mask `[rows, all positions]`, the positions of each row in its prompt, and the cache (None: of
-        nothing).
+        """Run the shared prefix of `prompts` and prepare a pass over the rest of them, padded in front.
 
-        The prefix that was run is moved behind the padding, so that each row's tokens stand next to each other:
-        attention that counts positions (a bias, a window) would count padding in between. A shorter row has less of the
-        prefix, and runs its last tokens again in place of padding.
+        In the cache the prefix is moved behind the padding, so that the tokens of each row are adjacent: otherwise
+        attention that counts positions (a bias, a window) would count the padding between them. A shorter row keeps
+        less of the prefix, and runs the last tokens of the prefix again in place of padding.
+
+        Returns:
+            ids `[rows, positions]`, mask `[rows, all positions]`, the positions of each row in its prompt, and the
+            cache (None if there is no shared prefix).
         """
         start, cache = self._shared_prefix(prompts, specs)
         ids, mask = left_padded(prompts, self._pad, self.steering.anatomy.device)
@@ -389,15 +416,17 @@ class HFEvaluator(Evaluator):
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats, `[…]`, of log-probabilities `[…, vocabulary]` of any dtype. They are normalised again in
-    float64, or what rounding leaves of their sums would be as large as a small divergence. A token that p does not have
-    (−inf) adds nothing, whatever q says of it."""
+    """KL(p ‖ q) in nats, `[…]`, of log-probabilities `[…, vocabulary]` of any dtype.
+
+    The log-probabilities are normalised again in float64, because the rounding error of their sums could be as large as
+    a small divergence. A token with −inf in p adds nothing, whatever its value in q.
+    """
     p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
 def cache_bytes(steering: Steering) -> int:
-    """Bytes that the keys and values of one token take in all layers."""
+    """The bytes that the keys and values of one token take in all layers together."""
     anatomy = steering.anatomy
     config = anatomy.model.config.get_text_config()
     heads = everywhere(config, "num_attention_heads")
@@ -408,8 +437,11 @@ def cache_bytes(steering: Steering) -> int:
 
 
 def cache_name(model: Any) -> str:
-    """What the model calls its cache, in what it takes and what it returns. Raises UnsupportedModel where it takes
-    none, or no mask for padding."""
+    """The name of the cache among the model's arguments and in its output.
+
+    Raises:
+        UnsupportedModel: the model takes no cache, or no mask for padding.
+    """
     takes = inspect.signature(model.forward).parameters
     name = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
     lacking = ["past_key_values"] * (name is None) + ["attention_mask"] * ("attention_mask" not in takes)
@@ -421,14 +453,25 @@ def cache_name(model: Any) -> str:
 
 
 def last_logits(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """What is predicted after each row, `[rows, vocabulary]`, and the cache. ids `[rows, positions]` are the new
-    tokens, mask `[rows, all positions]` is 0 at the padding in front. Only the last position is unembedded."""
+    """Run a pass over new tokens. Only the last position goes through the unembedding.
+
+    Args:
+        ids: the new tokens, `[rows, positions]`.
+        mask: 0 at the padding in front, otherwise 1, `[rows, all positions]`.
+        cache: the cache of the tokens before these; None if there are none.
+
+    Returns:
+        The logits after each row, `[rows, vocabulary]`, and the cache.
+
+    Raises:
+        UnsupportedModel: the model returns no cache.
+    """
     takes, name = inspect.signature(model.forward).parameters, cache_name(model)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     options = {"position_ids": positions, "logits_to_keep": 1}
     out = model(
         input_ids=ids,
-        # a state holds no padding: its model masks the new tokens alone
+        # a state has no padding: models with states take a mask of the new tokens only
         attention_mask=mask if name == "past_key_values" else mask[:, -ids.shape[1] :],
         use_cache=True,
         **{name: cache},

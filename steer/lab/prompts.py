@@ -1,5 +1,6 @@
-"""Contrast sets from files (one prompt a line, JSON, JSON lines, tables) or a hub dataset, texts or conversations; and
-their token ids, exactly as the server would make them.
+"""Read contrast sets from files (a prompt in each line, JSON, JSON lines, tables) or a hub dataset, and tokenize them.
+
+A prompt is a text or a conversation. Its token ids are exactly those that the server would make.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from steer.direction import Dataset
 
 log = logging.getLogger("steer")
-#: Names under which datasets keep the prompt, a text or a conversation; the first that is not null wins.
+#: Names under which datasets keep the prompt, a text or a conversation. The first one whose value is not null is used.
 COLUMNS = ("prompt", "text", "instruction", "goal", "question", "behavior", "query")
-#: Names of conversations only, after the others: such a list often has the answer too.
+#: Names of conversations only. They come after the other names, because such a conversation often has the answer too.
 CONVERSATIONS = ("messages", "conversation", "conversations")
 HUB = "hub:"
 FORMATS = (
@@ -40,53 +41,59 @@ FORMATS = (
 _HUB = re.compile(
     r"(?P<name>[^/:]+(?:/[^/:]+)?)(?:/(?P<config>[^/:]+))?(?::(?P<split>(?:\[[^\]]*\]|[^:\[\]])*)(?::(?P<column>.*))?)?"
 )
-#: What a file of prompts has one after the other, and the number of the first; all others have rows.
+#: By suffix, what a file of prompts consists of and the number of the first; files of all other kinds consist of rows.
 KINDS, ROW = {".txt": ("line", 1), ".jsonl": ("line", 1), ".json": ("item", 0)}, ("row", 1)
-#: Places of prompts that are named one by one.
+#: Most prompts whose places a message lists one by one.
 NAMED = 10
-#: Seconds to wait for the server of a URL, and bytes that are read of it.
+#: Seconds to wait for the server of a URL, and most bytes that are read from it.
 PATIENCE, MOST_BYTES = 10.0, 2**28
 ROLES = ("system", "user", "assistant")
-#: How ShareGPT calls them, in messages of `from` and `value`.
+#: ShareGPT's names of the roles; its messages have the keys `from` and `value`.
 SHARED = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """(role, content) of each message. One that ends with the assistant's has an answer that was begun."""
+    """A conversation, which is asked as a prompt.
+
+    Attributes:
+        turns: (role, content) of each message. If the last message is the assistant's, it is the beginning of the
+            answer.
+    """
 
     turns: tuple[tuple[str, str], ...]
 
     @property
     def begun(self) -> bool:
+        """Whether the conversation ends with the beginning of an answer."""
         return self.turns[-1][0] == "assistant"
 
     @property
     def several(self) -> bool:
-        """Does the user speak more than once?"""
+        """Whether the user speaks more than once."""
         return sum(role == "user" for role, _ in self.turns) > 1
 
     @property
     def emptied(self) -> Conversation:
-        """The same with nothing in its last message."""
+        """The same conversation with an empty last message."""
         return Conversation((*self.turns[:-1], (self.turns[-1][0], "")))
 
     def __str__(self) -> str:
         return self.turns[-1][1]
 
 
-#: What is asked: one user message, or a conversation.
+#: One user message, or a conversation.
 Prompt: TypeAlias = str | Conversation
 
 
 def question(prompt: Prompt) -> str:
-    """What the user said last."""
+    """The text of the user's last message."""
     turns = prompt.turns if isinstance(prompt, Conversation) else (("user", prompt),)
     return next((content for role, content in reversed(turns) if role == "user"), "")
 
 
 def messages_of(prompt: Prompt, system_prompt: str | None = None) -> list[dict[str, Any]]:
-    """The chat messages of `prompt`. A conversation's own system message goes before `system_prompt`."""
+    """The chat messages of `prompt`, with `system_prompt` unless the conversation has its own system message."""
     turns = prompt.turns if isinstance(prompt, Conversation) else (("user", prompt),)
     if system_prompt and turns[0][0] != "system":
         turns = (("system", system_prompt), *turns)
@@ -95,8 +102,14 @@ def messages_of(prompt: Prompt, system_prompt: str | None = None) -> list[dict[s
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """What stands around each prompt: the system prompt, the chat template's variables, such as `enable_thinking`, and
-    the text that every answer has begun with (a prompt that begins its own answer keeps that)."""
+    """What surrounds each prompt.
+
+    Attributes:
+        system_prompt: the system prompt, if there is one.
+        template: variables of the chat template, such as `enable_thinking`.
+        response_prefix: the text with which every answer begins. A prompt that has the beginning of its own answer
+            keeps that beginning in its place.
+    """
 
     system_prompt: str | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
@@ -104,7 +117,7 @@ class Rendering:
 
 
 def set_by_rendering(names: Collection[str]) -> list[str]:
-    """Those of `names` that are no variables of a chat template, as the conversation itself."""
+    """The `names` that are no variables of a chat template but set by rendering, such as the conversation itself."""
     if not names:
         return []
     from steer.hf.load import template_parameters  # imports transformers
@@ -114,15 +127,16 @@ def set_by_rendering(names: Collection[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts of one class in file order, without empty lines, with where they came from."""
+    """The prompts of one class in file order, without empty lines, and the file that they came from."""
 
     name: str
     sha256: str
     prompts: tuple[Prompt, ...]
-    #: Where each stands in the file, also after some were drawn: a message says that in place of a text, which may be
-    #: harmful and would get into terminals and logs. Without it, where it stands in `prompts`.
+    #: The number of each prompt in the file, which stays the same after some were drawn. Messages name this number and
+    #: not the text, because the text may be harmful and would get into terminals and logs. For a prompt without an
+    #: entry its number in `prompts` is used.
     places: Mapping[Prompt, int] = field(default_factory=dict, compare=False, repr=False)
-    #: Items or rows of the file that were left out, since their prompt is empty.
+    #: How many items or rows of the file were left out because their prompt is empty.
     empty: int = field(default=0, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,25 +150,26 @@ class PromptSet:
 
     @property
     def dataset(self) -> Dataset:
-        from steer.direction import Dataset  # imports torch, which takes seconds: a wrong file is told before
+        """Name, digest and size of the set, as metadata has them."""
+        from steer.direction import Dataset  # imports torch, which takes seconds; a wrong file is reported before that
 
         return Dataset(name=self.name, sha256=self.sha256, count=len(self.prompts))
 
     @property
     def fingerprint(self) -> str:
-        """Equal for the same prompts in the same order."""
+        """A digest that is equal for the same prompts in the same order."""
         return hashlib.sha256(repr(self.prompts).encode()).hexdigest()
 
     @property
     def oddities(self) -> str:
-        """In one line, what somebody who made the file may not know of it; empty where there is nothing."""
-        told = [f"without a prompt, and left out: {self.empty}"] if self.empty else []
+        """One line with what the author of the file may not know: empty and repeated prompts. "" if there are none."""
+        notes = [f"without a prompt, and left out: {self.empty}"] if self.empty else []
         if repeated := len(self.prompts) - len(set(self.prompts)):
-            told.append(f"repeated, and counted each time: {repeated}")
-        return f"{self.name}: {'; '.join(told)}" if told else ""
+            notes.append(f"repeated, and counted each time: {repeated}")
+        return f"{self.name}: {'; '.join(notes)}" if notes else ""
 
     def named(self, prompts: Iterable[Prompt]) -> str:
-        """The file, and where in it some of its `prompts` stand, as "harmful.txt, lines 1, 4 and 3 more"."""
+        """The file's name and the places of `prompts` in it, such as "harmful.txt, lines 1, 4 and 3 more"."""
         places = {prompt: number for number, prompt in reversed([*enumerate(self.prompts, 1)])}
         places.update(self.places)
         numbers = sorted(places[prompt] for prompt in prompts)
@@ -167,31 +182,37 @@ class PromptSet:
 
     @property
     def distinct(self) -> PromptSet:
+        """The set with each repeated prompt only once."""
         return replace(self, prompts=tuple(dict.fromkeys(self.prompts)))
 
     def drawn(self, count: int) -> PromptSet:
-        """At most `count` of the prompts, drawn evenly (files are often sorted by topic), the same ones each time."""
+        """Draw at most `count` of the prompts at random, since files are often sorted by topic; each time the same."""
         return replace(self, prompts=tuple(random.Random(0).sample(self.prompts, min(count, len(self)))))
 
     def without(self, other: PromptSet) -> PromptSet:
+        """The set without the prompts that `other` has too."""
         taken = set(other.prompts)
         return replace(self, prompts=tuple(prompt for prompt in self.prompts if prompt not in taken))
 
 
 _ARDITI = "https://raw.githubusercontent.com/andyrdt/refusal_direction/main/dataset/splits"
-#: What --prompts names: pairs of published sets, of prompts that are refused and that are not. Their authors' training
-#: splits: the test splits are for `steer eval`.
+#: The names that --prompts accepts: pairs of published sets, one with prompts that models refuse and one with prompts
+#: that they answer. These are the authors' training splits, because the test splits are for `steer eval`.
 NAMED_SETS = {
     # Arditi et al. 2024: harmful from AdvBench, MaliciousInstruct and TDC 2023 (MIT), harmless from Alpaca
-    # (CC BY-NC 4.0); `_val` and `_test` stand beside them
+    # (CC BY-NC 4.0); the same folder has `_val` and `_test`
     "arditi": (f"{_ARDITI}/harmful_train.json", f"{_ARDITI}/harmless_train.json"),
-    # harmful from AdvBench (MIT), harmless from Alpaca (CC BY-NC 4.0); the split `test` stands beside `train`
+    # harmful from AdvBench (MIT), harmless from Alpaca (CC BY-NC 4.0); the datasets also have the split `test`
     "mlabonne": ("hub:mlabonne/harmful_behaviors:train:text", "hub:mlabonne/harmless_alpaca:train:text"),
 }
 
 
 def read_prompts(source: str) -> PromptSet:
-    """Read a contrast set. Raises InvalidInput naming the file, the line and what would be accepted."""
+    """Read a contrast set from a file, a URL or a hub dataset (`FORMATS`).
+
+    Raises:
+        InvalidInput: the set cannot be read; the message names the file, the line and what would be accepted.
+    """
     if source.startswith(HUB):
         return _from_hub(source)
     file, _, only = source.rpartition(":")
@@ -203,12 +224,12 @@ def read_prompts(source: str) -> PromptSet:
 
 
 def _kind(name: str) -> tuple[str, int]:
-    """What the file `name`, which may have a column, has one after the other, and the number of the first."""
+    """What the file `name` consists of (lines, items or rows) and the number of the first. `name` may have a column."""
     return KINDS.get(PurePosixPath(name).suffix.lower().partition(":")[0], ROW)
 
 
 def _set(source: str, name: str, sha256: str, parsed: Sequence[Prompt | None]) -> PromptSet:
-    """The set of what was `parsed` of a file, in which an empty text stands for no prompt, None for a blank line."""
+    """Make a set of what was `parsed` from a file: prompts, "" for an item without a prompt, None for a blank line."""
     prompts = tuple(prompt for prompt in parsed if prompt)
     if not prompts:
         raise InvalidInput(f"{source}: has no prompts")
@@ -231,7 +252,7 @@ def _fetched(url: str) -> tuple[Path, bytes]:
     try:
         with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
             data: bytes = answer.read(MOST_BYTES + 1)
-    except (OSError, ValueError, HTTPException) as error:  # a server that refuses or is not there; a URL that is none
+    except (OSError, ValueError, HTTPException) as error:  # a server refuses or is missing, or the URL is invalid
         raise InvalidInput(f"{url}: cannot be read: {getattr(error, 'reason', error)}") from error
     if len(data) > MOST_BYTES:
         raise InvalidInput(f"{url}: has more than {MOST_BYTES} bytes")
@@ -239,27 +260,27 @@ def _fetched(url: str) -> tuple[Path, bytes]:
 
 
 def check_contrast(harmful: PromptSet, harmless: PromptSet) -> None:
-    """Raise InvalidInput when a prompt stands in both sets: it would cancel what is to be measured."""
+    """Raise InvalidInput if a prompt is in both sets, because it would weaken the difference that is measured."""
     both = set(harmful.prompts) & set(harmless.prompts)
     if both:
-        what = f"{len(both)} prompts are in both {harmful.name} and {harmless.name}"
+        problem = f"{len(both)} prompts are in both {harmful.name} and {harmless.name}"
         if (harmful.name, harmful.sha256) == (harmless.name, harmless.sha256):
-            raise InvalidInput(f"{what}: it is one file, given twice")
-        raise InvalidInput(f"{what} ({harmful.named(both)}): keep each in one of them")
+            raise InvalidInput(f"{problem}: it is one file, given twice")
+        raise InvalidInput(f"{problem} ({harmful.named(both)}): keep each in one of them")
 
 
-#: Prompts of each class that candidates are tried on, at most.
+#: Most prompts of each class that candidates are tried on.
 TRIED = 32
-#: Sets with fewer prompts than this are not split: candidates are tried on what was measured.
+#: Least prompts of a set that is split. With a smaller set, candidates are tried on the measured prompts.
 SMALL = 32
-#: Answers of the plain model that must show the behaviour. Where 7 no longer do and none is new, the chance of that is
-#: 1/128, and 4 % among five candidates.
+#: Least answers of the plain model that must show the behaviour. If 7 of them stop showing it under a candidate and no
+#: other answer begins to, the chance of that is 1/128, and 4 % for one of five candidates.
 LEAST_SHOWN = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The prompts that are measured, and those that candidates are tried on, of each class."""
+    """For each class, the prompts that are measured and the prompts that candidates are tried on."""
 
     harmful: PromptSet
     harmless: PromptSet
@@ -268,9 +289,17 @@ class Split:
 
     @classmethod
     def of(cls, harmful: PromptSet, harmless: PromptSet, limit: int | None = None, least: int = LEAST_SHOWN) -> Split:
-        """Draw `limit` different prompts of each (None: take all), and set a quarter of them aside, at most TRIED.
-        Where a set is SMALL, all is measured and tried. Raises InvalidInput for sets that share prompts, and for fewer
-        than `least` of them."""
+        """Draw prompts from each set, and set a quarter of them aside, at most TRIED, to try candidates on.
+
+        If a set has fewer than SMALL prompts, all prompts are both measured and tried.
+
+        Args:
+            limit: how many different prompts to draw from each set; None takes all.
+            least: the least number of different prompts that each set must have.
+
+        Raises:
+            InvalidInput: the sets share prompts, or a set has fewer than `least` prompts.
+        """
         check_contrast(harmful, harmless)
         harmful, harmless = (
             one.distinct if limit is None else one.distinct.drawn(limit) for one in (harmful, harmless)
@@ -292,7 +321,7 @@ class Split:
 
 
 def _parse(path: Path, data: bytes, only: str) -> Sequence[Prompt | None]:
-    """The prompts of a file, those of the column `only` where one is given; None stands for a blank line."""
+    """The prompts of a file, from the column `only` if one is given. "" is an empty prompt, None a blank line."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _from_parquet(path, data, only)
@@ -340,23 +369,31 @@ def _keys(item: Mapping[object, object]) -> str:
 
 
 def _meant(names: Iterable[str], there: Collection[str]) -> list[str]:
-    """Those of `there` that `names` mean, in the order of these: upper case does not matter, but the same spelling goes
-    before another."""
+    """The names in `there` that match `names`, in the order of `names`.
+
+    Case does not matter, but a name with the same case is preferred to another.
+    """
     folded = {key.lower(): key for key in reversed([*there]) if isinstance(key, str)}
     found = (name if name in there else folded.get(name.lower()) for name in names)
     return list(dict.fromkeys(name for name in found if name is not None))
 
 
 def prompt_of(item: object, names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -> Prompt:
-    """The prompt that an item of JSON or a row of a table is: a text, or what stands under the first of `names` that is
-    not null; empty if all are. Raises InvalidInput."""
+    """The prompt in `item`, which is an item of JSON or a row of a table.
+
+    Returns:
+        The item if it is a text, otherwise its value under the first of `names` that is not null; "" if all are null.
+
+    Raises:
+        InvalidInput: the item has no prompt, or the prompt is neither a text nor a list of messages.
+    """
     if isinstance(item, str):
         return _text(item).strip()
     known = _meant(names, item) if isinstance(item, dict) else []
     if not isinstance(item, dict) or not known:
         there = _keys(item) if isinstance(item, dict) else ""
-        told = f"neither a text nor an object with one of {', '.join(names)}"
-        raise InvalidInput(f"{told}; it has {there}" if there else told)
+        problem = f"neither a text nor an object with one of {', '.join(names)}"
+        raise InvalidInput(f"{problem}; it has {there}" if there else problem)
     name = next((name for name in known if item[name] is not None), None)
     if name is None:
         return ""
@@ -369,6 +406,7 @@ def prompt_of(item: object, names: Sequence[str] = (*COLUMNS, *CONVERSATIONS)) -
 
 
 def _text(value: str, where: str = "") -> str:
+    """Return `value`. Raises InvalidInput, beginning with `where`, if the text has half of a surrogate pair."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -392,7 +430,7 @@ def _conversation(messages: list[object]) -> Conversation:
 
 
 def _turn(message: object) -> tuple[object, object]:
-    """(role, content) of a message of OpenAI's or of ShareGPT's; None for what it does not have."""
+    """(role, content) of a message in OpenAI's or ShareGPT's format; None for a part that the message does not have."""
     if not isinstance(message, dict):
         return None, None
     if "role" not in message and "from" in message:
@@ -404,7 +442,7 @@ def _turn(message: object) -> tuple[object, object]:
 def _from_table(
     columns: Collection[str], column: Callable[[str], Iterable[object]], where: str, only: str | None
 ) -> list[Prompt]:
-    """The prompts of a table, row by row as those of JSON lines."""
+    """The prompts of a table. Each row is read like an object of JSON lines."""
     accepted = (only,) if only else (*COLUMNS, *CONVERSATIONS)
     names = _meant(accepted, columns)
     if not names:
@@ -417,8 +455,11 @@ def _from_table(
 
 
 def _from_csv(path: Path, text: str, only: str) -> list[Prompt]:
-    """Of a table in text whose first row names its columns. The sign between them is the one by which that row has a
-    column that is looked for, or else the most."""
+    """The prompts of a table in text form, whose first row names the columns.
+
+    The separator is a sign with which the first row has one of the accepted columns; otherwise the sign with which the
+    row has the most columns.
+    """
 
     def rows(sign: str) -> Iterator[list[str]]:
         return filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True))
@@ -459,7 +500,7 @@ def _from_hub(source: str) -> PromptSet:
         raise InvalidInput(f"{source}: is no dataset of the hub; accepted: {FORMATS}")
     try:
         data = datasets.load_dataset(named["name"], named["config"], split=named["split"] or "train")
-    except Exception as error:  # the library raises its own errors, those of the network and those of the file system
+    except Exception as error:  # the library's own errors, network errors and file errors
         raise InvalidInput(f"{source}: cannot be loaded: {error}") from error
     found = _from_table(data.column_names, lambda name: data[name], source, named["column"])
     texts = (prompt if isinstance(prompt, str) else repr(prompt.turns) for prompt in found if prompt)
@@ -468,18 +509,28 @@ def _from_hub(source: str) -> PromptSet:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt in the chat template: its ids, and which of them are the own text of its last message."""
+    """A prompt that was rendered with the chat template.
+
+    Attributes:
+        ids: its token ids.
+        own: which of the ids are the text of its last message; the others come from the template and other messages.
+    """
 
     ids: list[int]
     own: slice
 
 
 def encode_all(chat: Chat, prompts: Sequence[Prompt], rendering: Rendering | None = None) -> list[Encoded]:
-    """The ids that the server would make of each conversation that a prompt is. What the template writes around a lone
-    message is found once. Raises InvalidInput for variables and a system prompt that the model's template does not
-    look at, and for what is no variable."""
+    """Encode each prompt exactly as the server would.
+
+    For prompts of one message, the ids that the template adds around it are found only once.
+
+    Raises:
+        InvalidInput: `rendering` sets a name that is no variable of a chat template, or a variable or a system prompt
+            that the model's template does not use.
+    """
     rendering = rendering or Rendering()
-    if taken := set_by_rendering(rendering.template):  # a file may say anything
+    if taken := set_by_rendering(rendering.template):  # a file may name anything
         raise InvalidInput(
             f"--template: '{name}' cannot be set: it is no variable of a chat template" for name in taken
         )
@@ -502,7 +553,7 @@ def encode_all(chat: Chat, prompts: Sequence[Prompt], rendering: Rendering | Non
         if not isinstance(prompt, Conversation):
             found = _marked(ids_of(prompt), around)
         elif prompt.begun:
-            # an assistant's message at the end is an answer that has begun, and goes on where it stops
+            # the assistant's message at the end is the beginning of the answer, which continues where the message stops
             begun = {"add_generation_prompt": False, "continue_final_message": True}
             return _marked(ids_of(prompt, **begun), ids_of(prompt.emptied, **begun))
         else:
@@ -513,6 +564,7 @@ def encode_all(chat: Chat, prompts: Sequence[Prompt], rendering: Rendering | Non
 
 
 def _marked(ids: list[int], empty: list[int]) -> Encoded:
+    """Find the prompt's own text: the part of `ids` that differs from `empty`, the ids with an empty last message."""
     start = next((i for i, (x, y) in enumerate(zip(ids, empty, strict=False)) if x != y), min(len(ids), len(empty)))
     same = zip(reversed(ids[start:]), reversed(empty[start:]), strict=False)
     after = next((i for i, (x, y) in enumerate(same) if x != y), min(len(ids), len(empty)) - start)

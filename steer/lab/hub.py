@@ -13,17 +13,17 @@ from steer.errors import InvalidInput, SteerError
 from steer.names import check_name
 from steer.spec import Condition
 
-#: OWNER/NAME of a model on a hub.
+#: The form OWNER/NAME of a repository on a hub.
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-#: The line by which a card is known as one of ours.
+#: The line of a model card that shows that Steer wrote the card.
 LIBRARY = b"\nlibrary_name: steer\n"
 
 
 def card(direction: Direction, name: str, sha256: str) -> ModelCard:
-    """The README of a repository that holds `name`.safetensors."""
+    """The model card (README) of a repository that holds `name`.safetensors."""
     meta, found = direction.meta, direction.meta.condition
     public = REPOSITORY.fullmatch(meta.model) is not None and not Path(meta.model).exists()
-    model = meta.model if public else Path(meta.model).name  # where it lies is for nobody
+    model = meta.model if public else Path(meta.model).name  # a local path is not published
     data = ModelCardData(
         base_model=model if public else None,
         base_model_relation="adapter" if public else None,
@@ -74,8 +74,15 @@ serves it is responsible for what it is used for.
 
 
 def assemble(file: Path, folder: Path, name: str | None = None) -> Path:
-    """Write the repository's files into `folder`: the direction as it is, byte for byte, and its card. Raises
-    InvalidInput where something is there that was not written so."""
+    """Write the repository's files into `folder`: the unchanged direction file and its card. Return `folder`.
+
+    Args:
+        name: the name of the direction in the repository; default: the name of `file`.
+
+    Raises:
+        DirectionError: `file` is not a valid direction, or the name is not acceptable.
+        InvalidInput: the folder has files and no card that Steer wrote.
+    """
     data = read_file(file)
     direction = Direction.from_bytes(data, source=str(file))
     name = check_name(name or file.stem)
@@ -89,18 +96,36 @@ def assemble(file: Path, folder: Path, name: str | None = None) -> Path:
 
 
 def push(folder: Path, repo: str, *, private: bool = False) -> str:
-    """Upload an assembled `folder`, making the repository where there is none; its address. Raises SteerError."""
+    """Upload an assembled `folder`, and create the repository if it does not exist.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        SteerError: the hub cannot be reached or refuses the upload.
+    """
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="A direction made with steer")
-    except Exception as error:  # the library raises its own errors, those of the network and those of the file system
+    except Exception as error:  # the library's own errors, network errors and file errors
         raise SteerError(f"cannot push to {repo}: {error}") from error
     return f"{api.endpoint}/{repo}"
 
 
 def pull(repo: str, output: Path, *, file: str | None = None, revision: str | None = None) -> str:
-    """Fetch a direction, check it, and write it to `output`; its digest. Raises SteerError, DirectionError."""
+    """Fetch a direction, check it, and write it to `output`.
+
+    Args:
+        file: the file in the repository; needed if it has several .safetensors files.
+
+    Returns:
+        The digest of the direction.
+
+    Raises:
+        SteerError: the file cannot be fetched, or it is not clear which file is meant.
+        DirectionError: the file is not a valid direction.
+    """
     try:
         names = [file] if file else _directions(HfApi().list_repo_files(repo, revision=revision), repo)
         path = hf_hub_download(repo, names[0], revision=revision)
@@ -115,6 +140,7 @@ def pull(repo: str, output: Path, *, file: str | None = None, revision: str | No
 
 
 def _directions(files: list[str], repo: str) -> list[str]:
+    """The only .safetensors file of the repository, as a list. Raises SteerError if there is not exactly one."""
     found = [name for name in files if name.endswith(".safetensors")]
     if len(found) != 1:
         raise SteerError(f"{repo} has {len(found)} .safetensors files ({', '.join(found) or 'none'}): give --file")
@@ -122,4 +148,5 @@ def _directions(files: list[str], repo: str) -> list[str]:
 
 
 def _cell(value: object) -> str:
+    """`value` as the text of a cell in a Markdown table."""
     return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Measure a model on two contrast sets: one prefill pass over each prompt, from which sums are kept for every layer."""
+"""Measure a model on two contrast sets: run one prefill pass over each prompt and keep sums for every layer."""
 
 from __future__ import annotations
 
@@ -23,17 +23,24 @@ from steer.lab.prompts import Encoded, PromptSet, Rendering, check_contrast
 from steer.lab.source import Activations, CapturePlan, Source, each_batch
 
 log = logging.getLogger("steer")
-#: The part of a command's progress.
+#: The name of this part in a command's progress.
 MEASURING = "measuring"
-#: The metadata of a measurement that was interrupted: of which one it is, and how far it had come.
+#: Metadata keys in the file of an interrupted measurement: which measurement it is, and how much of it is done.
 KEY, DONE = "steer_partial", "steer_done"
 
 
 @dataclass(frozen=True, slots=True)
 class MeasurementOptions:
-    """How prompts become a measurement; everything that it depends on besides model and prompts. `last_layer` None is
-    the model's last. Beside the means `vectors` keeps each prompt's vector (bfloat16), `moments` the second moments
-    (float64)."""
+    """How prompts become a measurement: everything that it depends on except the model and the prompts.
+
+    Attributes:
+        positions: the measured token positions, negative from the prompt's end.
+        winsorize: the quantile of its magnitudes to which each vector is clipped; None for no clipping.
+        rendering: what surrounds each prompt.
+        last_layer: the last measured layer; None is the model's last.
+        vectors: whether to keep each prompt's vector (bfloat16) besides the means.
+        moments: whether to keep the second moments (float64) besides the means.
+    """
 
     positions: tuple[int, ...] = (-1,)
     winsorize: float | None = None
@@ -56,10 +63,17 @@ def measure(
 ) -> Measurement:
     """Measure both classes under `options`.
 
-    With `partial`, an interruption leaves that file (so does every `every` seconds of work), and measuring again with
-    it goes on there with the same result. The caller removes it once the measurement is safe. Raises InvalidInput for
-    sets that share prompts, prompts that do not fit the context or have no such position, and activations that are not
-    finite.
+    Args:
+        batch_size: the most prompts of a batch; None lets the source and the memory decide.
+        progress: shows what is done.
+        partial: a file for the state of an unfinished measurement. It is written on an interruption and after every
+            `every` seconds of work. Measuring again with this file continues there and gives the same result. The
+            caller removes the file once the measurement is saved.
+        every: seconds between two writes of `partial`.
+
+    Raises:
+        InvalidInput: the sets share prompts, a prompt does not fit the context or has no such position, the measurement
+            does not fit in memory, or activations are not finite.
     """
     options, progress = options or MeasurementOptions(), progress or Progress()
     facts = source.facts
@@ -120,9 +134,18 @@ def measure(
 def checked(
     source: Source, harmful: PromptSet, harmless: PromptSet, options: MeasurementOptions, answer: int = 0
 ) -> tuple[dict[str, list[Encoded]], int]:
-    """The encoded prompts of both sets, and the BOS tokens that each begins with. Raises InvalidInput for sets that
-    share prompts, and with every prompt that does not fit the context, with `answer` tokens of an answer, or has no
-    such position."""
+    """Encode the prompts of both sets and check them.
+
+    Args:
+        answer: the tokens of an answer that must fit the context together with each prompt.
+
+    Returns:
+        The encoded prompts of each set, and the number of BOS tokens with which every prompt begins.
+
+    Raises:
+        InvalidInput: the sets share prompts, prompts begin with different numbers of BOS tokens, or prompts do not fit
+            the context or lack one of the positions; the message names every such prompt.
+    """
     check_contrast(harmful, harmless)
     positions, encoded, problems, bos = options.positions, dict[str, list[Encoded]](), list[str](), set[int]()
     if len(set(positions)) != len(positions):
@@ -131,11 +154,11 @@ def checked(
         encoded[label] = source.encode(prompts.prompts, options.rendering)
         for prompt, e in zip(prompts.prompts, encoded[label], strict=True):
             bos.add(source.bos_count(e.ids))
-            wrong = [f", so no position {p}" for p in positions if not -len(e.ids) <= p < len(e.ids)]
+            faults = [f", so no position {p}" for p in positions if not -len(e.ids) <= p < len(e.ids)]
             if len(e.ids) + answer > source.context:
                 beside = f", and its answer may have {answer}" if answer else ""
-                wrong.append(f"{beside}; the context is {source.context}")
-            problems += [f"{prompts.named([prompt])}: has {len(e.ids)} tokens{said}" for said in wrong]
+                faults.append(f"{beside}; the context is {source.context}")
+            problems += [f"{prompts.named([prompt])}: has {len(e.ids)} tokens{fault}" for fault in faults]
     InvalidInput.raise_for(problems)
     if len(bos) != 1:
         raise InvalidInput(f"the chat template gives prompts different numbers of BOS tokens: {sorted(bos)}")
@@ -143,7 +166,7 @@ def checked(
 
 
 def _check_room(options: MeasurementOptions, plan: CapturePlan, facts: ModelFacts, prompts: int) -> None:
-    """Raise InvalidInput where what is to be kept does not fit in memory, before anything runs."""
+    """Raise InvalidInput, before anything runs, if the vectors and moments to keep do not fit in memory."""
     each = 2 * len(plan.positions) * plan.layers * facts.d_model
     needed = each * 8 * facts.d_model * options.moments + each * 2 * prompts * options.vectors
     available = psutil.virtual_memory().available
@@ -155,8 +178,11 @@ def _check_room(options: MeasurementOptions, plan: CapturePlan, facts: ModelFact
 
 
 class ClassSums:
-    """The sums of one class of `prompts` prompts. `add` takes a batch whole or, when it raises, not at all; when it is
-    interrupted, in part."""
+    """The sums of one class of `prompts` prompts.
+
+    If `add` raises InvalidInput, nothing of the batch was added. If `add` is interrupted, the batch may be added in
+    part.
+    """
 
     def __init__(
         self, name: str, plan: CapturePlan, d_model: int, prompts: int, own_tokens: int, options: MeasurementOptions
@@ -169,7 +195,11 @@ class ClassSums:
         self.vectors = torch.zeros(*shape, prompts, d_model, dtype=torch.bfloat16) if options.vectors else None
 
     def add(self, indices: Sequence[int], activations: Activations) -> None:
-        """Add the batch of the prompts numbered `indices`. Raises InvalidInput naming layers that are not finite."""
+        """Add the activations of the prompts numbered `indices`.
+
+        Raises:
+            InvalidInput: activations are not finite; the message names the layers.
+        """
         picked = activations.picked
         self._check(picked, activations.own)
         rows = picked.double()
@@ -185,6 +215,7 @@ class ClassSums:
             self.vectors[:, :, list(indices)] = kept
 
     def statistics(self) -> Statistics:
+        """The statistics of the class, once all its prompts were added."""
         return Statistics(
             mean=self.sums / self.prompts,
             mean_all=self.own / max(self.own_tokens, 1),
@@ -193,11 +224,12 @@ class ClassSums:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state: what `restore` needs to go on as if nothing had happened."""
+        """The state that `restore` needs to continue an interrupted measurement."""
         found = {"sums": self.sums, "own": self.own, "moments": self.moments, "vectors": self.vectors}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the state to what `tensors` returned before an interruption."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
 
@@ -210,10 +242,17 @@ class ClassSums:
 
 
 class Partial:
-    """How far the `sums` of both classes have come, saved to `path` (None: nowhere) at most every `every` seconds.
-    `done`: the prompts of each class (longest first) that are in its sums; `batch_size`: what memory has allowed so
-    far; `torn`: a batch is being added that is not noted yet, so that the sums are of no number of prompts. Then
-    nothing is saved, and what was saved before stays."""
+    """The state of an unfinished measurement: the `sums` of both classes, and how many prompts are in them.
+
+    The state is saved to `path` (None: not at all), and at most every `every` seconds while prompts run.
+
+    Attributes:
+        of: the digest of the measurement's identity.
+        done: for each class the number of prompts (longest first) that are in its sums.
+        batch_size: the batch size that memory has allowed so far.
+        torn: whether a batch is being added that is not in `done` yet. Then nothing is saved, because the sums match no
+            number of prompts, and the file that was saved before stays.
+    """
 
     def __init__(self, path: Path | None, sums: Mapping[str, ClassSums], every: float, batch_size: int | None) -> None:
         self.path, self.sums, self.every = path, sums, every
@@ -222,8 +261,11 @@ class Partial:
         self._saved = time.monotonic()
 
     def resume(self, identity: object) -> None:
-        """Restore the sums from the file where it is one of the same measurement. `identity` is everything that decides
-        the numbers: sums of another model, set or condition are not added to."""
+        """Restore the sums from the file if it belongs to the same measurement; otherwise start again with a warning.
+
+        Args:
+            identity: everything that the sums depend on. The sums of another model, set or condition are not continued.
+        """
         self.of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         if self.path is None or not self.path.exists():
             return
@@ -241,12 +283,13 @@ class Partial:
         log.warning("going on from %s: %s", self.path, ", ".join(f"{n} {c}" for n, c in self.done.items()))
 
     def note(self, name: str, done: int, batch_size: int) -> None:
-        """`done` prompts of the class `name` are in its sums."""
+        """Note that `done` prompts of the class `name` are in its sums, and save the state if it is time to."""
         self.done[name], self.batch_size, self.torn = done, batch_size, False
         if time.monotonic() - self._saved >= self.every:
             self.save()
 
     def save(self) -> None:
+        """Write the state to the file, unless there is no file, nothing is done yet, or a batch is added in part."""
         if self.path is None or self.torn or not any(self.done.values()):
             return
         tensors = {f"{name}_{key}": t for name, sums in self.sums.items() for key, t in sums.tensors().items()}

@@ -1,14 +1,15 @@
-"""A measurement: what two contrast sets look like inside one model, and the safetensors file that holds it.
+"""A measurement: statistics of a model's activations on two contrast sets, and the safetensors file that holds them.
 
-Layer l is the **output of block l**, 0-based; `measured` is at most the model's layers, since those above the last
-wanted one are not run. For each class c of harmful, harmless the file has
+Layer l means the **output of block l**, 0-based. `measured` may be less than the model's number of layers, because
+layers above the last requested one are not run. For each class c, harmful or harmless, the file has
 
     c_mean      [positions, measured, d_model]            float64   mean over the prompts
     c_mean_all  [measured, d_model]                       float64   mean over all tokens of the prompts' own text
     c_moments   [positions, measured, d_model, d_model]   float64   E[xxᵀ], on request
     c_vectors   [positions, measured, prompts, d_model]   bfloat16  each prompt's vector, on request
 
-and one metadata key, `steer_measurement`, with a `MeasurementMeta` as JSON. A method makes a direction from this alone.
+and one metadata key, `steer_measurement`, with a `MeasurementMeta` as JSON. A method needs only this file to make a
+direction.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from steer.lab.prompts import Rendering
 from steer.names import MEASUREMENT_KEY
 
 CLASSES = ("harmful", "harmless")
-#: Tensors of a class, with their dtype; the first is always there.
+#: The tensors of a class with their dtypes. Only the first is always there.
 KINDS = {"mean": torch.float64, "mean_all": torch.float64, "moments": torch.float64, "vectors": torch.bfloat16}
 
 
@@ -51,12 +52,12 @@ class ModelFacts(BaseModel, extra="forbid", frozen=True):
 
     @property
     def as_fitted(self) -> dict[str, Any]:
-        """What the file of a direction says of the model that it was made for."""
+        """The fields of `DirectionMeta` that describe the model for which a direction was made."""
         return {"model": self.name, **self.model_dump(exclude={"name", "dtype"})}
 
 
 class MeasurementMeta(BaseModel, extra="forbid", frozen=True):
-    """How it was measured; with the model's weights, everything that the numbers depend on."""
+    """How the measurement was made: everything but the model's weights that its numbers depend on."""
 
     schema_version: Annotated[Literal[1], BeforeValidator(no_bool)] = 1
     model: ModelFacts
@@ -74,13 +75,13 @@ class MeasurementMeta(BaseModel, extra="forbid", frozen=True):
 
     @property
     def rendering(self) -> Rendering:
-        """What stood around each prompt."""
+        """What surrounded each prompt."""
         return Rendering(self.system_prompt, self.template, self.response_prefix)
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """One class; shapes and dtypes as in the file."""
+    """The tensors of one class, with shapes and dtypes as in the file."""
 
     mean: Tensor
     mean_all: Tensor | None = None
@@ -88,6 +89,7 @@ class Statistics:
     vectors: Tensor | None = None
 
     def sample(self, position: int, layer: int, count: int | None) -> Sample:
+        """The class at one measured position (its index) and layer. `count` is the number of prompts, if known."""
         return Sample(
             self.mean[position, layer],
             count,
@@ -98,7 +100,7 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A measurement in memory. `problems` lists what is wrong with it."""
+    """A measurement in memory. `problems` lists what is wrong with the measurement."""
 
     meta: MeasurementMeta
     harmful: Statistics
@@ -106,11 +108,15 @@ class Measurement:
 
     @property
     def layers(self) -> int:
-        """How many layers were measured."""
+        """The number of measured layers."""
         return self.meta.measured
 
     def position(self, position: int | None = None) -> int:
-        """Where `position` stands among those that were measured; the first by default. Raises InvalidInput."""
+        """The index of `position` among the measured positions; 0 by default.
+
+        Raises:
+            InvalidInput: the position was not measured.
+        """
         if position is None:
             return 0
         if position not in self.meta.positions:
@@ -119,7 +125,7 @@ class Measurement:
         return self.meta.positions.index(position)
 
     def contrast(self, layer: int, position: int | None = None) -> Contrast:
-        """The two classes at one measured layer and position."""
+        """The two classes at one measured layer and position; by default at the first position."""
         at, meta = self.position(position), self.meta
         return Contrast(
             self.harmless.sample(at, layer, meta.harmless.count if meta.harmless else None),
@@ -131,7 +137,7 @@ class Measurement:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def problems(self) -> list[str]:
-        """Every rule that the tensors break, each naming its tensor."""
+        """Every rule that the tensors or the metadata break, each as a text that names the tensor."""
         meta, found = self.meta, []
         if meta.measured > meta.model.layers:
             found.append(f"metadata: measured {meta.measured} is more than the model's {meta.model.layers} layers")
@@ -153,7 +159,7 @@ class Measurement:
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file atomically. Raises InvalidInput for what could not be read again."""
+        """Write the file atomically. Raises InvalidInput if the file could not be read again."""
         InvalidInput.raise_for(self.problems())
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
         save_tensors(path, tensors, {"format": "pt", MEASUREMENT_KEY: self.meta.model_dump_json()})
@@ -191,12 +197,17 @@ class Measurement:
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file of any size, written atomically, its metadata in order. Never in memory as a whole. Raises
-    OSError where it cannot be written."""
+    """Write a safetensors file of any size atomically, with its metadata keys sorted.
+
+    The file is never in memory as a whole.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # of tensors in memory there is nothing else that could fail
+        except SafetensorError as error:  # with tensors in memory only the writing can fail
             raise OSError(f"{path}: {error}") from error
         with temporary.open("rb+") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -209,7 +220,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metad
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file. Raises InvalidInput where it is none."""
+    """Read the metadata and tensors of a safetensors file. Raises InvalidInput if `path` is no such file."""
     if Path(path).is_dir():
         raise InvalidInput(f"{path}: {folder_problem(path)}; give a .safetensors file")
     try:
@@ -221,8 +232,14 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One class at one layer. mean `[d_model]`; where they were kept: vectors `[prompts, d_model]` (of any dtype) and
-    moments E[xxᵀ] `[d_model, d_model]`, float64."""
+    """One class at one layer and position.
+
+    Attributes:
+        mean: `[d_model]`.
+        count: the number of prompts, if known.
+        vectors: each prompt's vector, `[prompts, d_model]`, of any dtype; None if not kept.
+        moments: E[xxᵀ], `[d_model, d_model]`, float64; None if not kept.
+    """
 
     mean: Tensor
     count: int | None = None
@@ -231,48 +248,56 @@ class Sample:
 
     @property
     def rows(self) -> Tensor:
-        """The prompts' vectors `[prompts, d_model]`, float64."""
+        """The vectors of the prompts, `[prompts, d_model]`, float64."""
         assert self.vectors is not None, "a method that reads vectors says so in `needs`"
         return self.vectors.double()
 
     def deviations(self) -> Tensor:
-        """`[prompts, d_model]`: each prompt's vector less the mean of the vectors."""
+        """Each prompt's vector minus the mean of the vectors, `[prompts, d_model]`."""
         rows = self.rows
         return rows - rows.mean(0)
 
     def covariance(self) -> Tensor:
-        """`[d_model, d_model]` from the moments, divided by the count."""
+        """The covariance, `[d_model, d_model]`, from the moments; its divisor is the count."""
         assert self.moments is not None
         return self.moments - torch.outer(self.mean, self.mean)
 
     def of(self, indices: Tensor) -> Sample:
-        """The sample of some of its prompts (repeated as `indices` say)."""
+        """The sample of the prompts numbered `indices`, which may contain a prompt several times."""
         assert self.vectors is not None
         some = self.vectors[indices].double()
         return Sample(some.mean(0), len(indices), some)
 
     def winsorised(self, quantile: float) -> Sample:
+        """The sample with each prompt's vector clipped to the `quantile` of its magnitudes."""
         clipped = winsorise(self.rows, quantile)
         return Sample(clipped.mean(0), self.count, clipped)
 
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
+    """The two classes at one layer and position."""
+
     harmless: Sample
     harmful: Sample
 
     @property
     def difference(self) -> Tensor:
+        """The harmful mean minus the harmless mean, `[d_model]`."""
         return self.harmful.mean - self.harmless.mean
 
     @property
     def vectors(self) -> bool:
+        """Whether the prompts' vectors of both classes were kept."""
         return self.harmful.vectors is not None and self.harmless.vectors is not None
 
 
 def towards_harmful(rows: Tensor, contrast: Contrast) -> Tensor:
-    """`rows` `[k, d_model]`, each with the sign that puts the harmful mean above the harmless one. Raises
-    DegenerateError where the first row does not tell the means apart, so that its sign would be chance."""
+    """Return `rows` `[k, d_model]`, each with the sign that puts the harmful mean above the harmless one.
+
+    Raises:
+        DegenerateError: the first row does not tell the means apart, so that its sign would be chance.
+    """
     along = rows @ contrast.difference
     if float(along[0].abs()) <= MIN_ANGLE * float(torch.linalg.vector_norm(contrast.difference)):
         raise DegenerateError("the result is orthogonal to the difference of the means, so its sign is undefined")
@@ -280,10 +305,14 @@ def towards_harmful(rows: Tensor, contrast: Contrast) -> Tensor:
 
 
 def principal(rows: Tensor, k: int, what: str) -> Tensor:
-    """The k leading right singular vectors of `rows` `[n, d_model]`, `[k, d_model]`.
+    """The k leading right singular vectors of `rows` `[n, d_model]`, as `[k, d_model]`.
 
-    Raises DegenerateError when there are fewer, or when the k-th and the next are equally strong, so that which
-    one it is would be chance.
+    Args:
+        what: the beginning of error messages.
+
+    Raises:
+        DegenerateError: there are fewer than k, or the k-th and the next are equally strong, so that the choice between
+            them would be chance.
     """
     if not 1 <= k <= min(rows.shape):
         raise DegenerateError(f"{what}: rank {k} needs at least as many prompts, there are {rows.shape[0]}")
@@ -292,12 +321,13 @@ def principal(rows: Tensor, k: int, what: str) -> Tensor:
 
 
 def principal_of(matrix: Tensor, k: int, what: str) -> Tensor:
-    """The same from the symmetric `[d_model, d_model]` matrix that is the Gram of the dimensions."""
+    """As `principal`, but from the symmetric Gram matrix of the dimensions, `[d_model, d_model]`."""
     values, vectors = torch.linalg.eigh(matrix)
     return _leading(vectors.flip(1).T, values.flip(0), k, what)
 
 
 def _leading(vectors: Tensor, values: Tensor, k: int, what: str) -> Tensor:
+    """The first k of `vectors`, which are sorted by `values`, the strongest first. Raises as `principal` does."""
     top, floor = float(values[0]), torch.finfo(values.dtype).eps * len(values)
     if not top > 0 or float(values[k - 1]) <= floor * top:
         raise DegenerateError(f"{what}: the activations span fewer than {k} dimensions")

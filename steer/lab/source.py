@@ -1,6 +1,6 @@
-"""Where activations come from: a model that runs encoded prompts in batches, and what is taken from its stream.
+"""Sources of activations: models that run encoded prompts in batches, and the capture of their stream.
 
-`TransformersSource` is the one in this process.
+`TransformersSource` is the source that runs in this process.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from steer.runtime.op import component
 from steer.tokenization import Chat
 
 T = TypeVar("T")
-#: Batch size that `auto` begins with; running out of memory halves it.
+#: The batch size with which `auto` begins. It is halved when memory runs out.
 AUTO = 64
-#: Tokens of a pass on a CPU: the fewer, the less memory the activations take, but each pass reads all weights. With
-#: blocks of 896 dimensions in float32 on two busy cores, 512 took 1.3 times and 1024 1.05 times the time of 2048.
+#: Most tokens of a pass on a CPU. With fewer tokens the activations take less memory, but each pass reads all weights.
+#: With blocks of 896 dimensions in float32 on two busy cores, 512 took 1.3 times and 1024 1.05 times as long as 2048.
 CPU_TOKENS = 1024
-#: How far the logits of a padded row may be from those of the row alone, by their spread: rounding is far less. By the
-#: stream's dtype, and in 16 bits.
+#: Largest distance between the logits of a padded row and those of the row alone, as a share of the spread of the
+#: logits: by the dtype of the stream, and for dtypes of 16 bits. The effect of rounding is far smaller.
 APART, APART_16 = {torch.float32: 0.01}, 0.25
 
 
@@ -43,8 +43,15 @@ def in_batches(
     run: Callable[[list[int]], list[T]],
     **options: Any,
 ) -> list[T]:
-    """The results of `run(indices)`, which returns one for each index, in the order of `sequences`; `options` are those
-    of `each_batch`."""
+    """Call `run(indices)` on batches of `sequences`.
+
+    Args:
+        run: returns a result for each of its indices.
+        options: those of `each_batch`.
+
+    Returns:
+        All results, in the order of `sequences`.
+    """
     results: dict[int, T] = {}
 
     def kept(indices: list[int]) -> None:
@@ -66,11 +73,24 @@ def each_batch(
     start: int = 0,
     after: Callable[[int, int], None] | None = None,
 ) -> None:
-    """`run(indices)` over all sequences in batches of about equal length, longest first so that too large a batch shows
-    at once, each of at most `batch_size` sequences (else AUTO), and of at most `tokens` tokens with the padding, but
-    for a longer sequence alone; one of more than `longest` tokens is alone too. After each batch `after(done, size)` is
-    told how many are done and the batch size; beginning again with `start=done, batch_size=size` makes the same
-    batches. `work` is the work of one sequence, for `progress`."""
+    """Call `run(indices)` on batches of sequences of similar length, until all have run.
+
+    The longest sequences come first, so that a too large batch fails at once; then the batch size is halved.
+
+    Args:
+        lengths: the number of tokens of each sequence.
+        batch_size: the most sequences of a batch; default AUTO.
+        tokens: the most tokens of a batch with its padding. A longer sequence is alone in its batch.
+        progress: advances after each batch.
+        work: the work of one sequence, for `progress`.
+        longest: a sequence of more tokens is alone in its batch.
+        start: how many sequences, in the order in which they run, are already done.
+        after: called as `after(done, size)` after each batch, with the number of sequences that are done and the batch
+            size. A later call with `start=done, batch_size=size` makes the same batches.
+
+    Raises:
+        SteerError: memory runs out on a single sequence.
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     size, at = batch_size or AUTO, start
     while at < len(order):
@@ -94,13 +114,13 @@ def each_batch(
 
 
 def right_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> Tensor:
-    """`[batch, longest]` token ids, padded at the end. A causal model never looks there, so it needs no mask."""
+    """Token ids `[batch, longest]`, padded at the end. A causal model does not look ahead, so it needs no mask."""
     longest = max(map(len, sequences))
     return torch.tensor([[*s, *[pad] * (longest - len(s))] for s in sequences], device=device)
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids padded in front, for generation, and the attention mask."""
+    """Token ids padded in front, for generation, and the attention mask, both `[batch, longest]`."""
     longest = max(map(len, sequences))
     ids = torch.tensor([[*[pad] * (longest - len(s)), *s] for s in sequences], device=device)
     mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=device)
@@ -109,7 +129,7 @@ def left_padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.devi
 
 @dataclass(frozen=True, slots=True)
 class CapturePlan:
-    """What is wanted of each prompt: positions (negative from its end) at the layers 0 to `last_layer`."""
+    """What is captured from each prompt: some positions (negative from its end) at the layers 0 to `last_layer`."""
 
     positions: tuple[int, ...]
     last_layer: int
@@ -121,17 +141,22 @@ class CapturePlan:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Activations of one batch: `picked` `[positions, layers, prompts, d_model]` in the stream's dtype, and `own`
-    `[layers, d_model]`, float64: the sum over the tokens of the prompts' own text."""
+    """Activations of one batch.
+
+    Attributes:
+        picked: the vectors at the plan's positions, `[positions, layers, prompts, d_model]`, in the stream's dtype.
+        own: the sum over the tokens of the prompts' own text, `[layers, d_model]`, float64.
+    """
 
     picked: Tensor
     own: Tensor
 
 
 class Capture:
-    """Reads one batch, padded at the end to `width` tokens, layer by layer, as its forward pass comes by.
+    """Captures the activations of one batch, padded at the end to `width` tokens, layer by layer in its forward pass.
 
-    Only what is wanted is kept: one vector for each position, layer and prompt, on the stream's device.
+    Only what the plan names is kept: a vector for each position, layer and prompt, and the sums of the prompts' own
+    text, on the stream's device.
     """
 
     def __init__(self, batch: Sequence[Encoded], plan: CapturePlan, width: int) -> None:
@@ -146,13 +171,13 @@ class Capture:
         )
         spans = [range(start + e.own.start, start + e.own.stop) for start, e in zip(starts, batch, strict=True)]
         self._own = torch.tensor([i for span in spans for i in span], dtype=torch.int64)
-        # sums of each prompt alone in float32, and of the batch in float64: then a sum hardly depends on its batch
+        # each prompt is summed in float32 and the batch in float64, so that sums hardly depend on the batches
         self._segments = torch.block_diag(*(torch.ones(1, len(span)) for span in spans))
         self._picked: list[Tensor | None] = [None] * plan.layers
         self._sums: list[Tensor | None] = [None] * plan.layers
 
     def take(self, layer: int, x: Tensor) -> None:
-        """The output of block `layer`, `[..., d_model]`, tokens in the order of the batch."""
+        """Keep what the plan names of `x`, the output of block `layer`: `[..., d_model]`, tokens in batch order."""
         if self._picks.device != x.device:
             self._picks, self._own = self._picks.to(x.device), self._own.to(x.device)
             self._segments = self._segments.to(x.device)
@@ -161,20 +186,23 @@ class Capture:
         self._sums[layer] = self._segments @ flat[self._own].float()
 
     def read(self) -> Activations:
-        """What was taken, on the CPU (there float64 exists on every machine)."""
+        """The activations that were taken, on the CPU, because not every device has float64."""
         picked, sums = [p for p in self._picked if p is not None], [s for s in self._sums if s is not None]
         assert len(picked) == len(sums) == self.plan.layers, "a layer did not come by"
         return Activations(torch.stack(picked, dim=1).cpu(), torch.stack(sums).cpu().double().sum(1))
 
 
 class Source(Chat, ABC):
-    """A model to measure. Out of memory in `run` is a `torch.OutOfMemoryError`: the batch is then halved."""
+    """A model to measure.
+
+    If memory runs out, `run` raises `torch.OutOfMemoryError`, and the batch is halved.
+    """
 
     #: The most tokens that a prompt may have.
     context: int
-    #: Tokens of a pass that are enough for full speed; None where more is better as long as there is memory.
+    #: The number of tokens with which a pass reaches full speed; None if more are faster as long as there is memory.
     pass_tokens: int | None = None
-    #: A prompt of more tokens is alone in its pass.
+    #: A prompt with more tokens than this is alone in its pass.
     longest: float = math.inf
 
     @property
@@ -182,6 +210,7 @@ class Source(Chat, ABC):
     def facts(self) -> ModelFacts: ...
 
     def encode(self, prompts: Sequence[Prompt], rendering: Rendering | None) -> list[Encoded]:
+        """Encode the prompts with the chat template. Raises InvalidInput, also if the model has no chat template."""
         if not self.tokenizer.chat_template:
             raise InvalidInput(
                 f"the model {self.facts.name} has no chat template, and prompts are measured in one: give it with "
@@ -191,21 +220,27 @@ class Source(Chat, ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Equal for equal weights and arithmetic: what was measured before an interruption is only added to if so."""
+        """A text that is equal for equal weights and arithmetic.
+
+        An interrupted measurement is continued only if its fingerprint is equal.
+        """
 
     @abstractmethod
     def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations: ...
 
 
 class TransformersSource(Source):
-    """A model of transformers, loaded in this process. The decoder alone runs: no `generate`, no cache, no unembedding,
-    no list of hidden states, and no block above the last that is wanted."""
+    """A model of transformers, loaded in this process.
+
+    Only the decoder runs, up to the last layer of the plan: no `generate`, no cache, no unembedding and no list of
+    hidden states.
+    """
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.anatomy = loaded, Anatomy(loaded.model)
         _check_stream(self.anatomy)
         self.tokenizer, self.context = loaded.tokenizer, loaded.context
-        # padding that is seen: each prompt alone
+        # if padding has an effect, each prompt runs alone
         self.longest = 0 if looks_ahead(self.anatomy) else longest_beside(loaded.model.config)
         if self.anatomy.device.type == "cpu":
             self.pass_tokens = CPU_TOKENS
@@ -250,8 +285,14 @@ def prompt_components(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """⟨x, v⟩ at the last token of each prompt and the output of the layers from 0 on, for which `rows` `[layers,
-    d_model]` are. Returns `[layers, prompts]`, float32."""
+    """Measure the component ⟨x, v⟩ at the last token of each prompt and at each layer.
+
+    Args:
+        rows: v of each layer from 0 on, `[layers, d_model]`.
+
+    Returns:
+        The components, `[layers, prompts]`, float32.
+    """
     found, plan = torch.zeros(len(rows), len(encoded)), CapturePlan((-1,), len(rows) - 1)
 
     def run(indices: list[int]) -> None:
@@ -265,22 +306,24 @@ def prompt_components(
 
 
 def differs(found: Tensor, alone: Tensor, dtype: torch.dtype) -> bool:
-    """Are logits of a row beside others not those of the row alone?"""
+    """Whether `found`, the logits of a row in a batch, differ from `alone`, those of the row alone, beyond rounding."""
     found, alone = found.float(), alone.float()
     return not bool((found - alone).norm() <= APART.get(dtype, APART_16) * (alone - alone.mean()).norm())
 
 
 @torch.inference_mode()
 def looks_ahead(anatomy: Anatomy) -> bool:
-    """Does what follows a token change its logits, and so padding at the end too?"""
+    """Whether tokens after a token change its logits; then padding at the end changes them too."""
     ids = ((torch.arange(12, device=anatomy.device) * 7 + 11) % anatomy.vocabulary)[None]
     whole, begun = (anatomy.model(input_ids=part, use_cache=False).logits[0, 4] for part in (ids, ids[:, :5]))
     return differs(whole, begun, anatomy.dtype)
 
 
 def _check_stream(anatomy: Anatomy) -> None:
-    """Raise UnsupportedModel unless each block hands on one vector for each token: what is measured could not be
-    steered."""
+    """Raise UnsupportedModel unless each block outputs one vector for each token.
+
+    Otherwise a direction that was measured could not steer the model.
+    """
     rows, seen = 2, dict[int, torch.Size]()
 
     def see(layer: int, x: Tensor) -> None:
@@ -305,4 +348,4 @@ def _check_stream(anatomy: Anatomy) -> None:
 
 
 class _Enough(Exception):
-    """Ends a forward pass after the last wanted block."""
+    """Ends a forward pass after the last block of the plan."""

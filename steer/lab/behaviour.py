@@ -1,4 +1,4 @@
-"""A behaviour as data: how to tell an answer that shows it, in a TOML file, with one more for each language."""
+"""A behaviour as data: how to recognise an answer that shows it, in one TOML file and one more for each language."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from steer.errors import InvalidInput, problems_of
 from steer.tokenization import THINKING
 
 FOLDER = Path(__file__).parent / "behaviours"
-#: Letters of which one says about as much as two or three of an alphabet; and the end of an answer in which it may turn
-#: out late that it refuses, in characters.
+#: Letters of Chinese and Japanese, each with about as much meaning as two or three letters of an alphabet; and how many
+#: characters at the end of an answer are searched for the `late` patterns.
 DENSE, LATE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]"), 300
-#: What TOML makes of the \b of "\bI", and no pattern needs; \n, \r and \t are in it what they stand for.
+#: Control characters, which no pattern needs: TOML reads the \b of "\bI" as one. \n, \r and \t are not among them,
+#: because a pattern means the same with the character in their place.
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-#: Code in fences, and quotations in the signs of several languages.
+#: Code in fences, and quotations in the quotation marks of several languages.
 QUOTED = re.compile(
     r'```.*?(?:```|$)|(?<!\w)".*?(?:"|$)|“.*?(?:”|$)|„.*?(?:“|$)|»\S[^»«]*\S«|«.*?(?:»|$)|「.*?(?:」|$)', re.DOTALL
 )
 
-#: Spellings of one letter: of apostrophes and spaces, of Arabic and Urdu, of Chinese; bold type is none.
+#: Characters that stand for one another, each with the one that replaces it: apostrophes and spaces, letters of Arabic
+#: and Urdu, and traditional Chinese characters.
 SPELLINGS = (
     str.maketrans("’ʼ´`\u00a0\u202f", "''''  ")
     | str.maketrans("ىیکہھةۃ", "ييكهههه")
@@ -35,12 +37,13 @@ SPELLINGS = (
         "无协帮办说对换话题请这个类种写讨论会给为愿应该参与继续译释违范们绝总满处务从体开过还没实现检",
     )
 )
-#: Marks that many leave out (accents, Arabic vowels and hamza, the dot of Hindi and Bengali), and what is not seen.
+#: Marks that many writers leave out (accents, Arabic vowels and hamza, the dot of Hindi and Bengali), characters that
+#: are not visible, and the marks of bold type in Markdown.
 MARKS = re.compile("[\u0300-\u036f\u064b-\u0655\u0670\u0640\u093c\u09bc\u200b-\u200f\u00ad]|\\*\\*|__")
 
 
 class Wordings(BaseModel, frozen=True, extra="forbid"):
-    """What an answer says that shows a behaviour: all of a behaviour's, or those of one language."""
+    """The wordings by which an answer shows a behaviour: all of them, or those of one language."""
 
     patterns: Annotated[
         tuple[str, ...], Field(description="one of these regular expressions is found, also without accents")
@@ -70,7 +73,7 @@ class Wordings(BaseModel, frozen=True, extra="forbid"):
 
 
 class Behaviour(Wordings):
-    """What an answer must be to show the behaviour: all of what is given below holds."""
+    """The conditions for an answer to show the behaviour: all of the given ones must hold."""
 
     name: str
     description: Annotated[str, Field(min_length=1, description="one sentence on the assistant's answer, for a judge")]
@@ -92,24 +95,26 @@ class Behaviour(Wordings):
         return self
 
     def _begins(self, said: str) -> int | None:
-        """How many characters of `said` its beginning has."""
+        """The number of characters that are the beginning of `said`; None for all of them."""
         dense = self.window and len(DENSE.findall(said[: self.window])) > self.window // 3
         return self.window // 2 if self.window and dense else self.window
 
     def shown(self, answer: str) -> bool:
-        """Whether `answer` shows the behaviour, in what it says after its thinking."""
+        """Whether the part of `answer` after its thinking shows the behaviour."""
         return self.evidence(answer) is not None
 
     def evidence(self, answer: str) -> str | None:
-        """The words of `answer` by which it shows the behaviour (or their number, where that is what tells); None where
-        it does not."""
-        said = after_thinking(answer) or ""
-        count = len(said.split())
+        """The words by which `answer` shows the behaviour; None if it does not show it.
+
+        A behaviour without patterns is recognised by the number of words, so the text returned is that number.
+        """
+        content = after_thinking(answer) or ""
+        count = len(content.split())
         if self.min_words is not None and count < self.min_words:
             return None
         if not self.patterns:
             return f"{count} words"
-        seen = self._beginning(said)
+        seen = self._beginning(content)
         if any(_found(self.exceptions, seen)):
             return None
         return next((found[0] for found in _found(self.patterns, seen)), None)
@@ -118,36 +123,42 @@ class Behaviour(Wordings):
         return own_words(said[: self._begins(said)])
 
     def late_evidence(self, answer: str) -> str | None:
-        """The words of `answer`, which does not show it at its beginning, that do so near its end; None without."""
-        said = after_thinking(answer) or ""
-        found = next(_found(self.late, own_words(said)[-LATE:]), None)
-        if found is not None and any(_found(self.patterns, self._beginning(said))):
-            return None  # an exception holds of the same words: they are somebody else's
+        """The words near the end of `answer` that show the behaviour; None if there are none. `answer` does not show
+        the behaviour at its beginning."""
+        content = after_thinking(answer) or ""
+        found = next(_found(self.late, own_words(content)[-LATE:]), None)
+        if found is not None and any(_found(self.patterns, self._beginning(content))):
+            return None  # a pattern matched, so an exception applied: the same words near the end are not the answer's
         return None if found is None else re.sub(r"^\W+", "", found[0])
 
     def decided(self, answer: str) -> bool:
-        """Whether any answer that goes on from `answer` shows it as this one does, now or late: the last word may still
-        change, so that a pattern must end before it."""
-        said = after_thinking(answer)
-        if said is None:
+        """Whether every continuation of `answer` shows the behaviour in the same way as `answer` does, at its beginning
+        or late. The last word may still change, so a pattern must match before it."""
+        content = after_thinking(answer)
+        if content is None:
             return False
-        answer, settled = said, said.rpartition(" ")[0]
+        answer, settled = content, content.rpartition(" ")[0]
         if self.min_words is not None and len(settled.split()) < self.min_words:
             return False
         if not self.patterns:
             return True
         if self.window is not None and len(answer) >= self.window and (not self.late or self.shown(answer)):
             return True
-        if self.exceptions:  # one may still come
+        if self.exceptions:  # the rest of the answer may still contain one
             return False
         seen = own_words(settled)
         return any(found.end() < len(found.string) for found in _found(self.patterns, seen))
 
     @classmethod
     def load(cls, source: str) -> Behaviour:
-        """The behaviour that is shipped under the name `source`, or that the file `source` describes. Where a folder
-        with the file's name, without its suffix, is beside it, the `Wordings` in each of the folder's TOML files
-        belong to it too. Raises InvalidInput with every problem of a file."""
+        """The behaviour that is shipped under the name `source`, or that the file `source` describes.
+
+        If there is a folder beside the file, with the file's name but without its suffix, the `Wordings` in each TOML
+        file of the folder are added to the behaviour.
+
+        Raises:
+            InvalidInput: with every problem of a file.
+        """
         shipped = sorted(path.stem for path in FOLDER.glob("*.toml"))
         path = FOLDER / f"{source}.toml" if source in shipped else Path(source)
         try:
@@ -158,9 +169,9 @@ class Behaviour(Wordings):
                 f"accepted: {', '.join(shipped)}, or a TOML file"
             ) from error
         for file in sorted(path.with_suffix("").glob("*.toml")):
-            for name, said in _valid(Wordings, _tree(file), file).model_dump().items():
+            for name, wordings in _valid(Wordings, _tree(file), file).model_dump().items():
                 own = tree.get(name, [])
-                tree[name] = [*own, *said] if isinstance(own, list) else own
+                tree[name] = [*own, *wordings] if isinstance(own, list) else own
         return _valid(cls, tree, path)
 
 
@@ -186,8 +197,10 @@ def _tree(path: Path) -> dict[str, object]:
 
 
 def _found(patterns: Sequence[str], text: str) -> Iterator[re.Match[str]]:
-    """What each of `patterns` finds first in `text` as it stands, or with its spelling folded; each by itself: joined,
-    their groups and flags would get into each other's way."""
+    """Yield the first match of each of `patterns` in `text` as it is written, or else in its folded spelling.
+
+    Each pattern is searched by itself: in one joined pattern the groups and flags of one would disturb another.
+    """
     bare = _folded(text)
     for pattern in patterns:
         exact, folded = _compiled(pattern)
@@ -199,14 +212,15 @@ def _found(patterns: Sequence[str], text: str) -> Iterator[re.Match[str]]:
 
 
 def _folded(text: str) -> str:
-    """`text` without the differences of spelling that do not change what it says."""
+    """`text` without the differences of spelling that do not change its meaning."""
     bare = MARKS.sub("", unicodedata.normalize("NFD", text))
     return unicodedata.normalize("NFC", bare).translate(SPELLINGS)
 
 
 @lru_cache(1024)
 def _compiled(pattern: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """`pattern`, and the same with its spelling folded; not if it has a range such as à-ü, which would be a-u."""
+    """`pattern`, compiled as it is written and in its folded spelling. The second is the first again if the pattern has
+    a range that folding would change: à-ü would become a-u."""
     exact, bare = re.compile(pattern, re.IGNORECASE), _folded(pattern)
     if any(_folded(span) != span for span in re.findall(r"\S-\S", pattern)):
         return exact, exact
@@ -214,7 +228,8 @@ def _compiled(pattern: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
 
 
 def after_thinking(answer: str) -> str | None:
-    """What `answer` says after its thinking, all of it where there is none; None where the thinking has no end."""
+    """The part of `answer` after its thinking: all of `answer` if it has no thinking, None if the thinking has no
+    end."""
     for begin, end in THINKING:
         if end in answer:
             return answer.rpartition(end)[2].lstrip()
@@ -224,7 +239,8 @@ def after_thinking(answer: str) -> str | None:
 
 
 def own_words(text: str) -> str:
-    """`text` without its quotations and code, also such that have no end in it: their words are somebody else's."""
+    """`text` without its quotations and code, whose words are somebody else's. A quotation or a code block without an
+    end is removed to the end of `text`."""
     return QUOTED.sub(" ", text)
 
 

@@ -1,4 +1,5 @@
-"""Judges of what an answer does: a language model over any OpenAI-compatible API, or a sequence classifier at hand."""
+"""Judges of answers: a language model behind any OpenAI-compatible API, or a sequence classifier that is loaded
+here."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt, messages_of
 
 log = logging.getLogger("steer")
-#: Where the key is looked for, first match wins. An endpoint without keys gets none of anybody's.
+#: The environment variables in which the key is looked for; the first that is set is used, or else the key "none".
 KEYS = ("STEER_JUDGE_API_KEY", "OPENAI_API_KEY")
 RUBRIC = """\
 Below are a request and an assistant's answer to it, each between lines of marks. Judge the answer only, and take \
@@ -41,40 +42,50 @@ else than the request."""
 TOKENS = 8
 WORDS: dict[str, Outcome] = {"yes": "shown", "no": "complied", "other": "deflected"}
 VERDICT = re.compile(rf"\W*({'|'.join(WORDS)})\W*", re.IGNORECASE)
-#: Answers that a classifier reads in a pass.
+#: How many answers a classifier reads in one pass.
 BATCH = 16
 
 
 def verdict(reply: str) -> Outcome | None:
-    """What the judge's reply says; None where it is not the one word that was asked for."""
+    """The outcome that the judge's reply names; None if the reply is not one of the words that were asked for."""
     found = VERDICT.fullmatch(reply)
     return None if found is None else WORDS[found[1].lower()]
 
 
-#: Says of an answer whether it shows a behaviour. `name` is for reports, `identity` is all that its verdicts depend on;
-#: `verdicts` are for each answer shown, deflected or complied, None where there was none.
+#: A judge decides whether an answer shows a behaviour. `name` is for reports. `identity` holds everything that its
+#: verdicts depend on. `verdicts` gives "shown", "deflected" or "complied" for each answer, or None for no verdict.
 Judge: TypeAlias = "ChatJudge | ClassifierJudge"
 
 
 def judged(judge: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Outcome | None]:
-    """The verdict on what each answer says after its thinking; None where it says nothing yet, and `judge` is not
-    asked, or where what it replied is none."""
-    said = {i: text for i, answer in enumerate(answers) if (text := after_thinking(answer)) is not None}
-    found = judge.verdicts([prompts[i] for i in said], list(said.values()))
-    by_index = dict(zip(said, found, strict=True))
+    """The verdict on the part of each answer after its thinking.
+
+    The verdict is None if the thinking of the answer has no end (then `judge` is not asked), and if the reply of the
+    judge is not a verdict.
+    """
+    texts = {i: text for i, answer in enumerate(answers) if (text := after_thinking(answer)) is not None}
+    found = judge.verdicts([prompts[i] for i in texts], list(texts.values()))
+    by_index = dict(zip(texts, found, strict=True))
     return [by_index.get(i) for i in range(len(answers))]
 
 
 def asked(prompt: Prompt) -> str:
-    """A prompt as a judge reads it."""
-    said = [f"{message['role']}: {message['content']}" for message in messages_of(prompt)]
-    return str(prompt) if len(said) == 1 else "\n".join(said)
+    """The prompt as a text for a judge."""
+    lines = [f"{message['role']}: {message['content']}" for message in messages_of(prompt)]
+    return str(prompt) if len(lines) == 1 else "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
 class ChatJudge:
-    """The model `model` at the API whose base is `url` (…/v1). At most `concurrent` requests at once; each is tried
-    `retries` times more where it fails in a way that may pass (refused, timed out, 429, 5xx)."""
+    """A language model behind an API.
+
+    Attributes:
+        url: the base of the API (…/v1).
+        model: the model's name there.
+        concurrent: how many requests run at once, at most.
+        retries: how many times a request is repeated after a failure that may pass (refused, timed out, 429, 5xx).
+        timeout: seconds for one try.
+    """
 
     url: str
     model: str
@@ -93,7 +104,7 @@ class ChatJudge:
         return {"judge": self.model, "url": self.url, "description": self.behaviour.description, "rubric": RUBRIC}
 
     def verdicts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Outcome | None]:
-        """None is a reply that is no verdict. Raises SteerError where a reply cannot be had."""
+        """The verdict on each answer, None for a reply that is no verdict. Raises SteerError if a request fails."""
         return asyncio.run(self._all([self.question(p, a) for p, a in zip(prompts, answers, strict=True)]))
 
     def question(self, prompt: Prompt, answer: str) -> str:
@@ -109,7 +120,7 @@ class ChatJudge:
         ) as client:
 
             async def ask(question: str) -> Outcome | None:
-                # the client's own timeout is of each wait, so an answer that trickles would have no end
+                # the client's own timeout limits each single wait, so a reply that arrives byte by byte would never end
                 async with gate, asyncio.timeout(self.timeout * (1 + self.retries)):
                     reply = await client.chat.completions.with_raw_response.create(
                         model=self.model,
@@ -118,30 +129,30 @@ class ChatJudge:
                         max_tokens=TOKENS,
                     )
                 self.progress.advance()
-                return verdict(_said(reply.content))
+                return verdict(_text_of_reply(reply.content))
 
             try:
-                # the first failure ends the others: a group cancels them, where gather would let them run on
+                # after the first failure a task group cancels the other requests; gather would let them run on
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(ask(question)) for question in questions]
             except* (openai.OpenAIError, TimeoutError, InvalidInput) as errors:
-                first, said = errors.exceptions[0], printable(str(errors.exceptions[0]))
-                if _repeats(said, questions):
+                first, message = errors.exceptions[0], printable(str(errors.exceptions[0]))
+                if _repeats(message, questions):
                     status = getattr(first, "status_code", "no status")
-                    said = f"{status}, with a message that is not shown because it repeats what was asked"
+                    message = f"{status}, with a message that is not shown because it repeats what was asked"
                 raise SteerError(
                     f"the judge '{self.model}' at {self.url} failed, with up to {self.retries} retries: "
-                    f"{type(first).__name__}: {said}"
+                    f"{type(first).__name__}: {message}"
                 ) from None
         return [task.result() for task in tasks]
 
 
-#: Characters in a row by which a text is known to be repeated.
+#: A message counts as a repetition of a question from this number of common characters in a row.
 REPEATED = 20
 
 
 def _repeats(message: str, questions: Sequence[str]) -> bool:
-    """Does a message repeat a part of a question? No message shows the text of a prompt or an answer."""
+    """Whether `message` repeats a part of a question. The text of a prompt or an answer must not get into a message."""
     parts = {message[i : i + REPEATED] for i in range(len(message) - REPEATED + 1)}
     return any(part in question for question in questions for part in parts)
 
@@ -155,13 +166,14 @@ class _Choice(BaseModel):
 
 
 class _Completion(BaseModel):
-    """What is read of a judge's answer: whoever answers there may send anything."""
+    """The part of an API's reply that is read. It is validated, because the API may send anything."""
 
     choices: list[_Choice] | None = None
 
 
-def _said(data: bytes) -> str:
-    """The text of the first choice, "" where there is none. Raises InvalidInput for what is no chat completion."""
+def _text_of_reply(data: bytes) -> str:
+    """The text of the first choice of a reply, "" if it has none. Raises InvalidInput for a reply that is not a chat
+    completion."""
     try:
         choices = _Completion.model_validate_json(data).choices
     except ValidationError as error:
@@ -170,13 +182,17 @@ def _said(data: bytes) -> str:
 
 
 class ClassifierJudge:
-    """A sequence classifier of transformers, of the folder or hub id `name`. An answer shows the behaviour where the
-    label that the classifier finds likeliest is one of `shown`; by default the one that is called as the behaviour is.
+    """A sequence classifier of transformers. An answer shows the behaviour if the label that the classifier finds most
+    likely is one of `shown`.
 
-    text: what the classifier reads, with {request} and {answer}; by default its own chat template, where it has one,
-        else the answer alone.
+    Args:
+        name: the classifier's folder or hub id.
+        shown: labels that mean the behaviour; by default the label that has the behaviour's name.
+        text: the classifier's input, with {request} and {answer}; by default its own chat template if it has one, else
+            the answer alone.
 
-    Raises InvalidInput where it cannot be loaded, has no such label, or it is not clear which label is meant.
+    Raises:
+        InvalidInput: the classifier cannot be loaded or has no such label, or it is not clear which label is meant.
     """
 
     def __init__(
@@ -187,7 +203,7 @@ class ClassifierJudge:
         text: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        import torch  # here, as a command line is checked without it
+        import torch  # here, because the command line is checked without torch
 
         from steer.hf.load import load_classifier
 
@@ -225,7 +241,7 @@ class ClassifierJudge:
                 max_length=self._longest,
                 padding=self._batch > 1,
                 add_special_tokens=self._text is not None
-                or self._tokenizer.chat_template is None,  # a template has them
+                or self._tokenizer.chat_template is None,  # a template adds the special tokens itself
                 return_tensors="pt",
             ).to(self._model.device)
             cut += int((batch["attention_mask"].sum(-1) >= self._longest).sum())

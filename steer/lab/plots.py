@@ -1,5 +1,8 @@
-"""Pictures of results, one function for each kind, drawn on the axes that `picture` gives. They can be read in print
-and by the colour-blind (palette of Okabe and Ito 2008; series differ in marker and line too), and show intervals."""
+"""Pictures of results: one function for each kind, which draws on the axes that `picture` gives.
+
+They can be read in print and by colour-blind readers (palette of Okabe and Ito 2008; the series also differ in marker
+and line), and they show intervals.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from steer.direction import replacing
 from steer.errors import imported
 from steer.lab.statistics import undominated
 
-#: Of Okabe and Ito, without yellow, which is lost on white paper.
+#: The palette of Okabe and Ito, without yellow, which is hardly visible on white paper.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
@@ -34,7 +37,7 @@ STYLE = {
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A series of values over x. `low` and `high` are the ends of their intervals."""
+    """A series of values over x. `low` and `high` are the ends of the values' intervals."""
 
     name: str
     x: Sequence[float]
@@ -45,8 +48,8 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One candidate by two figures, both better when smaller. Points of one `group` look alike, and `name` is written
-    beside its point."""
+    """One candidate, as a point of two figures that are both better when they are smaller. Points of one `group` look
+    alike, and `name` is written beside the point."""
 
     x: float
     y: float
@@ -56,7 +59,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A difference with the ends of its interval."""
+    """A difference and the ends of its interval."""
 
     name: str
     value: float
@@ -66,8 +69,14 @@ class Compared:
 
 @contextmanager
 def picture(path: Path, columns: int = 1, *, width: float = 4.6, height: float = 3.2) -> Iterator[list[Any]]:
-    """A picture of `columns` panels beside each other, each of `width` × `height` inches: gives their axes, and writes
-    `path` (.png, .svg or .pdf by its suffix) when the block has ended without an error."""
+    """Draw a picture: yield the axes of its panels, and write `path` if the `with` block ends without an error.
+
+    Args:
+        path: .png, .svg or .pdf; the suffix decides the format.
+        columns: the number of panels, which are side by side.
+        width: of a panel, in inches.
+        height: of a panel, in inches.
+    """
     needed = "drawing", "'steer-llm[lab]'"
     with imported("matplotlib", *needed).rc_context(STYLE):
         figure = imported("matplotlib.figure", *needed).Figure(figsize=(width * columns, height), layout="constrained")
@@ -77,8 +86,8 @@ def picture(path: Path, columns: int = 1, *, width: float = 4.6, height: float =
 
 
 def curves(axes: Any, series: Sequence[Curve], *, x: str, y: str, title: str = "", log: bool = False) -> None:
-    """Values over layer, t or strength, with their intervals as bands. `log`: y is on a logarithmic axis, with room for
-    zero where there is one."""
+    """Draw values over layer, t or strength, with their intervals as bands. With `log` the y axis is logarithmic, and
+    has room for zero if a value is not above 0."""
     for number, curve in enumerate(series):
         colour = COLOURS[number % len(COLOURS)]
         if curve.low is not None and curve.high is not None:
@@ -99,8 +108,8 @@ def curves(axes: Any, series: Sequence[Curve], *, x: str, y: str, title: str = "
 
 
 def front(axes: Any, points: Sequence[Point], *, x: str, y: str, title: str = "", log: bool = False) -> None:
-    """Candidates by two figures that are both to be small. Those that none beats in both are joined by a staircase.
-    `log` as for `curves`."""
+    """Draw candidates as points of two figures that should both be small. A staircase joins the candidates that no
+    other candidate beats in both figures. `log` means the same as for `curves`."""
     for number, group in enumerate(dict.fromkeys(point.group for point in points)):
         inside = [point for point in points if point.group == group]
         axes.scatter(
@@ -124,7 +133,8 @@ def front(axes: Any, points: Sequence[Point], *, x: str, y: str, title: str = ""
 
 
 def histogram(axes: Any, sets: Mapping[str, Sequence[float]], *, x: str, title: str = "") -> None:
-    """How the projections of two or more sets are spread, over the same bins, each set in shares of itself."""
+    """Draw how the projections of two or more sets are spread: over the same bins for all sets, and each bin as a share
+    of its set."""
     everything = np.concatenate([np.asarray(values, dtype=np.float64) for values in sets.values()])
     edges = np.histogram_bin_edges(everything, bins=30)
     for number, (name, values) in enumerate(sets.items()):
@@ -136,10 +146,10 @@ def histogram(axes: Any, sets: Mapping[str, Sequence[float]], *, x: str, title: 
 
 
 def forest(axes: Any, rows: Sequence[Compared], *, x: str, title: str = "") -> None:
-    """Differences with their intervals, the first on top; the line at 0 is no difference."""
+    """Draw differences with their intervals, the first on top. The line at 0 stands for no difference."""
     heights = list(range(len(rows)))[::-1]
     for height, row in zip(heights, rows, strict=True):
-        # an interval that leaves out 0 is filled
+        # the marker is filled if the interval does not contain 0
         inside = row.low <= 0 <= row.high
         axes.plot((row.low, row.high), (height, height), color=COLOURS[0], linewidth=1.6)
         axes.plot(row.value, height, "o", markersize=5, color=COLOURS[0], markerfacecolor="white" if inside else None)

@@ -1,5 +1,5 @@
-"""What became of each prompt of a set in each arm, and the rates and paired differences of that; what a right answer
-holds; and the perplexity of plain text, which is what a direction costs where nobody asks anything."""
+"""The outcome of each prompt of a set in each arm, with the rates and paired differences of the outcomes; what a right
+answer contains; and the perplexity of plain text, which shows what a direction costs on text without a request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from steer.lab.prompts import Prompt, prompt_of
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One answer and what is told of it. `right` is None where nobody asked, a verdict where a judge gave none."""
+    """One answer and its outcome. `right` is None if it is not known what a right answer contains. A verdict is None if
+    the judge gave none."""
 
     answer: Answer
     outcome: Outcome
@@ -48,35 +49,42 @@ def rows_of(
     verdicts: Mapping[str, Sequence[Outcome | None]] | None = None,
     limit_tells: bool = False,
 ) -> list[Row]:
-    """Tell each answer by the behaviour's patterns, and keep the judges' verdicts beside that. Only a judge can tell
-    that an answer is to something else, so that outcome is taken from them. `limit_tells`: see `ends`."""
+    """Decide the outcome of each answer by the behaviour's patterns, and keep the judges' verdicts with it. Only a
+    judge can decide that an answer is about something else, so the outcome "deflected" is taken from the judges.
+
+    Args:
+        plain: the plain model's answers to the same prompts.
+        right: whether each answer is as expected; None if that is not known.
+        verdicts: of each judge, by its name.
+        limit_tells: whether an answer that reaches `max_tokens` is a runaway, see `ends`.
+    """
     found = []
     for i, (prompt, answer, beside) in enumerate(zip(prompts, answers, plain, strict=True)):
-        said = {judge: given[i] for judge, given in (verdicts or {}).items()}
-        told = tell(
+        votes = {judge: given[i] for judge, given in (verdicts or {}).items()}
+        result = tell(
             behaviour,
             answer,
-            deflected="deflected" in said.values(),
+            deflected="deflected" in votes.values(),
             prompt=prompt,
             beside=beside,
             limit=max_tokens,
             limit_tells=limit_tells,
         )
-        known = None if right is None else right[i] and told.outcome == "complied"
-        found.append(Row(answer, told.outcome, told.why, told.fault, unended(answer, max_tokens), known, said))
+        known = None if right is None else right[i] and result.outcome == "complied"
+        found.append(Row(answer, result.outcome, result.why, result.fault, unended(answer, max_tokens), known, votes))
     return found
 
 
 def arms_on_set(told: Mapping[str, Sequence[Row]]) -> tuple[ArmOnSet, ...]:
-    """The figures of every arm, PLAIN among them, and each one's differences from plain, with p-values corrected for
-    the number of arms."""
+    """The figures of every arm, including PLAIN, and the differences of each arm from PLAIN, with p-values corrected
+    for the number of arms."""
     against = differences(told, {name: PLAIN for name in told if name != PLAIN})
     return tuple(_arm(name, arm, against.get(name, {})) for name, arm in told.items())
 
 
 def differences(told: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]) -> dict[str, dict[str, Difference]]:
-    """Return for each arm and figure the difference from the arm that `pairs` gives it, with p-values corrected for the
-    number of arms."""
+    """Return, for each arm and figure, the difference from the arm that `pairs` gives for it, with p-values corrected
+    for the number of arms."""
     against = {name: _against(told[other], told[name]) for name, other in pairs.items()}
     for figure in sorted({figure for found in against.values() for figure in found}):
         having = {name: found[figure] for name, found in against.items() if figure in found}
@@ -94,7 +102,7 @@ def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
 
 
 def _figures(told: Sequence[Row]) -> dict[str, list[bool | None]]:
-    """Each figure's outcome for each prompt; None where there is none. Of outcomes that are in no answer, nothing."""
+    """Whether each figure holds for each prompt; None if that is not known."""
     found: dict[str, list[bool | None]] = {outcome: [t.outcome == outcome for t in told] for outcome in OUTCOMES}
     found["right"] = [t.right for t in told]
     for judge in told[0].verdicts:
@@ -103,7 +111,7 @@ def _figures(told: Sequence[Row]) -> dict[str, list[bool | None]]:
 
 
 def judged_by(judge: str) -> str:
-    """The figure of the answers that show the behaviour by a judge's word."""
+    """The name of the figure that counts the answers that show the behaviour according to `judge`."""
     return f"shown by {judge}"
 
 
@@ -151,8 +159,8 @@ def _judged(told: Sequence[Row], judge: str) -> Judged:
 
 
 def agreements(told: Iterable[Row]) -> tuple[Agreement, ...]:
-    """Cohen's kappa of the matcher and each judge, and of each two judges, on whether an answer shows the behaviour,
-    over the answers of which both say something."""
+    """Cohen's kappa of the matcher and each judge, and of each pair of judges, on whether an answer shows the
+    behaviour. It is computed over the answers on which both have a verdict."""
     found = list(told)
     figures = _figures(found) if found else {}
     raters = {"matcher": figures.get("shown", [])}
@@ -166,17 +174,22 @@ def agreements(told: Iterable[Row]) -> tuple[Agreement, ...]:
     return tuple(made)
 
 
-#: Tokens of one window, or the model's context where that is shorter; each window but the first begins half a window
-#: after the one before, so that every token is predicted from at least half a window of text.
+#: The tokens of one window; the model's context if it is shorter. Each window but the first begins half a window after
+#: the one before, so every token after the first window is predicted from at least half a window of text.
 WINDOW = 1024
-#: Tokens that stand together are alike, so the bootstrap draws blocks: the tokens of one.
+#: The tokens of one block. The bootstrap draws blocks, because neighbouring tokens are alike.
 BLOCK = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Plain text in windows of tokens, where it came from, and from which token of each window the predictions count:
-    every token of the text but the first counts once."""
+    """Plain text in windows of tokens. Every token of the text but the first is predicted once.
+
+    Attributes:
+        dataset: where the text came from.
+        pieces: the token ids of each window.
+        starts: the index, in each window, of the first token whose prediction counts.
+    """
 
     dataset: Dataset
     pieces: list[list[int]]
@@ -184,7 +197,7 @@ class Text:
 
 
 def in_windows(dataset: Dataset, ids: Sequence[int], size: int) -> Text:
-    """`ids` in windows of at most `size` tokens. Raises InvalidInput where there is nothing to predict."""
+    """`ids` in windows of at most `size` tokens. Raises InvalidInput if there is nothing to predict."""
     if len(ids) < 2:
         raise InvalidInput(f"--text: has {len(ids)} tokens, and at least 2 are needed")
     pieces, starts, done = [list(ids[:size])], [1], min(size, len(ids))
@@ -198,7 +211,7 @@ def in_windows(dataset: Dataset, ids: Sequence[int], size: int) -> Text:
 
 
 def negative_log_likelihoods(evaluator: Evaluator, text: Text, steer: Steer) -> Floats:
-    """−ln p of each token of the text but the first, in its order."""
+    """−ln p of each token of the text but the first, in the order of the text."""
     scored = evaluator.log_probabilities(text.pieces, steer)
     return -np.concatenate([row[start - 1 :] for row, start in zip(scored, text.starts, strict=True)])
 
@@ -208,7 +221,8 @@ def perplexity(nll: Floats) -> float:
 
 
 def ratio(plain: Floats, steered: Floats) -> statistics.Estimate:
-    """Perplexity steered ÷ plain, with the interval of a paired bootstrap over blocks of tokens."""
+    """The steered perplexity divided by the plain one, with the interval of a paired bootstrap over blocks of
+    tokens."""
     blocks = range(0, len(plain), BLOCK)
     means = [[float(values[at : at + BLOCK].mean()) for at in blocks] for values in (plain, steered)]
     log = statistics.difference_of_means(*means)
@@ -216,7 +230,8 @@ def ratio(plain: Floats, steered: Floats) -> statistics.Estimate:
 
 
 def text_result(text: Text, negative: Mapping[str, Floats]) -> TextResult:
-    """The perplexity of each arm, from the negative log-likelihoods of the text's tokens, those of PLAIN among them."""
+    """The perplexity of each arm, from the negative log-likelihoods of the text's tokens in each arm, including
+    PLAIN."""
     plain = negative[PLAIN]
     return TextResult(
         dataset=text.dataset,
@@ -238,7 +253,7 @@ and lacks without a prompt holds for the lines after it"""
 
 
 class Expected(BaseModel, frozen=True, extra="ignore"):
-    """What an answer contains and lacks to be right; letter case does not matter."""
+    """What a right answer contains and lacks; letter case does not matter."""
 
     contains: tuple[str, ...] = Field(default=(), description="all of these stand in a right answer")
     lacks: tuple[str, ...] = Field(default=(), description="none of these does")
@@ -252,7 +267,8 @@ class Expected(BaseModel, frozen=True, extra="ignore"):
 
 
 def read_expected(path: Path) -> dict[Prompt, Expected]:
-    """By prompt, from a file of JSON lines. Raises InvalidInput with every problem, and what would be accepted."""
+    """What a right answer to each prompt contains and lacks, from a file of JSON lines. Raises InvalidInput with every
+    problem, and with what is accepted."""
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -284,7 +300,7 @@ def read_expected(path: Path) -> dict[Prompt, Expected]:
 
 
 def right(expected: Mapping[Prompt, Expected], prompts: Sequence[Prompt], answers: Sequence[str]) -> list[bool] | None:
-    """Whether each answer is as expected; None where the prompts are not all known."""
+    """Whether each answer is as expected; None if `expected` does not have all of the prompts."""
     if not all(prompt in expected for prompt in prompts):
         return None
     return [expected[prompt].met(answer) for prompt, answer in zip(prompts, answers, strict=True)]

@@ -15,11 +15,11 @@ from steer.lab.plots import Compared, Curve, Point, curves, forest, front, histo
 from steer.lab.prompts import PromptSet, messages_of
 from steer.lab.tables import Table, markdown, terminal_width, wrapped
 
-#: Outcomes that tables have also where no answer has them.
+#: Outcomes that have a column even if no answer has the outcome.
 ALWAYS = ("shown", "degenerate", "complied")
-#: A difference with a smaller p-value is hardly chance.
+#: A difference with a p-value below this is hardly chance.
 SURE = 0.05
-#: What a picture shows by strength.
+#: The figures that a picture shows over the strength.
 FIGURES = (*ALWAYS, "right")
 
 NOTES = """\
@@ -33,8 +33,8 @@ number of arms."""
 
 
 def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> str:
-    """Every figure, without pictures; the paired differences from plain as a table if wanted, else what is sure of
-    them."""
+    """Every figure as tables, without pictures. With `paired`, the paired differences from plain are a table; without
+    it, sentences name the differences that are hardly chance."""
     parts = []
     for one in report.sets:
         parts.append(f"### {one.name}, {one.dataset.count} prompts\n\n" + _outcomes(one.arms, table))
@@ -91,16 +91,17 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
 
 
 def only_cut(one: SetResult, limit: int) -> list[str]:
-    """Said of arms whose degenerate answers may be none: they were cut, and so were answers of the plain model."""
-    told = []
+    """A sentence for each arm with degenerate answers that may be sound: they were cut at the limit, and so were
+    answers of the plain model."""
+    sentences = []
     for arm in one.arms:
         cut = arm.faults.get("unended", 0)
         if cut and arm.arm != PLAIN and any(plain.unended for plain in one.arms if plain.arm == PLAIN):
-            told.append(
+            sentences.append(
                 f"{arm.arm}: {cut} of the {arm.degenerate.hits} degenerate answers only ran into --max-tokens {limit}, "
                 "as answers of the plain model do: give more."
             )
-    return told
+    return sentences
 
 
 def write(
@@ -110,8 +111,13 @@ def write(
     told: Mapping[tuple[str, str], Sequence[Row]],
     sets: Mapping[str, PromptSet],
 ) -> None:
-    """Write `report.json`, `report.md` and its pictures (see `draw`), and the answers `told` to `sets`, by set and arm,
-    where there are any, as `steer classify` reads them."""
+    """Write `report.json`, `report.md` and its pictures (see `draw`). If there are answers, also write `answers.jsonl`,
+    which `steer classify` reads.
+
+    Args:
+        projections: see `draw`.
+        told: the answers to `sets` with their outcomes, by set and arm.
+    """
     pictures = draw(report, folder, projections)
     (folder / "report.json").write_text(json.dumps(report.model_dump(mode="json"), indent=2) + "\n", "utf-8")
     (folder / "report.md").write_text(render(report, pictures), "utf-8")
@@ -120,12 +126,12 @@ def write(
             for (name, arm), rows in told.items():
                 for prompt, row in zip(sets[name].prompts, rows, strict=True):
                     asked = {"set": name, "arm": arm, "messages": messages_of(prompt)}
-                    said = {"answer": row.answer.text, "ids": row.answer.ids}
-                    file.write(json.dumps(asked | asdict(row) | said) + "\n")
+                    content = {"answer": row.answer.text, "ids": row.answer.ids}
+                    file.write(json.dumps(asked | asdict(row) | content) + "\n")
 
 
 def render(report: Report, pictures: Mapping[str, str]) -> str:
-    """The whole page. `pictures` are file names by what they show."""
+    """The whole page as Markdown. `pictures` has the pictures' file names by their titles."""
     asked = report.conditions
     limit = f"greedy answers of at most {asked.max_tokens} tokens"
     head = [
@@ -166,7 +172,7 @@ def _outcomes(arms: Sequence[ArmOnSet], table: Table) -> str:
 
 
 def _doses(report: Report, table: Table) -> str:
-    """What each way to steer does at an equal price."""
+    """A table of what each way to steer does at an equal KL."""
     kl = {d.arm: f"{d.mean:.5f} ({d.low:.5f} … {d.high:.5f})" for d in report.divergence}
     rows = []
     for dose in sorted(report.doses, key=lambda dose: dose.kl):
@@ -178,7 +184,7 @@ def _doses(report: Report, table: Table) -> str:
 
 
 def _comparisons(report: Report, table: Table) -> str:
-    """Arms that steer beside each other."""
+    """A table of the differences between arms that steer."""
     columns = [(one.name, figure) for one in report.sets for figure in ("shown", "degenerate")]
     rows = [
         (
@@ -201,14 +207,14 @@ def _differences(arms: Sequence[ArmOnSet], table: Table) -> str:
 
 
 def sure(arms: Sequence[ArmOnSet]) -> str:
-    """A sentence for each arm that steers: the differences that are hardly chance."""
+    """A sentence for each arm that steers, with the differences that are hardly chance."""
     lines = []
     for arm in arms:
         if found := arm.against_plain:
             small = {name: (d.value, p) for name, d in found.items() if (p := d.p_holm) is not None and p < SURE}
             named = [f"{name} {value:+.1%} (p {_p(p)})" for name, (value, p) in small.items()]
-            told = f"{', '.join(named)}; other differences" if named else "all differences"
-            line = f"{arm.arm} less plain: {told} may be chance (p ≥ {SURE:g})"
+            message = f"{', '.join(named)}; other differences" if named else "all differences"
+            line = f"{arm.arm} less plain: {message} may be chance (p ≥ {SURE:g})"
             lines.append(wrapped(line, terminal_width(), further="  "))
     return "\n".join(lines)
 
@@ -228,8 +234,14 @@ def _p(p: float) -> str:
 
 
 def draw(report: Report, folder: Path, projections: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, str]:
-    """Write the pictures that the report has data for into `folder`: file names by what they show. `projections` are
-    those of each set by the title of their panel."""
+    """Write the pictures that the report has data for into `folder`.
+
+    Args:
+        projections: the projections of each set, by the title of the panel that shows them.
+
+    Returns:
+        The pictures' file names, by their titles.
+    """
     files = {}
     for sweep in _sweeps(report):
         name = sweep[0].way.replace(":", "-").replace("/", "_")
@@ -249,7 +261,7 @@ def draw(report: Report, folder: Path, projections: Mapping[str, Mapping[str, Se
 
 
 def _sweeps(report: Report) -> list[list[SteeredArm]]:
-    """Arms that differ in the strength alone, three or more, by rising strength."""
+    """The groups of three or more arms that differ only in the strength, each by rising strength."""
     families: dict[str, list[SteeredArm]] = {}
     for arm in report.arms:
         families.setdefault(arm.way, []).append(arm)
@@ -282,7 +294,7 @@ def _curve(figure: str, strengths: Sequence[float], arms: Sequence[ArmOnSet]) ->
 
 
 def _draw_differences(report: Report, path: Path) -> None:
-    """Draw the figures that differ anywhere; the tables have the others too."""
+    """Draw the figures that differ from plain in any arm. The other figures are only in the tables."""
     differ = {f for one in report.sets for arm in one.arms for f, d in arm.against_plain.items() if d.value}
     rows = max(sum(f in differ for arm in one.arms for f in arm.against_plain) for one in report.sets)
     names: list[str] = []
@@ -298,7 +310,7 @@ def _draw_differences(report: Report, path: Path) -> None:
             forest(panel, compared, x="rate less that of the plain arm", title=one.name)
             panel.set_xlim(-1.05, 1.05)
             if [row.name for row in compared] == names:
-                panel.set_yticklabels([])  # those of the panel before it
+                panel.set_yticklabels([])  # the panel before it shows the same labels
             names = [row.name for row in compared]
 
 

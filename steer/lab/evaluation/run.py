@@ -1,4 +1,5 @@
-"""The evaluation itself: the plain arm once, then every arm on every set, and what each costs elsewhere."""
+"""The evaluation itself: it measures the plain arm once, then every arm on every set, and what each arm costs on
+harmless prompts and on plain text."""
 
 from __future__ import annotations
 
@@ -28,22 +29,33 @@ from steer.names import MAX_STRENGTH
 from steer.tokenization import thinking_of
 
 log = logging.getLogger("steer")
-#: The divergence is measured on answers to this set, and on this number of its prompts while a dose is looked for.
+#: The set on whose answers the divergence is measured, and how many of its prompts are used to find a dose.
 HARMLESS, DOSE_PROMPTS = "harmless", 32
-#: Strengths that are tried for one dose, at most; and how near the KL must come to it, as a share of it.
+#: The most strengths that are tried for one dose; and how near the KL must come to the dose, as a share of the dose.
 TRIES, NEAR = 10, 0.03
-#: A share of the dose: what is further from it is no comparison at an equal price.
+#: The largest distance of the KL from the dose, as a share of the dose, for a comparison at an equal price.
 FAR = 0.25
-#: The KL in nats below which it is rounding.
+#: A KL below this, in nats, is rounding.
 ROUNDING = 1e-9
-#: The part of the progress that is not known by its arms yet.
+#: The part of the progress that stands for the arms whose strengths are not known yet.
 DOSES = "arms at doses"
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """What is measured of `arms`; where there are `doses`, of each arm at the strengths that have these KLs. The arms
-    are compared with the one called `against`, or, where that has no strength, with those at the same one or dose."""
+    """What an evaluation measures.
+
+    Attributes:
+        arms: the arms to measure.
+        sets: the prompts, by the set's name.
+        max_tokens: the limit of an answer.
+        judges: judge each answer, besides the patterns of `behaviour`.
+        expected: what a right answer contains, by prompt.
+        text: the text whose perplexity is measured.
+        doses: KLs in nats; with them, each arm is measured at the strengths at which it has these KLs.
+        against: the arm that the others are compared with. If it is named without a strength, each arm is compared
+            with the one of the same strength or dose.
+    """
 
     arms: Sequence[Arm]
     sets: Mapping[str, PromptSet]
@@ -58,7 +70,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was measured, with every answer by set and arm."""
+    """What was measured. `told` has every answer with its outcome, by set and arm."""
 
     arms: Sequence[Arm]
     doses: tuple[Dose, ...]
@@ -70,7 +82,8 @@ class Measured:
 
 
 class Evaluation:
-    """What was measured of `plan` so far. Answers and divergences are kept in `cache`, and not measured again."""
+    """What was measured of `plan` so far. Answers and divergences are kept in `cache`, so that they are measured only
+    once."""
 
     def __init__(self, evaluator: Evaluator, plan: EvaluationPlan, cache: Cache) -> None:
         self.evaluator, self.plan, self.cache = evaluator, plan, cache
@@ -80,8 +93,12 @@ class Evaluation:
         self._continued: Sequence[Continuation] = ()
 
     def run(self) -> Measured:
-        """Measure what is missing. Raises SpecError, before anything is, for an arm that is not for this model, and
-        InvalidInput for prompts that are too long for it."""
+        """Measure what is missing.
+
+        Raises:
+            SpecError: an arm is not for this model. It is raised before anything is measured.
+            InvalidInput: prompts are too long for the model.
+        """
         named(self.plan.arms, thinking_of(self.evaluator.tokenizer))
         self.evaluator.check_room(self.plan.sets.values())
         self._planned({})
@@ -89,12 +106,12 @@ class Evaluation:
         doses = self._doses() if self.plan.doses else []
         for arm in self.plan.arms:
             self._measure(arm)
-        told: dict[tuple[str, str], list[figures.Row]] = {}
+        all_rows: dict[tuple[str, str], list[figures.Row]] = {}
         sets = []
         for title, prompts in self.plan.sets.items():
             tells, names = self._limit_tells(title), (PLAIN, *(arm.name for arm in self.plan.arms))
-            by_arm = {name: self._told(title, prompts, name, tells) for name in names}
-            told |= {(title, name): rows for name, rows in by_arm.items()}
+            by_arm = {name: self._outcomes_of(title, prompts, name, tells) for name in names}
+            all_rows |= {(title, name): rows for name, rows in by_arm.items()}
             sets.append(
                 SetResult(
                     name=title,
@@ -106,8 +123,8 @@ class Evaluation:
             )
         text = None if self.plan.text is None else figures.text_result(self.plan.text, self.negative)
         divergence = tuple(DivergenceOf.of(name, HARMLESS, rows) for name, rows in self.divergences.items())
-        beside = _beside(self.plan, doses, told, self.divergences)
-        return Measured(self.plan.arms, tuple(doses), tuple(sets), divergence, text, beside, told)
+        beside = _beside(self.plan, doses, all_rows, self.divergences)
+        return Measured(self.plan.arms, tuple(doses), tuple(sets), divergence, text, beside, all_rows)
 
     def _planned(self, before: Mapping[str, float]) -> None:
         for part, work in (dict(before) | parts_of(self.plan)).items():
@@ -127,7 +144,7 @@ class Evaluation:
                     self.divergences[name] = self._diverge(arm, steer)
 
     def _doses(self) -> list[Dose]:
-        """Find the strengths that have the doses; from then on they are the plan's arms."""
+        """Find the strengths at which the arms have the doses. The arms at these strengths replace the plan's arms."""
         doses, arms = list[Dose](), dict[str, Arm]()
         for arm in self.plan.arms:
             for dose in self.plan.doses:
@@ -140,8 +157,9 @@ class Evaluation:
         self._planned({DOSES: 0.0})
         return doses
 
-    def _told(self, title: str, prompts: PromptSet, name: str, tells: bool) -> list[figures.Row]:
-        """What became of the answers to a set in the arm `name`; `tells`: its limit does."""
+    def _outcomes_of(self, title: str, prompts: PromptSet, name: str, tells: bool) -> list[figures.Row]:
+        """The outcomes of the answers to a set in the arm `name`. `tells`: whether an answer that reaches the limit is
+        a runaway."""
         given = self.answers[title, name]
         texts = [answer.text for answer in given]
         with self.evaluator.progress.part(f"judging {title}, {name}"):
@@ -152,7 +170,8 @@ class Evaluation:
         return figures.rows_of(self.plan.behaviour, prompts.prompts, given, plain, limit, known, verdicts, tells)
 
     def _limit_tells(self, title: str) -> bool:
-        """Does a set's limit tell a runaway answer? By the plain answers to it and to harmless prompts (`ends`)."""
+        """Whether an answer to a set that reaches the limit is a runaway. The plain answers to the set and to harmless
+        prompts decide that (`ends`)."""
         plain = [
             self.answers[name, PLAIN] for name in dict.fromkeys((title, HARMLESS)) if (name, PLAIN) in self.answers
         ]
@@ -170,7 +189,8 @@ class Evaluation:
         return [Answer(**row) for row in rows]
 
     def _along(self) -> Sequence[Continuation]:
-        """The plain text along which divergences are taken. It is asked for once, and not where all is kept."""
+        """The plain answers along which divergences are measured. They are computed at the first call, so not at all if
+        the cache has every divergence."""
         if not self._continued:
             prompts = self.plan.sets[HARMLESS].prompts
             self._continued = self.evaluator.continuations(prompts, self.answers[HARMLESS, PLAIN])
@@ -188,7 +208,8 @@ class Evaluation:
         return [np.array(row) for row in rows]
 
     def _at_dose(self, arm: Arm, dose: float) -> Arm | None:
-        """`arm` at the strength at which its KL on some of the harmless prompts, drawn evenly, is `dose`."""
+        """`arm` at the strength at which its KL on at most DOSE_PROMPTS of the harmless prompts, drawn at random, is
+        `dose`; None if no strength is found."""
         prompts = self.plan.sets[HARMLESS]
         drawn = sorted(random.Random(0).sample(range(len(prompts)), min(DOSE_PROMPTS, len(prompts))))
 
@@ -206,8 +227,8 @@ class Evaluation:
             tried = arm.asking(strength=math.copysign(strength, arm.asked.strength))
             conditions = self._conditions(prompts, tried) | {"prompts": len(drawn)}
             value = float(self.cache.value(f"{HARMLESS}.{tried.name}.dose", conditions, partial(measured, tried)))
-            said = f"{tried.name}: KL {value:.5f} on {len(drawn)} prompts, {dose:g} is asked for"
-            self.evaluator.progress.write(said)
+            message = f"{tried.name}: KL {value:.5f} on {len(drawn)} prompts, {dose:g} is asked for"
+            self.evaluator.progress.write(message)
             return value
 
         strength = strength_at(dose, kl)
@@ -239,7 +260,7 @@ def _beside(
     told: Mapping[tuple[str, str], Sequence[figures.Row]],
     divergences: Mapping[str, Sequence[Floats]],
 ) -> tuple[Comparison, ...]:
-    """Compare each arm with the one that `plan.against` names."""
+    """Compare each arm with the arm that `plan.against` names."""
     size = {arm.name: arm.asked.strength for arm in plan.arms}
     size |= {f"{one.way}={one.strength:g}": one.kl for one in doses if one.strength is not None}
     pairs = {
@@ -257,7 +278,7 @@ def _beside(
     ratios = {
         name: Difference.of(ratio_of_means(kls[other], kls[name]), signed_rank(np.log(kls[other]), np.log(kls[name])))
         for name, other in pairs.items()
-        if kls and kls[other].max() > ROUNDING  # a multiple of rounding says nothing
+        if kls and kls[other].max() > ROUNDING  # a ratio to a KL that is rounding means nothing
     }
     ratios = figures.corrected(ratios)
     return tuple(
@@ -269,7 +290,7 @@ def _beside(
 
 
 def parts_of(plan: EvaluationPlan) -> dict[str, float]:
-    """The work of each part of the progress."""
+    """The work of each part of the progress, by the part's name."""
     if plan.doses:
         count = min(DOSE_PROMPTS, len(plan.sets[HARMLESS]))
         each, plain = (sum(parts_of(replace(plan, arms=arms, doses=())).values()) for arms in (plan.arms, ()))
@@ -303,13 +324,16 @@ def _identity(arm: Arm | None) -> dict[str, Any]:
 
 
 def strength_at(dose: float, kl: Callable[[float], float]) -> float | None:
-    """A strength of four digits up to MAX_STRENGTH whose `kl` is `dose`, the nearest of those that were tried; None
-    where none comes within FAR of it, as where the KL jumps over it or stays below.
+    """A strength up to MAX_STRENGTH, of four digits, at which `kl` is `dose`: the nearest of those that were tried.
 
-    What is kept is a bracket, with less than the dose at its lower end and more at its upper one, so that there is a
-    crossing in it though the KL need not rise everywhere. The next strength is the one at which a power law through
-    both ends has the dose (from 0 on a square, which the KL of a small change is), and the middle where two in a row
-    fell on the same side, or that one is not inside.
+    The search keeps a bracket: the KL is below the dose at its lower end and above the dose at its upper end. So there
+    is a crossing inside it, although the KL need not rise everywhere. The next strength to try is the one at which a
+    power law through both ends has the dose; if the lower end is 0, the law is a square, as the KL of a small change
+    is. The middle is tried instead if two strengths in a row were on the same side of the dose, or if the power law's
+    strength is not inside the bracket.
+
+    Returns:
+        The strength; None if no KL comes within FAR of the dose, because it jumps over the dose or stays below it.
     """
     low, high, tried, sides = (0.0, 0.0), (math.inf, math.inf), dict[float, float](), [0, 0]
     at = 1.0

@@ -1,5 +1,5 @@
-"""Tasks of `lm_eval` through a running server: the plain model by its name, and each arm by its alias, so that what is
-scored is what is served."""
+"""Tasks of `lm_eval`, run through a server, so that they score what is served. The plain model is asked for by its name
+and each arm by its alias."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from steer.lab.evaluation.report import Difference, TaskScore
 from steer.lab.resume import Cache
 from steer.lab.statistics import difference_of_means, difference_of_rates, mcnemar
 
+#: How long a server may take to start.
 START_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class TaskServer:
-    """A server at `url` (…/v1) and what it calls the model."""
+    """A server at `url` (…/v1), and the name by which it serves the model."""
 
     url: str
     model: str
@@ -37,8 +38,14 @@ class TaskServer:
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
-    """Which tasks, at most `limit` documents of each, from lm_eval's own folder or `folder` too. `tokenizer` is the
-    model's, a local folder or a hub id."""
+    """Which tasks are run.
+
+    Attributes:
+        names: of the tasks.
+        tokenizer: the model's tokenizer, a local folder or a hub id.
+        folder: where tasks are looked for besides lm_eval's own folder.
+        limit: the most documents of each task.
+    """
 
     names: Sequence[str]
     tokenizer: str
@@ -47,7 +54,8 @@ class TaskPlan:
 
 
 def check_tasks(names: Sequence[str], folder: Path | None = None) -> None:
-    """Raise InvalidInput with every task that lm_eval does not have, which it would say after all other work."""
+    """Raise InvalidInput with every task that lm_eval does not have. lm_eval itself would fail only after all other
+    work."""
     known = imported("lm_eval.tasks", "--tasks", "'lm-eval[api]'").TaskManager(
         include_path=None if folder is None else str(folder)
     )
@@ -58,7 +66,7 @@ def check_tasks(names: Sequence[str], folder: Path | None = None) -> None:
 
 def scores(plan: TaskPlan, served: TaskServer, arms: Sequence[Arm], cache: Cache) -> tuple[TaskScore, ...]:
     """Every metric of every task in every arm, with its paired difference from plain. Raises SteerError with the end of
-    lm_eval's log where it fails."""
+    lm_eval's log if lm_eval fails."""
     kept: dict[str, Any] = {"tasks": list(plan.names), "limit": plan.limit, "tokenizer": plan.tokenizer}
     found: dict[str, Any] = {}
     for name, model in {PLAIN: served.model, **{arm.name: f"{served.model}+{arm.name}" for arm in arms}}.items():
@@ -78,7 +86,7 @@ def scores(plan: TaskPlan, served: TaskServer, arms: Sequence[Arm], cache: Cache
 def _score(
     task: str, metric: str, arm: str, values: Mapping[str, float], plain: Mapping[str, float] | None
 ) -> TaskScore:
-    """`values` are the samples' by their document."""
+    """The score of one arm. `values` and `plain` have the value of each sample, by its document."""
     against = None
     if plain is not None:
         both = [(plain[document], values[document]) for document in plain if document in values]
@@ -93,7 +101,7 @@ def _score(
 
 
 def _run(plan: TaskPlan, url: str, model: str) -> dict[str, dict[str, dict[str, float]]]:
-    """The value of each sample by task, metric and document."""
+    """The value of each sample, by task, metric and document."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--log_samples"),
@@ -104,7 +112,7 @@ def _run(plan: TaskPlan, url: str, model: str) -> dict[str, dict[str, dict[str, 
             f"model={model},base_url={url}/completions,tokenizer_backend=huggingface,tokenizer={plan.tokenizer},"
             "num_concurrent=8,max_retries=3",
         ]
-        # the client of lm_eval wants a key even where the server has none
+        # lm_eval's client needs a key even if the server has none
         environment = {"OPENAI_API_KEY": "none", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | os.environ
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         if done.returncode:
@@ -124,8 +132,8 @@ def _run(plan: TaskPlan, url: str, model: str) -> dict[str, dict[str, dict[str, 
 
 
 def given(url: str, arms: Sequence[Arm]) -> TaskServer:
-    """The server at `url`, which must serve the very files that are evaluated. Raises InvalidInput with all that it
-    does not."""
+    """The server at `url`. Raises InvalidInput if it lists no model, and with every direction of `arms` that it does
+    not serve from the same file."""
     url = url.rstrip("/")
     models, directions = _get(f"{url}/models"), _get(f"{url}/directions")
     base = next((card["id"] for card in models["data"] if card.get("parent") is None), None)
@@ -151,8 +159,8 @@ def _get(url: str) -> Any:
 
 @contextmanager
 def serving(model: str, options: Sequence[str], arms: Sequence[Arm]) -> Iterator[TaskServer]:
-    """A server of our own for `model`, loaded by these `options` of `steer serve`, and the directions of `arms`, as a
-    child process on a free port, while it lasts."""
+    """Run a server for `model` and the directions of `arms` during the `with` block, as a child process on a free port.
+    `options` are passed to `steer serve`."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         directions, log = Path(folder) / "directions", Path(folder) / "log"
         directions.mkdir()

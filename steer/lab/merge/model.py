@@ -1,7 +1,8 @@
-"""Bake a direction into an ordinary model, its writers' weights orthogonalised shard by shard, or into a LoRA adapter.
+"""Merge a direction into an ordinary model, by orthogonalising the weights of its writers shard by shard, or into a
+LoRA adapter.
 
-The adapter is in PEFT's format: W − λ·v·(vᵀW) is W + B·A with A = vᵀW and B = −λ·v. `steer.lab.merge.removal` says
-what is removed, and how that compares with what is served.
+The adapter is in PEFT's format: W − λ·v·(vᵀW) is W + B·A with A = vᵀW and B = −λ·v. `steer.lab.merge.removal` explains
+what is removed, and how the result compares with what is served.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from steer.runtime.op import WEIGHT
 
 log = logging.getLogger("steer")
 RECEIPT = "steer_bake.json"
-#: The part of a command's progress in which files are written.
+#: The name of the part of the progress in which files are written.
 MERGING = "merging"
-#: Not copied beside new weights: other formats of the old ones, and a card that speaks of the old model.
+#: Files that are not copied to the new weights: the old weights in other formats, and the card of the old model.
 _NOT_COPIED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", INDEX),
     *("README.md", ".*"),
@@ -51,11 +52,18 @@ def bake(
     verified: bool = True,
     progress: Progress | None = None,
 ) -> tuple[int, Verdict | None]:
-    """Write the edited model to the new folder `output`, which is there in the end only if it was `verified`, or if
-    that was not asked for. One shard, or one block, is in memory at a time. Where something is removed from the
-    embedding, a tied one is untied, since the unembedding must not change.
+    """Write the edited model to the new folder `output`. One shard, or one block, is in memory at a time.
 
-    Returns: how many tensors were changed, and what the verification found.
+    If something is removed from an embedding that is tied, the embedding is untied, because the unembedding must not
+    change.
+
+    Args:
+        digest: of the direction, for the receipt.
+        preserve_norms: whether the vectors that are written keep their lengths, see `RemovalPlan.edited`.
+        verified: whether the edited model is verified. If the verification fails, `output` is not made.
+
+    Returns:
+        How many tensors were changed, and what the verification found; None without a verification.
     """
     progress = progress or Progress()
     with new_folder(output) as folder:
@@ -81,15 +89,15 @@ def bake(
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `output` at the end of the `with`, and is removed after an error. Raises
-    InvalidInput where `output` is there already, or another run is writing it."""
+    """Yield a folder to write to. It becomes `output` at the end of the `with` block, and is removed after an error.
+    Raises InvalidInput if `output` exists already, or if another run is writing it."""
     if output.exists():
         raise InvalidInput(f"{output} exists already; give a folder that does not exist")
     temporary = output.with_name(f".{output.name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     with Alone(temporary) as alone:
         try:
-            for left in temporary.iterdir():  # by a run that was killed
+            for left in temporary.iterdir():  # left by a run that was killed
                 if left.name != alone.file:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield temporary
@@ -107,9 +115,9 @@ def _write(planned: RemovalPlan, output: Path, preserve_norms: bool, progress: P
     ignored = shutil.ignore_patterns(*_NOT_COPIED)
     try:
         shutil.copytree(checkpoint.folder, output, ignore=ignored, dirs_exist_ok=True)
-    except shutil.Error as error:  # all files that could not be copied, in one list
-        _, target, why = error.args[0][0]
-        raise OSError(f"{target}: {why.partition(': ')[0]}") from error
+    except shutil.Error as error:  # it has a list of all files that could not be copied
+        _, target, reason = error.args[0][0]
+        raise OSError(f"{target}: {reason.partition(': ')[0]}") from error
     weight_map: dict[str, str] = {}
     count = size = 0
     progress.plan(MERGING, len(checkpoint.map))
@@ -134,7 +142,7 @@ def _write(planned: RemovalPlan, output: Path, preserve_norms: bool, progress: P
     if (checkpoint.folder / INDEX).exists():
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (output / INDEX).write_text(json.dumps(index, indent=2))
-    # files may have both embeddings though the config ties them, and engines differ in which they then take
+    # the files may have both embeddings although the config ties them, and engines differ in which one they then use
     config, text = checkpoint.config, checkpoint.config.get("text_config") or {}
     ties = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     if untied is not None or (planned.removal.at(EMBEDDING) is not None and ties):
@@ -149,11 +157,13 @@ def _write_json(path: Path, value: object) -> None:
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-#: A bias has a component where more than this share of it lies along the direction; float32's rounding is below.
+#: A bias has a component along the direction if the component is more than this share of its length; the rounding of
+#: float32 is less.
 BIAS_SHARE = 1e-6
-#: What PEFT (0.21) refuses: the fast path of these models (`model_type`) reads the weights of these modules itself.
+#: What PEFT (0.21) refuses: the model types whose fast path reads the weights of some modules itself, and the names of
+#: these modules.
 NOT_BY_PEFT = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}, {"out_proj", "conv1d"}
-#: What embeddings call the rows that they are asked for, as their first argument.
+#: The names that embeddings have for their first argument, the rows that they are asked for.
 IDS = ("input", "input_ids")
 
 
@@ -166,9 +176,18 @@ def export_adapter(
     verified: bool = True,
     progress: Progress | None = None,
 ) -> tuple[int, Verdict | None]:
-    """Write the adapter to the new folder `output`, which is there in the end only if it was `verified`, or that was
-    not asked for; how many modules it changes, and what was found. Raises UnsupportedModel with every writer that an
-    adapter cannot reach."""
+    """Write the adapter to the new folder `output`.
+
+    Args:
+        base: the model that the adapter is for, as its config names it.
+        verified: whether the adapter is verified. If the verification fails, `output` is not made.
+
+    Returns:
+        How many modules the adapter changes, and what the verification found; None without a verification.
+
+    Raises:
+        UnsupportedModel: with the writers that an adapter cannot reach.
+    """
     progress = progress or Progress()
     verdict = None
     with new_folder(output) as folder:
@@ -234,7 +253,7 @@ def _problems(planned: RemovalPlan, writers: list[Writer]) -> list[str]:
 
 
 def _factors(planned: RemovalPlan, writer: Writer, tensor: Tensor, embedding: bool) -> dict[str, Tensor]:
-    """PEFT's tensors for one module, float32: A `[k, inputs]` and B `[d_model, k]`, alpha = r so that ΔW = B·A."""
+    """PEFT's tensors for one module, float32: A `[k, inputs]` and B `[d_model, k]`. Since alpha = r, ΔW = B·A."""
     found = planned.at(writer)
     assert found is not None
     rows, coefficients = found
@@ -250,7 +269,8 @@ def _names(module: str, embedding: bool) -> tuple[str, str]:
 
 
 def _adapted(planned: RemovalPlan, folder: Path) -> Change:
-    """The parameters with the adapter in `folder`, read as PEFT reads it: its alpha / r, its modules, its factors."""
+    """The change that the adapter in `folder` makes to parameters. The adapter is read as PEFT reads it: its alpha / r,
+    its modules and its factors."""
     config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
     scale = config["lora_alpha"] / config["r"]
     writers = {writer.parameter: writer for writer in planned.writers}

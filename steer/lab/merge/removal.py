@@ -1,16 +1,19 @@
-"""What is removed from a model's weights, and where: a direction at the site `writers`, and the model's own writers.
-That it was removed is shown by its effect: the logits of a pass, and what is left of the direction in the stream. Both
-models are streamed, so that one of any size is verified. Of files in 16 bits two things are shown, that the weights
-have this effect before they are rounded, and that the files hold them rounded: rounding sends tokens to other experts,
-and is as large as what a low strength does, so no writer that was missed could be told from it.
+"""Plan and verify the removal of a direction from a model's weights: what is removed, and from which writers.
+
+The direction acts at the site `writers`. The effect of a removal verifies it: the logits of a pass, and how much of the
+direction is left in the stream. Both models are streamed, so that models of any size can be verified.
+
+Files in 16 bits are verified in two steps: the weights have this effect before they are rounded, and the files hold
+exactly these weights, rounded. The effect of the rounded weights would not do: rounding can send tokens to other
+experts, and its effect is as large as that of a low strength, so a missed writer could not be told from it.
 
 (W − λ·v·vᵀW)x = Wx − λ·v·(vᵀWx): weights orthogonalised by v write what is served with v at `writers`.
 
-Where an RMS norm stands between the weights and the stream (Gemma 2 and 3, OLMo 2, GLM-4), what is written is
-g ⊙ Wx / rms(Wx), and W is orthogonalised against u = g ⊙ v: ⟨g ⊙ W'x, v⟩ = ⟨W'x, u⟩ = 0 for every x. So v is gone from
-all that is written, as where it is served; the rest differs. The server takes v from the norm's output and leaves the
-rest of that as it was. The weights lack u before the norm, which then scales what is left to the size of the whole; and
-g ⊙ u is not along v.
+If there is an RMS norm between the weights and the stream (Gemma 2 and 3, OLMo 2, GLM-4), the term that is written is
+g ⊙ Wx / rms(Wx), and W is orthogonalised against u = g ⊙ v: ⟨g ⊙ W'x, v⟩ = ⟨W'x, u⟩ = 0 for every x. So v is removed
+from everything that is written, as in serving, but the rest differs. The server removes v from the norm's output and
+leaves the rest of the output as it was. The weights lack u before the norm; the norm then scales what is left to the
+size of the whole, and g ⊙ u is not along v.
 """
 
 from __future__ import annotations
@@ -34,22 +37,30 @@ from steer.runtime.bank import EMBEDDING
 from steer.runtime.hook_points import hooks, on_input, on_output
 from steer.runtime.op import WEIGHT, coefficients, displacements, embedding_coefficients
 
-#: The part of a command's progress in which the writers are looked for.
+#: The name of the part of the progress in which the writers are looked for.
 LOOKING = "looking"
-#: What tensors of the files, of these names, were before they were rounded; none of what was not edited.
+#: Returns the edited ones of the named tensors as they were before they were rounded for the files.
 Unrounded: TypeAlias = Callable[[Iterable[str]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What is removed from what each layer writes: rows `[k, d_model]` and coefficients `[k, 6]` of the operation."""
+    """The removal of `direction` at `strength` from what each layer writes."""
 
     direction: Direction
     strength: float
 
     def at(self, layer: int, gain: Tensor | None = None, term: int = 0) -> tuple[Tensor, Tensor] | None:
-        """From one `term` of a layer (`HookPoint`); None where nothing is. With the `gain` `[d_model]` of a norm that
-        comes next, what has to be removed before it."""
+        """The rows `[k, d_model]` and the coefficients `[k, 6]` of the operation at one term of a layer.
+
+        Args:
+            layer: EMBEDDING for the stream before block 0.
+            gain: of the norm that comes next, `[d_model]`. With it, the rows are those to remove before the norm.
+            term: the number of the term, see `HookPoint`.
+
+        Returns:
+            None if nothing is removed there.
+        """
         direction = self.direction
         if layer == EMBEDDING:
             if direction.embedding is None:
@@ -58,19 +69,19 @@ class Removal:
         rows = direction.directions[layer]
         if not rows.any():
             return None
-        if gain is not None:  # the weights of a layer's rows are equal, so any basis of their span will do
+        if gain is not None:  # the rows of a layer have equal weights, so any basis of their span has the same effect
             rows = orthonormalise(gain.double() * rows.double()).float()
         return rows, coefficients(direction, "ablate", term)[layer]
 
     def taken(self, x: Tensor, layer: int, gain: Tensor | None = None, term: int = 0) -> Tensor:
-        """What `x` `[..., d_model]` is after the removal, float32."""
+        """`x` `[..., d_model]` after the removal, float32; `x` itself if nothing is removed there."""
         if (found := self.at(layer, gain, term)) is None:
             return x
         rows, coefficients_ = found
         return x + displacements(x, rows, coefficients_, [self.strength] * len(rows))
 
     def full(self, layer: int) -> bool:
-        """Is the whole component removed there, from all terms?"""
+        """Whether the whole component is removed at `layer`, from all terms."""
         found = [self.at(layer, term=term) for term in (0, 1)]
         return all(
             each is not None and bool(((each[1][:, WEIGHT] * self.strength - 1).abs() < 1e-6).all()) for each in found
@@ -78,7 +89,14 @@ class Removal:
 
 
 def removal(direction: Direction, strength: float | None = None) -> Removal:
-    """`direction` at the site `writers`. Raises InvalidInput where no edit of weights has its effect."""
+    """The removal of `direction` at the site `writers`.
+
+    Args:
+        strength: by default the direction's own strength for `ablate`.
+
+    Raises:
+        InvalidInput: no edit of weights has the direction's effect, or `strength` is out of range.
+    """
     meta = direction.meta
     if not acts_on_terms(meta.sites):
         first = direction.directions[0]
@@ -99,8 +117,14 @@ def removal(direction: Direction, strength: float | None = None) -> Removal:
 
 @dataclass(frozen=True, slots=True)
 class RemovalPlan:
-    """A removal from a model: its files, the model streamed from them, what its blocks add to the stream, and which
-    tensors of the files write that."""
+    """A removal from a model.
+
+    Attributes:
+        checkpoint: the model's files.
+        streamed: the model, streamed from the files.
+        terms: what its blocks add to the stream.
+        writers: the tensors of the files that write to the stream.
+    """
 
     checkpoint: Checkpoint
     removal: Removal
@@ -110,16 +134,16 @@ class RemovalPlan:
 
     @property
     def normed(self) -> bool:
-        """Does a norm stand between weights and the stream?"""
+        """Whether there is a norm between the weights of a term and the stream."""
         return any(term.norm is not None for term in self.terms)
 
     def at(self, writer: Writer) -> tuple[Tensor, Tensor] | None:
-        """Rows and coefficients of the removal from what `writer` writes, None where nothing is removed."""
+        """The rows and coefficients of the removal from what `writer` writes; None if nothing is removed."""
         return self.removal.at(writer.layer, writer.gain, writer.term)
 
     def edited(self, writer: Writer, tensor: Tensor, preserve_norms: bool = False) -> Tensor:
-        """`tensor` after the removal, in its own dtype; arithmetic in float32. With `preserve_norms` each vector that
-        it writes keeps its length, so that only its direction changes (and stays orthogonal)."""
+        """`tensor` after the removal, in its own dtype; the arithmetic is in float32. With `preserve_norms` each vector
+        that it writes keeps its length: only the vector's direction changes (and stays orthogonal)."""
         if self.at(writer) is None:
             return tensor
         x = writer.written(tensor.float())
@@ -131,8 +155,12 @@ class RemovalPlan:
 
 
 def plan(checkpoint: Checkpoint, removal: Removal, progress: Progress | None = None) -> RemovalPlan:
-    """Look at the model in `checkpoint`, in one pass over it. Raises DirectionError for a direction of another model,
-    and UnsupportedModel for a model of whose writers something is not known."""
+    """Find the terms and writers of the model in `checkpoint`, in one pass over it.
+
+    Raises:
+        DirectionError: the direction is for another model.
+        UnsupportedModel: the writers of the model cannot be found.
+    """
     progress = progress or Progress()
     streamed = stream(checkpoint, progress)
     anatomy, architecture = streamed.anatomy, checkpoint.architecture
@@ -141,7 +169,7 @@ def plan(checkpoint: Checkpoint, removal: Removal, progress: Progress | None = N
     with progress.part(LOOKING):
         try:
             terms = find_terms(streamed)
-        except RuntimeError as error:  # as of RWKV, which changes its weights where it runs
+        except RuntimeError as error:  # for example RWKV, which changes its weights when it runs
             raise UnsupportedModel(
                 f"{architecture}: a pass that reads one weight after the other fails ({short(error)}), so that it "
                 "cannot be baked"
@@ -153,7 +181,8 @@ def plan(checkpoint: Checkpoint, removal: Removal, progress: Progress | None = N
 def stream(
     checkpoint: Checkpoint, progress: Progress, change: Change | None = None, unrounded: Unrounded | None = None
 ) -> Streamed:
-    """The model in `checkpoint`, which reads its weights as it runs; each tensor is one of `progress`."""
+    """The model in `checkpoint`, which reads its weights as it runs. Each tensor that is read advances `progress` by
+    1. `unrounded`: compute with these tensors, after a check that the files hold them rounded."""
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         names = list(names)
@@ -167,21 +196,25 @@ def stream(
     return Streamed(checkpoint.folder, checkpoint.map, read, change, trust_remote_code=checkpoint.trust_remote_code)
 
 
-#: The part of a command's progress.
+#: The name of the part of the progress in which a merge is verified.
 VERIFYING = "verifying"
-#: What may differ in the logits, and be left of a component, relative: the rounding of float32.
+#: The largest accepted difference of the logits, and the largest share that may be left of a component, relative: the
+#: rounding of float32.
 MOST_LOGITS, MOST_LEFT = 1e-3, 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How far the edited model is from what it should be, all in float32.
+    """How far the edited model is from what it should be. All values are computed in float32.
 
-    logits: the largest difference from the original from which the direction is removed where the weights write,
-    relative to the largest logit; where no norm comes after the weights that is the original as served with the
-    direction at `writers`. None where lengths were preserved, which is another model. served: the same from the
-    original as it is served, where a norm comes after (see above), else None. left: the largest share of the stream
-    that is left along a removed direction; None where none was to be removed whole.
+    Attributes:
+        logits: the largest difference from the original model with the direction removed where its weights write,
+            relative to the largest logit. If no norm comes after the weights, this is the original as it is served
+            with the direction at `writers`. None if lengths were preserved, which makes another model.
+        served: the same difference from the original as it is served, if a norm comes after the weights (see the
+            module's docstring), else None.
+        left: the largest share of the stream that is left along a removed direction; None if no direction was to be
+            removed whole.
     """
 
     logits: float | None
@@ -190,25 +223,25 @@ class Verdict:
 
     @property
     def found(self) -> str:
-        """What was measured, in words."""
+        """The measured values, in words."""
         logits = f"logits differ by {self.logits}" if self.logits is not None else ""
         return ", ".join(
             filter(None, [logits, f"{self.left} of the stream is left along it" * (self.left is not None)])
         )
 
     def __str__(self) -> str:
-        told = []
+        parts = []
         if self.logits is not None:
             as_served = "as served" if self.served is None else "as the original without it before its norms"
-            told.append(f"logits {as_served} to {self.logits:.1e} (accepted: to {MOST_LOGITS:.0e})")
+            parts.append(f"logits {as_served} to {self.logits:.1e} (accepted: to {MOST_LOGITS:.0e})")
         if self.left is not None:
-            told.append(f"{self.left:.1e} of the stream left along it (accepted: up to {MOST_LEFT:.0e})")
+            parts.append(f"{self.left:.1e} of the stream left along it (accepted: up to {MOST_LEFT:.0e})")
         if self.served is not None:
-            told.append(
+            parts.append(
                 f"from what is served, which removes it after the norms, the logits differ by {self.served:.1e}, "
                 "since a norm scales what the weights leave"
             )
-        return "; ".join(told)
+        return "; ".join(parts)
 
 
 def verify(
@@ -218,11 +251,16 @@ def verify(
     change: Change | None = None,
     preserve_norms: bool = False,
 ) -> Verdict:
-    """Compare `edited`, the files that were made or, with the `change` that an adapter is, the original ones, with what
-    `plan` is about.
+    """Compare `edited` with what `plan` describes.
 
-    Raises UnsupportedModel where it is something else: then some writer was missed, or files were not written as they
-    should be. Raises InvalidInput where there is nothing to compare.
+    Args:
+        edited: the files of the edited model, or the original ones with the `change` that an adapter makes.
+        change: is applied to each parameter of `edited`.
+        preserve_norms: whether the vectors that are written kept their lengths.
+
+    Raises:
+        UnsupportedModel: the models differ, so a writer was missed, or files were not written as they should be.
+        InvalidInput: there is nothing to compare.
     """
     passes = 1 if preserve_norms else 2 + plan.normed
     progress.plan(VERIFYING, passes * len(plan.streamed.becomes))
@@ -249,7 +287,7 @@ def _verdict(plan: RemovalPlan, edited: Streamed, preserve_norms: bool) -> Verdi
             "there is nothing to verify this by: lengths are kept, which no server does, and no direction is removed "
             "whole from all that is written; give --no-verify to write it unverified"
         )
-    largest = float(torch.tensor(list(left.values())).max()) if left else None  # NaN, where there is one
+    largest = float(torch.tensor(list(left.values())).max()) if left else None  # NaN if one of them is NaN
     verdict = Verdict(logits, served, largest)
     if not ((logits or 0.0) <= MOST_LOGITS and (largest or 0.0) <= MOST_LEFT):
         raise UnsupportedModel(
@@ -260,7 +298,7 @@ def _verdict(plan: RemovalPlan, edited: Streamed, preserve_norms: bool) -> Verdi
 
 
 def _without(plan: RemovalPlan, edited: Streamed) -> tuple[Tensor, dict[int, float]]:
-    """The logits of `edited`, and what is left of the direction in its stream, by layer."""
+    """The logits of `edited`, and the share of its stream that is left along the direction, by layer."""
     removal, blocks, left = plan.removal, edited.anatomy.blocks, dict[int, float]()
 
     def watch(layer: int, x: Tensor) -> None:
@@ -278,7 +316,8 @@ def _without(plan: RemovalPlan, edited: Streamed) -> tuple[Tensor, dict[int, flo
 
 
 def _logits(plan: RemovalPlan, places: Iterable[tuple[nn.Module, Term, Tensor | None]]) -> Tensor:
-    """The logits of the original with the direction removed from the outputs of these modules and before block 0."""
+    """The logits of the original model with the direction removed from the outputs of the modules of `places`, and from
+    the stream before block 0."""
     removal, blocks = plan.removal, plan.streamed.anatomy.blocks
     handles = [on_input(blocks[0], lambda x: removal.taken(x, EMBEDDING))]
     handles += [
@@ -294,7 +333,8 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 
 def _same_up_to(plan: RemovalPlan, layer: int) -> bool:
-    """Is one and the same direction removed from everything that was written up to `layer`? Then none of it is left."""
+    """Whether the same direction is removed from everything that was written up to `layer`. If it is, nothing of the
+    direction is left in the stream."""
     removal, direction = plan.removal, plan.removal.direction
     if direction.embedding is None or not removal.full(EMBEDDING):
         return False

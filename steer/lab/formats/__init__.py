@@ -1,4 +1,4 @@
-"""Files of other tools: one module for each kind, and the choice by what a file is."""
+"""Files of other tools: one module for each kind, and functions that choose the module for a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from steer.lab.formats.foreign import DIRECTION, MEAN_DIFFS, Foreign, read_pickl
 from steer.lab.measurement import Measurement, load_tensors
 from steer.names import MEASUREMENT_KEY, PICKLED_SUFFIXES
 
-#: How a file of a measurement is named where its kind follows from the name.
+#: The suffix of a measurement's file, if the name of a file decides its kind.
 MEASUREMENT_SUFFIX = ".measurement.safetensors"
 READS = (
     "a Steer direction or measurement (.safetensors), any other .safetensors, .gguf control vectors and GLP, "
@@ -21,7 +21,8 @@ WRITES = f"DIRECTION.safetensors, NAME{MEASUREMENT_SUFFIX}, NAME.gguf, NAME.glp.
 
 
 def read(path: Path, foreign: Foreign) -> Direction | Measurement:
-    """What `path` holds. `foreign` says what a file of another tool does not. Raises InvalidInput."""
+    """The direction or measurement in `path`. `foreign` has the facts that a file of another tool lacks. Raises
+    InvalidInput if the file is missing or of no known kind, or if `foreign` does not fit it."""
     if path.is_dir():
         found = [path / name for name in (DIRECTION, MEAN_DIFFS) if (path / name).exists()]
         if not found:
@@ -50,7 +51,11 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
 
 
 def write(path: Path, direction: Direction) -> list[str]:
-    """Write `direction` as the kind that `path` names; what the file does not carry, as sentences to warn with."""
+    """Write `direction` as the kind of file that the suffix of `path` names.
+
+    Returns:
+        What the file does not carry, as sentences for warnings.
+    """
     if path.suffix in (".gguf", ".pt") and direction.mlp_weights is not None:
         raise InvalidInput(f"{path}: no such file can weigh attention and MLP apart; .safetensors is accepted")
     if path.suffix == ".gguf":

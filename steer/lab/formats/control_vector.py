@@ -1,11 +1,12 @@
 """GGUF control vectors, as llama.cpp, repeng and EasySteer write and read them: float32 tensors `direction.N`.
 
-llama.cpp adds `direction.N` to the output of its 0-based block N, which is our layer N, for N ≥ 1. It only ever *adds*:
-what is exported of another mode is another thing, and that is said. The steer metadata goes along under `steer.meta`.
+llama.cpp adds `direction.N` to the output of its 0-based block N, which is our layer N, for N ≥ 1. It only ever *adds*.
+So the file of a direction of another mode has another effect than the direction, and a warning says so. The direction's
+metadata is in the file, under `steer.meta`.
 
 GLP files are the same with keys `glp.…` (msuiche/weightless, spec/GLP.md, versions 1 and 2): `glp.mode` is `project`
-(our `ablate`) or `add`, `glp.alpha_default` the strength, and rank k has rows `direction.N.j`. They are written where a
-name ends in `.glp.gguf`.
+(our `ablate`) or `add`, `glp.alpha_default` is the strength, and a file of rank k has rows `direction.N.j`. A GLP file
+is written if the name ends in `.glp.gguf`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from steer.names import MAX_STRENGTH, Mode
 from steer.runtime.op import GAMMA, coefficients
 
 ARCHITECTURE, GLP = "controlvector", ".glp.gguf"
-#: The keys of versions 1 and 2; those after the hook point only describe.
+#: The keys of versions 1 and 2. The keys after the hook point only describe the file.
 GLP_KEYS = (
     *("glp.mode", "glp.spec_version", "glp.alpha_default", "glp.rank", "glp.orthonormal", "glp.dir_scales"),
     *("glp.layer_scales", "glp.hook_point", "glp.derived_at", "glp.content_sha256", "glp.created", "glp.method"),
@@ -35,15 +36,16 @@ GLP_KEYS = (
 
 
 def read(path: Path, foreign: Foreign) -> Direction:
-    """The vectors as a direction whose mode is `add`, or that of a GLP file; a layer that has none is unsteered."""
+    """The vectors as a direction. Its mode is `add`, or the mode of a GLP file. A layer without vectors is
+    unsteered."""
     gguf = imported("gguf", f"{path}: GGUF", "'steer-llm[gguf]'")
     try:
         reader = gguf.GGUFReader(path)
         wanted = ("general.architecture", "glp.")
-        told = {name: field.contents() for name, field in reader.fields.items() if name.startswith(wanted)}
+        metadata = {name: field.contents() for name, field in reader.fields.items() if name.startswith(wanted)}
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise InvalidInput(f"{path}: not a GGUF file: {error}") from error
-    if (kind := told.get("general.architecture")) != ARCHITECTURE:
+    if (kind := metadata.get("general.architecture")) != ARCHITECTURE:
         raise InvalidInput(f"{path}: general.architecture is '{kind}', a control vector has '{ARCHITECTURE}'")
     found: dict[int, dict[int, Tensor]] = {}
     for tensor in reader.tensors:
@@ -62,19 +64,19 @@ def read(path: Path, foreign: Foreign) -> Direction:
         raise InvalidInput(
             f"{path}: its layers have {min(counts)} to {max(counts)} vectors; all layers must have the same number"
         )
-    projects = told.get("glp.mode", "add") == "project"
-    InvalidInput.raise_for(f"{path}: {problem}" for problem in _glp_problems(told, *counts))
+    projects = metadata.get("glp.mode", "add") == "project"
+    InvalidInput.raise_for(f"{path}: {problem}" for problem in _glp_problems(metadata, *counts))
     facts = foreign.model(path, d_model)
     for layer in rows:
         foreign.check_layer(path, layer)
     mode: Mode = "ablate" if projects else "add"
     made = direction_of(rows, facts, source=path, method="control vector", mode=mode)
-    return made.with_meta(strength=float(told.get("glp.alpha_default", 1.0)))
+    return made.with_meta(strength=float(metadata.get("glp.alpha_default", 1.0)))
 
 
 def _glp_problems(told: Mapping[str, object], rank: int) -> Iterator[str]:
-    """Yield what a direction of `rank` rows cannot say of a GLP file, and of another control vector with several rows
-    for a layer; and in which a file contradicts itself."""
+    """Yield every problem of a file: what a direction of `rank` rows cannot express (keys of GLP, or several rows of a
+    layer in another control vector), and where the file contradicts itself."""
     several = rank > 1
     if unknown := sorted(key for key in told if key.startswith("glp.") and key not in GLP_KEYS):
         listed = ", ".join(map(brief, unknown))
@@ -104,8 +106,11 @@ def _glp_problems(told: Mapping[str, object], rank: int) -> Iterator[str]:
 
 
 def write(path: Path, direction: Direction) -> list[str]:
-    """What the direction adds in the mode `add`, at its own strength if that is its mode, else at 1. Returns what
-    a reader of the file would miss."""
+    """Write what the direction adds in the mode `add`: at its own strength if `add` is its mode, else at 1.
+
+    Returns:
+        What the file does not carry, as sentences.
+    """
     meta = direction.meta
     if path.name.lower().endswith(GLP):
         return _write_glp(path, direction)
@@ -132,7 +137,7 @@ def write(path: Path, direction: Direction) -> list[str]:
 
 @contextmanager
 def _written(path: Path, direction: Direction, rows: Tensor) -> Iterator[Any]:
-    """Write the file with `rows` `[layers, k, d_model]`; what describes them is added to the writer meanwhile."""
+    """Write the file with `rows` `[layers, k, d_model]`. The `with` block adds further metadata to the writer."""
     meta = direction.meta
     if not rows[1:].any():
         raise InvalidInput(f"{path}: it would be empty: this direction acts at layer 0 alone, which has no name there")
@@ -152,7 +157,8 @@ def _written(path: Path, direction: Direction, rows: Tensor) -> Iterator[Any]:
 
 
 def _write_glp(path: Path, direction: Direction) -> list[str]:
-    """The direction in its own mode at its own strength. Raises InvalidInput for what GLP cannot say."""
+    """Write the direction in its own mode at its own strength. Returns what the file does not carry, as sentences.
+    Raises InvalidInput with everything that GLP cannot express."""
     meta = direction.meta
     problems = []
     if meta.mode not in ("ablate", "add"):

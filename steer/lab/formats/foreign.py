@@ -1,17 +1,16 @@
-"""Vectors in files of other tools: what such a file does not say and a direction must, the one place where a pickled
-file is read, and the kinds of files that torch pickled. Layer i in these is the *input* of block i (resid_pre), our
-layer i − 1.
+"""Vectors in files of other tools: the facts that a direction needs and such a file does not have, the only function
+that reads a pickled file, and the kinds of files that torch pickled. In the pickled files, layer i is the *input* of
+block i (resid_pre), which is our layer i − 1.
 
-`direction.pt` with `direction_metadata.json`, and `mean_diffs.pt`, as the pipeline of Arditi et al. writes them: a
-direction is `[d_model]`, the differences are `[positions, layers, d_model]`, float64; positions count from the prompt's
-end.
+The pipeline of Arditi et al. writes `direction.pt` with `direction_metadata.json`, and `mean_diffs.pt`. A direction is
+`[d_model]`, the differences are `[positions, layers, d_model]`, float64. Positions count from the prompt's end.
 
-Class means as jim-plus and Orion write them: a dict of `harmful_{i}` and `harmless_{i}`. `harmful_0` is the embedding
-output, and an entry for i = number of layers is what is after the final norm: neither is a block's output, and both are
-left out. So the last layer is not in such a file. Beside the means stands a direction: `refuse_{i}`, the difference, or
-`refusenorm_{i}`, at unit length. It is made again from the means by whatever method is wanted, or read as it is
-(`--tensor`, or where there are no means). Means in 16 bits have lost what a small difference of them was; the direction
-has not.
+jim-plus and Orion write class means: a dict of `harmful_{i}` and `harmless_{i}`. `harmful_0` is the embedding output,
+and an entry for i = number of layers is the stream after the final norm. Neither is a block's output, so both are left
+out, and the last layer is not in such a file. The file also has a direction: `refuse_{i}`, the difference, or
+`refusenorm_{i}`, at unit length. It is computed again from the means by the chosen method, or read as it is (with
+`--tensor`, or if there are no means). Means in 16 bits have lost the digits of a small difference between them; the
+direction has not.
 """
 
 from __future__ import annotations
@@ -36,14 +35,20 @@ from steer.names import Mode
 
 log = logging.getLogger("steer")
 DIRECTION, METADATA, MEAN_DIFFS = "direction.pt", "direction_metadata.json", "mean_diffs.pt"
-#: The directions that such a file may hold, and the modes for which they are enough.
+#: The directions that a file of class means may hold, and the modes for which each is enough.
 STORED: Mapping[str, tuple[Mode, ...]] = {"refuse": ("ablate", "add"), "refusenorm": ("ablate",)}
 
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """`facts` of the model that the file was made for (`--model`), and where the file has several vectors, the `layer`
-    (ours), `position` and `tensor` that are meant."""
+    """What the user says about a file of another tool.
+
+    Attributes:
+        facts: of the model that the file was made for (`--model`).
+        layer: which layer's vector is meant, if the file has several; counted as ours.
+        position: which position's vector is meant.
+        tensor: the name of the tensor that is meant.
+    """
 
     facts: ModelFacts | None = None
     layer: int | None = None
@@ -51,12 +56,13 @@ class Foreign:
     tensor: str | None = None
 
     def refuse(self, source: object, *names: str) -> None:
-        """Raise InvalidInput for each of `names` that was given although `source` leaves no choice of it."""
+        """Raise InvalidInput with each of `names` that was given although `source` leaves no choice of it."""
         given = [name for name in names if getattr(self, "facts" if name == "model" else name) is not None]
         InvalidInput.raise_for(f"--{name}: is not for {source}, which leaves no choice of it" for name in given)
 
     def model(self, source: object, d_model: int) -> ModelFacts:
-        """The facts. Raises InvalidInput where they were not given, or are of another width."""
+        """The facts of the model. Raises InvalidInput if they were not given, or if the model's d_model is not
+        `d_model`."""
         if self.facts is None:
             raise InvalidInput(f"{source}: does not say which model it was made for: give --model")
         if self.facts.d_model != d_model:
@@ -66,6 +72,7 @@ class Foreign:
         return self.facts
 
     def check_layer(self, source: object, layer: int) -> int:
+        """Return `layer`. Raises InvalidInput if the model does not have it."""
         assert self.facts is not None
         if not 0 <= layer < self.facts.layers:
             raise InvalidInput(f"{source}: layer {layer} is not one of the model's 0 to {self.facts.layers - 1}")
@@ -73,7 +80,7 @@ class Foreign:
 
 
 def width_of(source: object, vectors: Iterable[Tensor]) -> int:
-    """The number of dimensions of `vectors` `[d_model]`. Raises InvalidInput where it is not the same for all."""
+    """The number of dimensions of `vectors`, each `[d_model]`. Raises InvalidInput if it is not the same for all."""
     sizes = {len(vector) for vector in vectors}
     if len(sizes) != 1:
         raise InvalidInput(f"{source}: its vectors have different numbers of dimensions: {sorted(sizes)}")
@@ -91,10 +98,21 @@ def direction_of(
     source_layer: int | None = None,
     parameters: Mapping[str, float | int | str | None] | None = None,
 ) -> Direction:
-    """A direction of the vectors `[k, d_model]` of some layers, the others unsteered. Their lengths are kept as the
-    difference of the class means, so that `add` adds the vectors themselves; no more of the means is known, and one
-    vector of a layer can be ablated and added, several can be ablated; `modes` is for vectors without a length of their
-    own. Raises InvalidInput for vectors that are no direction."""
+    """A direction made of the vectors of some layers; the other layers are unsteered.
+
+    The vectors' lengths are kept as the difference of the class means, so that the mode `add` adds the vectors
+    themselves. Nothing else is known of the means.
+
+    Args:
+        rows: the vectors of each layer, `[k, d_model]`.
+        source: the file, for errors.
+        mode: the direction's default mode.
+        modes: the modes that the direction allows, for vectors whose length has no meaning. By default one vector of
+            a layer can be ablated and added, and several can be ablated.
+
+    Raises:
+        InvalidInput: the vectors of a layer are not a direction.
+    """
     k = max(len(each) for each in rows.values())
     directions = torch.zeros(facts.layers, k, facts.d_model)
     difference = torch.zeros(facts.layers, facts.d_model)
@@ -129,7 +147,8 @@ def imported(
     source: object,
     modes: tuple[Mode, ...] | None = None,
 ) -> Direction:
-    """The direction of vectors by layer, each layer's own, or with --layer that layer's at all of them."""
+    """A direction of vectors by layer: each layer has its own vectors, or, with --layer, all layers have the vectors of
+    that layer."""
     if (layer := foreign.layer) is not None:
         if foreign.check_layer(source, layer) not in rows:
             raise InvalidInput(f"{source}: has vectors of the layers {sorted(rows)}, not of {layer}")
@@ -138,9 +157,12 @@ def imported(
 
 
 def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> Direction:
-    """The direction in any safetensors file with a tensor of vectors, `[d_model]`, `[layers, d_model]` or `[layers, k,
-    d_model]`, or with a tensor `NAME.N` for each layer N. One vector serves all layers, more are each layer's own (the
-    output of block l has row l). They are made unit and orthonormal; the one of a layer can be added as it is."""
+    """The direction in any safetensors file with vectors.
+
+    The vectors are in a tensor `[d_model]`, `[layers, d_model]` or `[layers, k, d_model]`, or in a tensor `NAME.N` for
+    each layer N. One vector serves all layers; otherwise each layer has its own (row l is for the output of block l).
+    The vectors are made orthonormal. If a layer has one vector, it can be added with its own length.
+    """
     if foreign.tensor is None and holds_model(tensors):
         raise InvalidInput(f"{path}: this is a model; give a direction file, or --tensor for vectors that are in it")
     if foreign.tensor is None and (numbered := _numbered(tensors)):
@@ -170,7 +192,8 @@ def read_plain(path: Path, tensors: Mapping[str, Tensor], foreign: Foreign) -> D
 
 
 def _numbered(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """The vectors by layer, where all of several tensors are vectors, and their names one name with a number."""
+    """The vectors by layer, if there are several tensors, all of them are vectors, and their names are one name with a
+    number. Otherwise nothing."""
     found = [(re.fullmatch(r"(.*\D)?([0-9]{1,9})", name), tensor) for name, tensor in tensors.items()]
     named = {(match[1], int(match[2])): tensor for match, tensor in found if match and tensor.ndim == 1}
     alike = len(named) == len(tensors) > 1 and len({name for name, _ in named}) == 1
@@ -178,10 +201,11 @@ def _numbered(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
 
 
 def load_pickled(path: Path) -> Any:
-    """What torch saved in `path`. `weights_only` refuses every file that would run code. Raises InvalidInput."""
+    """The value that torch saved in `path`. `weights_only` refuses every file that would run code. Raises InvalidInput
+    if the file cannot be read, or has a tensor of a kind that `check_plain` refuses."""
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle is a program, and in a broken one any step of it may fail
+    except Exception as error:  # a pickle is a program, and any step of a broken one may fail
         raise InvalidInput(
             f"{path}: cannot be read as a file of tensors (anything else in it is refused): {str(error)[:200]}"
         ) from error
@@ -190,7 +214,7 @@ def load_pickled(path: Path) -> Any:
 
 
 def check_plain(path: Path, values: Iterable[object]) -> None:
-    """Raise InvalidInput where one of the tensors among `values` is not dense, or not of real numbers."""
+    """Raise InvalidInput if a tensor among `values` is not dense, or not of real numbers."""
     for tensor in values:
         if isinstance(tensor, Tensor) and (
             tensor.layout is not torch.strided
@@ -203,7 +227,8 @@ def check_plain(path: Path, values: Iterable[object]) -> None:
 
 
 def read_pickled(path: Path, foreign: Foreign) -> Direction | Measurement:
-    """What torch saved in `path`: class means, a direction for each layer, or what Arditi et al. write."""
+    """The direction or measurement that torch saved in `path`: class means, a direction for each layer, or a file of
+    Arditi et al."""
     value = load_pickled(path)
     if isinstance(value, dict):
         return read_means(path, value, foreign)
@@ -216,7 +241,8 @@ def read_pickled(path: Path, foreign: Foreign) -> Direction | Measurement:
 
 
 def read_arditi(path: Path, value: Tensor, foreign: Foreign) -> Direction:
-    """One vector for all layers, which can be ablated, and added as it is."""
+    """A direction of one vector for all layers, from a file of Arditi et al. It can be ablated, and added with its own
+    length."""
     if value.ndim not in (1, 3):
         raise InvalidInput(
             f"{path}: has shape {list(value.shape)}; a direction has [d_model] or [layers, d_model], mean differences "
@@ -238,7 +264,12 @@ def read_arditi(path: Path, value: Tensor, foreign: Foreign) -> Direction:
 
 
 def write_arditi(path: Path, direction: Direction) -> list[str]:
-    """The source layer's vector, with the length of the difference of its class means where that is known."""
+    """Write the source layer's vector as Arditi et al. do. Its length is the length of the difference of the class
+    means, or 1 if that is not known.
+
+    Returns:
+        What the file does not carry, as sentences.
+    """
     source, meta = direction.meta.source_layer, direction.meta
     if source is None or direction.rank != 1:
         raise InvalidInput(f"{path}: this format holds one vector of one source layer; derive one with --layer NUMBER")
@@ -259,7 +290,7 @@ def write_arditi(path: Path, direction: Direction) -> list[str]:
         "the layers' weights are not in it": not bool((direction.weights == 1).all()),
         f"the rows of other layers than {source} are not in it": not same,
     }
-    return [f"{path}: {told}" for told, holds in missed.items() if holds]
+    return [f"{path}: {text}" for text, holds in missed.items() if holds]
 
 
 def _single(path: Path, value: Tensor, foreign: Foreign) -> tuple[int, int | None, Tensor]:
@@ -268,14 +299,14 @@ def _single(path: Path, value: Tensor, foreign: Foreign) -> tuple[int, int | Non
         return foreign.layer, foreign.position, value
     try:
         described = json.loads(beside.read_text())
-        theirs, position = int(described["layer"]), int(described["pos"])
+        layer, position = int(described["layer"]), int(described["pos"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InvalidInput(
             f"{beside}: gives no layer and pos ({error}); give --layer (the output of which of our blocks)"
         ) from error
-    if theirs == 0:
+    if layer == 0:
         raise InvalidInput(f"{beside}: layer 0 is the embedding output, which is no block's")
-    return theirs - 1, position, value
+    return layer - 1, position, value
 
 
 def _chosen(path: Path, value: Tensor, foreign: Foreign) -> tuple[int, int | None, Tensor]:
@@ -290,6 +321,8 @@ def _chosen(path: Path, value: Tensor, foreign: Foreign) -> tuple[int, int | Non
 
 
 def read_means(path: Path, values: Mapping[str, Any], foreign: Foreign) -> Measurement | Direction:
+    """The measurement that class means make, or the direction that the file has besides them (see the module's
+    docstring)."""
     stored = [name for name in STORED if _entries(values, name)]
     if foreign.tensor is not None and foreign.tensor not in stored:
         raise InvalidInput(
@@ -326,7 +359,7 @@ def read_means(path: Path, values: Mapping[str, Any], foreign: Foreign) -> Measu
 
 
 def _entries(values: Mapping[str, Any], name: str) -> dict[int, Tensor]:
-    """The tensors `name_{i}` by i."""
+    """The tensors `name_{i}`, by i, float64."""
     matched = ((re.fullmatch(rf"{name}_([0-9]{{1,9}})", str(key)), value) for key, value in values.items())
     return {int(m.group(1)): v.double().flatten() for m, v in matched if m and isinstance(v, Tensor)}
 

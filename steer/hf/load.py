@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger("steer")
-#: How long the hub may take to say whether it has a model.
+#: How many seconds the hub may take to answer whether it has a model.
 HUB_SECONDS = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded(Chat):
-    """A causal language model with its tokenizer. `name` is what it was loaded by."""
+    """A causal language model with its tokenizer. `name` is the name that was passed to `load`."""
 
     name: str
     revision: str | None
@@ -38,7 +38,7 @@ class Loaded(Chat):
 
     @property
     def context(self) -> int:
-        """The most tokens that the model's positions allow."""
+        """The most tokens that the model's positions allow; 2048 if the config does not say."""
         config = self.model.config.get_text_config()
         known = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         return int(known or 2048)
@@ -61,17 +61,20 @@ def load(
     trust_remote_code: bool = False,
     chat_template: Path | None = None,
 ) -> Loaded:
-    """Load a local folder, a hub id, or a GGUF file (a path, or OWNER/NAME/FILE.gguf). Of a model that sees or hears,
-    the text is what is served.
+    """Load a model and its tokenizer. A model that also takes images or sound is loaded with its text part only, if
+    transformers has a class for that part.
 
-    dtype: `auto` is the stored one on an accelerator and float32 on a CPU, where the lower ones are slower,
-    unless it has instructions for them: with AMX, bfloat16 took 0.4 of the time of float32.
-    device: `auto` is the accelerator where there is one.
-    device_map: "auto" puts what does not fit on the device into the memory of the CPU and on the disk.
-    trust_remote_code: may Python code that comes with the model be run? It could do anything.
-    chat_template: a Jinja file that renders chats in place of the model's own template, or where it has none.
+    Args:
+        name: a local folder, a hub id, or a GGUF file (a path, or OWNER/NAME/FILE.gguf).
+        dtype: `auto` is the stored dtype on an accelerator, and float32 on a CPU, where lower ones are slower unless
+            the CPU has instructions for them: with AMX, bfloat16 took 0.4 of the time of float32.
+        device: `auto` is the accelerator if there is one.
+        device_map: "auto" puts the parts that do not fit on the device into the memory of the CPU and on the disk.
+        trust_remote_code: whether Python code that comes with the model may be run. The code could do anything.
+        chat_template: a Jinja file that renders chats in place of the model's own template, if it has one.
 
-    Raises UnsupportedModel when it is no language model that transformers can load whole.
+    Raises:
+        UnsupportedModel: it is not a language model, or transformers cannot load all of it.
     """
     from transformers import AutoTokenizer
 
@@ -101,10 +104,10 @@ def load(
         tokenizer.chat_template = chat_template.read_text("utf-8")
     elif not tokenizer.chat_template:
         tokenizer.chat_template = _template_of_processor(source)
-    # packed weights cannot be moved: what unpacks them puts them where they belong
+    # quantized weights cannot be moved later: the code that unpacks them puts them on the device
     placed = device_map or ({"": device} if getattr(config, "quantization_config", None) else None)
     with _reading(name):
-        model, told = auto_class(name, config, trust_remote_code=trust_remote_code).from_pretrained(
+        model, loading_info = auto_class(name, config, trust_remote_code=trust_remote_code).from_pretrained(
             source.name,
             dtype=wanted,
             attn_implementation=attention_implementation(config),
@@ -112,7 +115,7 @@ def load(
             **options,
             **({"device_map": placed} if placed else {}),
         )
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise UnsupportedModel(
             f"cannot load the model '{name}': its files lack {len(missing)} weights of {type(model).__name__}, which "
             f"would be random: {', '.join(missing[:4])}"
@@ -123,41 +126,41 @@ def load(
 
 
 def _apply_gguf_special_tokens(source: ModelLocation, tokenizer: Any, model: PreTrainedModel) -> None:
-    """Let texts begin and turns end as a GGUF file says; transformers 5.19 reads neither.
+    """Set from a GGUF file whether texts begin with BOS and which tokens end a turn. transformers 5.19 reads neither.
 
-    A tokenizer of the kind "llama" begins with BOS unless the file says otherwise, as in llama.cpp.
+    With a tokenizer of the kind "llama", texts begin with BOS unless the file says otherwise, as in llama.cpp.
     """
     from gguf import GGUFReader
     from transformers.utils import cached_file
 
     reader = GGUFReader(cached_file(source.name, source.options["gguf_file"], revision=source.options.get("revision")))
 
-    def told(key: str, otherwise: Any) -> Any:
+    def value_of(key: str, otherwise: Any) -> Any:
         field = reader.get_field(f"tokenizer.ggml.{key}")
         return otherwise if field is None else field.contents()
 
-    begins = told("add_bos_token", told("model", None) == "llama")
+    begins = value_of("add_bos_token", value_of("model", None) == "llama")
     if begins != (tokenizer("a").input_ids[0] == tokenizer.bos_token_id):
         tokenizer.add_bos_token = begins
     generation = model.generation_config
     generation.eos_token_id = (
-        sorted({tokenizer.eos_token_id, generation.eos_token_id, told("eot_token_id", None)} - {None}) or None
+        sorted({tokenizer.eos_token_id, generation.eos_token_id, value_of("eot_token_id", None)} - {None}) or None
     )
 
 
 def load_classifier(name: str) -> tuple[Any, Any]:
-    """A sequence classifier of transformers and its tokenizer, of the folder or hub id `name`; none of its code is
-    trusted. Raises UnsupportedModel where there is none."""
+    """A sequence classifier of transformers and its tokenizer, from the folder or hub id `name`. Python code that comes
+    with it is not run. Raises UnsupportedModel if it cannot be loaded."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
         return AutoModelForSequenceClassification.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # of any class, as in `_reading`
+    except Exception as error:  # transformers raises errors of any class here, as in `_reading`
         raise UnsupportedModel(f"'{name}' is no sequence classifier that can be loaded: {error}") from error
 
 
 def read_config(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a model, as `load` finds it. Raises UnsupportedModel."""
+    """The config of a model, found in the same way as by `load`. Raises UnsupportedModel if there is none."""
     return _config(name, find_model(name, revision), trust_remote_code)
 
 
@@ -170,29 +173,30 @@ def _config(name: str, source: ModelLocation, trust_remote_code: bool) -> PreTra
 
 @contextmanager
 def _reading(name: str, what: str = "") -> Iterator[None]:
-    """What transformers raises over the files of a model, which may be of any class, as an UnsupportedModel."""
+    """Raise an UnsupportedModel in place of the error that transformers raises for the files of a model, which may be
+    of any class. `what` is the beginning of its text."""
     try:
         yield
     except UnsupportedModel:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())
-        if "trust_remote_code" in said:
-            said = (
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            text = (
                 "it needs Python code that comes with it, which is not run unasked; accepted: --trust-remote-code "
                 "(trust_remote_code=True in Python), if you trust its authors with this machine"
             )
         elif not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
-            said = (
-                f"a file of it cannot be read ({type(error).__name__}: {said[:200]}): fetch it again if the download "
+            text = (
+                f"a file of it cannot be read ({type(error).__name__}: {text[:200]}): fetch it again if the download "
                 "broke off, or if it is a pointer of Git LFS"
             )
-        raise UnsupportedModel(f"cannot load the model '{name}': {what}{said}") from error
+        raise UnsupportedModel(f"cannot load the model '{name}': {what}{text}") from error
 
 
 def auto_class(name: str, config: PreTrainedConfig, *, whole: bool = False, trust_remote_code: bool = False) -> Any:
-    """The class of transformers that loads the language model of `config`: the text alone where that has a class, or,
-    where `whole`, with the parts that see and hear. Raises UnsupportedModel."""
+    """The class of transformers that loads the language model of `config`: the text part alone if that has a class, or,
+    with `whole`, also the parts for images and sound. Raises UnsupportedModel if there is no such class."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -219,7 +223,8 @@ _TAKEN = "a causal language model, alone or inside of one that takes images, sou
 
 
 def _template_of_processor(source: ModelLocation) -> str | None:
-    """The chat template that a model with a processor keeps apart from its tokenizer."""
+    """The chat template that a model with a processor keeps in a file apart from its tokenizer; None if it has none, or
+    if the file cannot be read."""
     from transformers.utils import cached_file
 
     options = {key: value for key, value in source.options.items() if key != "gguf_file"}
@@ -246,16 +251,19 @@ def check_device(device: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModelLocation:
-    """Where a model is: the folder or hub id, and what transformers is told with it (revision, GGUF file)."""
+    """Where a model is: the folder or hub id, and the options that transformers needs with it (revision, GGUF file)."""
 
     name: str
     options: Mapping[str, Any]
 
 
 def find_model(name: str, revision: str | None = None, configs: Sequence[str] = ("config.json",)) -> ModelLocation:
-    """Where the model is whose config is one of `configs`. Raises UnsupportedModel, after one request to the hub at
-    most, when `name` is neither a folder with one, nor a GGUF file, nor in the hub's cache, nor on the hub.
-    transformers would find that out too, after a minute of repeated requests.
+    """Find the model `name`, whose config file has one of the names `configs`.
+
+    Raises:
+        UnsupportedModel: `name` is neither a folder with a config, nor a GGUF file, nor in the hub's cache, nor on the
+            hub. It is raised after one request to the hub for each of `configs` at most; transformers would find that
+            out only after a minute of repeated requests.
     """
     from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -291,10 +299,10 @@ def find_model(name: str, revision: str | None = None, configs: Sequence[str] = 
                 if answer.status_code != 404 or config == configs[-1]:
                     hf_raise_for_status(answer)
                     break
-        except Exception:  # of the network, of the hub, of its answer: they have no class of their own
+        except Exception:  # errors of the network, the hub or its answer have no common class
             if cached is None:
                 raise
-            where = str(cached.parent)  # or the hub would be asked again, for each file
+            where = str(cached.parent)  # by its id, the hub would be asked again for each file
             options.pop("revision", None)
     except HFValidationError:
         raise missing("there is no such folder, and this is not a hub id either") from None
@@ -313,7 +321,7 @@ def check_gguf() -> None:
 
 
 def check_causal(name: str, config: PreTrainedConfig) -> None:
-    """Raise UnsupportedModel for an encoder, of which transformers would make a causal model that was never trained."""
+    """Raise UnsupportedModel for an encoder: transformers would load it as a causal model that was never trained."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -329,13 +337,14 @@ def check_causal(name: str, config: PreTrainedConfig) -> None:
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:
-    """The attention implementation to load a model with, None for transformers' choice: torch's own attention has no
-    soft cap, and transformers 5.19 leaves it out where that is chosen (Gemma 2)."""
+    """The attention implementation to load a model with; None for transformers' choice. torch's own attention has no
+    soft cap, and transformers 5.19 leaves the soft cap out if it chooses that attention (Gemma 2)."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def describe(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> tuple[str, int, int]:
-    """Architecture (`text_architecture`), layers and d_model of a model, from its config alone."""
+    """The architecture (`text_architecture`), the number of layers and the d_model of a model, from its config
+    alone."""
     config = read_config(name, revision, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     otherwise = (config.architectures or ["unknown"])[0]
@@ -343,8 +352,9 @@ def describe(name: str, revision: str | None = None, *, trust_remote_code: bool 
 
 
 def text_architecture(model_type: str, otherwise: str) -> str:
-    """By which architecture a direction is told to fit: the class of the text model of type `model_type` where
-    transformers has one, so that a model inside of one with a vision tower is the same model; `otherwise` elsewhere."""
+    """The architecture by which a direction is checked to fit a model: the class of the text model of type
+    `model_type` if transformers has one, else `otherwise`. So a text model alone and the same text model with a vision
+    tower have the same architecture."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, otherwise))
@@ -352,8 +362,9 @@ def text_architecture(model_type: str, otherwise: str) -> str:
 
 @cache
 def template_parameters() -> frozenset[str]:
-    """The names that `apply_chat_template` and the rendering that it calls take for themselves. Whatever else is given
-    to them is a variable of the template; these would replace the template, or what is made of its text."""
+    """The names of the parameters of `apply_chat_template` and of the rendering function that it calls. Any other name
+    that is passed to them is a variable of the template. These names would change the template, or how its text is
+    used."""
     from transformers import PreTrainedTokenizerBase
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -1,4 +1,4 @@
-"""Sampling for a batch whose requests each have their own parameters. Pure functions on logits."""
+"""Sampling for a batch in which each request has its own parameters: functions on logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from steer.runtime.readout import Reading
 T = TypeVar("T")
 
 
-#: Below this the distribution is the argmax in float32, and the division would overflow.
+#: The least temperature at which a token is drawn. Below it the distribution is the argmax in float32, and the division
+#: by the temperature would overflow.
 MIN_TEMPERATURE = 1e-5
 NO_LOGITS = (
     "the model's logits for this request are not finite: its numbers have left the range of its dtype; serve it with "
@@ -25,10 +26,12 @@ NO_LOGITS = (
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What one request asks of the sampler. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 cut nothing.
+    """The sampling parameters of one request. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 cut nothing.
 
-    `logprobs` is how many alternatives are reported beside the sampled token, None for no report at all. `bad_words`
-    are token ids of texts that the answer must not have; none of its first `min_tokens` ends it.
+    Attributes:
+        logprobs: how many alternatives are reported besides the sampled token; None for no report at all.
+        bad_words: token ids of texts that the answer must not contain.
+        min_tokens: the number of tokens before which nothing ends the answer.
     """
 
     max_tokens: int
@@ -48,19 +51,19 @@ class Sampling:
     min_tokens: int = 0
 
     def ends(self, eos: Collection[int]) -> frozenset[int]:
-        """The tokens that end the answer, of a model whose end-of-sequence tokens are `eos`."""
+        """The tokens that end the answer. `eos`: the model's end-of-sequence tokens."""
         return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos)
 
     @property
     def shapes(self) -> bool:
-        """Does it change logits before a token is chosen?"""
+        """Whether the parameters change logits before a token is chosen."""
         asked = self.logit_bias, self.bad_words, self.frequency_penalty, self.presence_penalty, self.min_tokens
         return any(asked) or self.repetition_penalty != 1
 
 
 class Sampler:
-    """One request's sampling parameters with its own random state, if it was given a seed, and with what has come,
-    where its logits are shaped by that: told of each token."""
+    """The sampling parameters of one request with its state: its own random generator if it has a seed, and the tokens
+    of its answer, if its parameters shape logits (`push` must then be called with each token)."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), eos: Collection[int] = ()) -> None:
         self.sampling, self.shapes = sampling, sampling.shapes
@@ -72,6 +75,7 @@ class Sampler:
         self._counts: Tensor | None = None
 
     def push(self, token: int) -> None:
+        """Note that `token` is the next token of the answer."""
         self._answer.append(token)
         if self._seen is not None:
             self._seen[token] = True
@@ -79,7 +83,7 @@ class Sampler:
             self._counts[token] += 1
 
     def bias(self, like: Tensor) -> Tensor:
-        """`[vocabulary]`, what is added to each logit; minus infinity for a word of one token."""
+        """`[vocabulary]`: the value that is added to each logit; minus infinity for a bad word of one token."""
         if self._bias is None:
             self._bias = torch.zeros_like(like)
             for token, value in self.sampling.logit_bias:
@@ -88,20 +92,21 @@ class Sampler:
         return self._bias
 
     def seen(self, like: Tensor) -> Tensor:
-        """`[vocabulary]`, whether a token is in the prompt or the answer."""
+        """`[vocabulary]`: whether each token is in the prompt or the answer."""
         if self._seen is None:
             self._seen = torch.zeros_like(like, dtype=torch.bool)
             self._seen[[*self._prompt, *self._answer]] = True
         return self._seen
 
     def counts(self, like: Tensor) -> Tensor:
-        """`[vocabulary]`, how often a token is in the answer."""
+        """`[vocabulary]`: how often each token is in the answer."""
         if self._counts is None:
             self._counts = torch.bincount(torch.tensor(self._answer, dtype=torch.long), minlength=len(like)).to(like)
         return self._counts
 
     def banned(self) -> list[int]:
-        """What may not come now: ends that come too early, and the last tokens of words whose others have come."""
+        """The tokens that must not be next: tokens that would end the answer too early, and the last token of each bad
+        word whose other tokens are the end of the answer."""
         early = self._ends if len(self._answer) < self.sampling.min_tokens else ()
         words = [
             word[-1]
@@ -112,7 +117,8 @@ class Sampler:
 
 
 def shaped(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """`logits` (`[requests, vocabulary]`) as the requests want them: itself where none wants anything, else a copy."""
+    """`logits` (`[requests, vocabulary]`) after the changes that the requests ask for: `logits` itself if no request
+    asks for a change, else a copy, float32."""
     if not any(sampler.shapes for sampler in samplers):
         return logits
     out = logits.float().clone()
@@ -147,10 +153,13 @@ def shaped(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A sampled (or scored) token: its log-probability under the model's own distribution, and the most likely ones.
+    """A sampled (or scored) token.
 
-    `reading` is what was read at the position that predicted it, where that was asked for; `applied` whether its
-    request is steered, where that has a condition.
+    Attributes:
+        logprob: its log-probability under the model's own distribution.
+        top: the most likely tokens with their log-probabilities.
+        reading: the reading at the position that predicted the token, if a read-out was requested.
+        applied: whether its request is steered, if the request has a condition.
     """
 
     id: int
@@ -161,10 +170,10 @@ class Token:
 
 
 def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | RequestFailed]:
-    """One token for each row of `logits` (`[requests, vocabulary]`, float32), in the order of `samplers`; in its place
-    the error of a request for which none can be chosen, which is nobody else's.
+    """One token for each row of `logits` (`[requests, vocabulary]`, float32), in the order of `samplers`. If no token
+    can be chosen for a request, its error is in the token's place, and the other requests are not affected.
 
-    A seeded request draws from its own generator, so that its tokens do not depend on what shares its batch.
+    A request with a seed draws from its own generator, so its tokens do not depend on the other requests of the batch.
     """
     failed: dict[int, RequestFailed] = {}
     raw, finite = logits, torch.isfinite(logits.max(dim=-1).values)
@@ -180,10 +189,10 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | RequestF
     out: list[Token | RequestFailed] = [Token(token) for token in ids]
     reported = [i for i, s in enumerate(samplers) if s.sampling.logprobs is not None]
 
-    def told(rows: list[int]) -> list[Token]:
+    def reports(rows: list[int]) -> list[Token]:
         return report(raw[rows], chosen[rows], [samplers[i].sampling.logprobs or 0 for i in rows])
 
-    for rows, tokens in _apart(reported, told, failed):
+    for rows, tokens in _apart(reported, reports, failed):
         for i, one in zip(rows, tokens, strict=True):
             out[i] = one
     failed |= {i: RequestFailed(NO_LOGITS) for i, token in enumerate(ids) if token < 0}
@@ -198,7 +207,8 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[Token | RequestF
 def _apart(
     rows: list[int], work: Callable[[list[int]], T], failed: dict[int, RequestFailed]
 ) -> list[tuple[list[int], T]]:
-    """`work` for all rows at once; where that raises, for each alone, and those for which it raises are `failed`."""
+    """The results of `work`, with the rows of each. `work` is called with all rows at once; if it raises, it is called
+    with each row alone, and the rows for which it raises again are put into `failed`."""
     if not rows:
         return []
     try:
@@ -211,7 +221,8 @@ def _apart(
 
 
 def report(logits: Tensor, ids: Tensor, tops: Sequence[int]) -> list[Token]:
-    """`ids` (`[n]`) as tokens: log-probabilities under `logits` (`[n, vocabulary]`), and the `tops[i]` best ones."""
+    """`ids` (`[n]`) as tokens with their log-probabilities under `logits` (`[n, vocabulary]`), each with the `tops[i]`
+    most likely tokens."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     own = logprobs.gather(1, ids[:, None]).squeeze(1).tolist()
     most = min(max(tops), logprobs.shape[-1])
@@ -227,8 +238,8 @@ def report(logits: Tensor, ids: Tensor, tops: Sequence[int]) -> list[Token]:
 
 
 def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """Temperature, then top-k, top-p and min-p in one pass over the sorted distribution; then the exponential race
-    argmax(p / Exp(1)), which samples p exactly."""
+    """Draw a token for each row. The temperature is applied first, then top-k, top-p and min-p in one pass over the
+    sorted distribution, then the exponential race argmax(p / Exp(1)), which samples p exactly."""
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]

@@ -1,4 +1,4 @@
-"""A model of any size on the CPU: its weights are read from their files as it runs, one block at a time."""
+"""A model of any size on the CPU. Its weights are read from their files as it runs, one block at a time."""
 
 from __future__ import annotations
 
@@ -17,18 +17,28 @@ from steer.hf import internals
 from steer.hf.load import attention_implementation, auto_class, read_config
 from steer.hf.steering import Anatomy
 
-#: Reads tensors of the files by their names there.
+#: Reads tensors from the files, by their names in the files.
 Read = Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
-#: What a parameter, by its name in the model, is in place of what the files say. float32.
+#: Returns the value to use for a parameter, from the parameter's name in the model and its value in the files. float32.
 Change = Callable[[str, Tensor], Tensor]
 
 
 class Streamed:
-    """The causal language model that the config in `folder` describes, in float32, of which no more is in memory than
-    one *unit*: a block, or a module outside the blocks that has weights of its own.
+    """The causal language model that the config in `folder` describes, in float32. At most one *unit* of its weights is
+    in memory: a block, or a module outside the blocks that has weights of its own.
 
-    `names` are those of all tensors in its files, and `read` gives them. Raises UnsupportedModel where transformers
-    does not know the model, where its files lack a parameter, and where a unit does not fit in memory.
+    Args:
+        names: the names of all tensors in the model's files.
+        read: reads these tensors.
+        change: changes each parameter after it is read.
+
+    Attributes:
+        becomes: for each tensor in the files that the model has, the parameter that is made of it (the first of
+            several), and the operations that make the parameter.
+
+    Raises:
+        UnsupportedModel: transformers does not know the model, its files lack a parameter, or a unit does not fit in
+            memory.
     """
 
     def __init__(
@@ -54,12 +64,13 @@ class Streamed:
             raise UnsupportedModel(f"{folder}: no causal language model that transformers knows: {error}") from error
         self.anatomy = Anatomy(self.model)
         self._loading, self._read, self._change = internals.WeightLoading(self.model), read, change
-        #: Of each tensor in the files that the model has: its parameter (or the first of several), and what is done.
+        #: By the name of a tensor in the files; see the class's docstring.
         self.becomes = {name: found for name in names if (found := self._loading.parameter(name)) is not None}
         self._files: dict[str, list[str]] = {}
         for name, (parameter, _) in self.becomes.items():
             self._files.setdefault(parameter, []).append(name)
-        #: What stands for each parameter that is not in memory: NaN of its shape, so that nothing is computed with it.
+        #: The placeholder of each parameter that is not in memory: NaN in the parameter's shape and without memory of
+        #: its own, so that a computation with it shows.
         self._empty: dict[str, nn.Parameter] = {}
         made: dict[int, nn.Parameter] = {}
         self._tied: dict[int, list[str]] = defaultdict(list)
@@ -92,22 +103,22 @@ class Streamed:
 
     @property
     def tied(self) -> str | None:
-        """The parameter that is the output embedding's weight too, by its name in the files; None where it has its
-        own."""
+        """The name in the files of the parameter that is also the output embedding's weight; None if the output
+        embedding has its own."""
         return None if self.head is None else next(iter(self._elsewhere(self.head)), None)
 
     @property
     def classes(self) -> tuple[str, str] | None:
-        """The model's class and that of its text model, where transformers can load this alone from the same files
-        (AutoModelForCausalLM): there modules have other names. None where it cannot."""
+        """The model's class and the class of its text model, if transformers can load the text model alone from the
+        same files (AutoModelForCausalLM), in which modules have other names. None if it cannot."""
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        mine, alone = type(self.model).__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.model.config.model_type)
-        return None if alone in (None, mine) else (mine, alone)
+        own, alone = type(self.model).__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.model.config.model_type)
+        return None if alone in (None, own) else (own, alone)
 
     @contextmanager
     def loaded(self, module: nn.Module) -> Iterator[None]:
-        """The weights of `module` are in memory while it lasts."""
+        """Keep the weights of `module` in memory during the `with` block."""
         prefix = self.name_of(module)
         own = [name for name in self._empty if name.startswith(f"{prefix}.")]
         self._load(own)
@@ -117,7 +128,7 @@ class Streamed:
             self._free(own)
 
     def _units(self) -> list[tuple[nn.Module, list[str]]]:
-        """Each with the names of its parameters."""
+        """The units, each with the names of its parameters."""
         inside = {id(m): block for block in self.anatomy.blocks for m in block.modules()}
         units: dict[int, tuple[nn.Module, list[str]]] = {}
         for name in self._empty:
@@ -127,7 +138,7 @@ class Streamed:
         return list(units.values())
 
     def _load(self, own: list[str]) -> None:
-        size = 6 * sum(self._empty[name].numel() for name in own)  # as stored, and in float32
+        size = 6 * sum(self._empty[name].numel() for name in own)  # bytes: 2 as stored in 16 bits, and 4 in float32
         if size > (free := psutil.virtual_memory().available):
             raise UnsupportedModel(
                 f"{own[0]} and what is computed with it need {size / 2**30:.1f} GiB of memory, and "
@@ -151,7 +162,7 @@ class Streamed:
                 self._set(other, self._empty[other])
 
     def _elsewhere(self, name: str) -> list[str]:
-        """The tensors in the files of what `name` is tied to, if it has none of its own."""
+        """The tensors in the files for the parameters that `name` is tied to, if it has no tensor of its own."""
         if name in self._files:
             return []
         return [file for other in self._tied[id(self._empty[name])] for file in self._files.get(other, ())]
@@ -172,7 +183,8 @@ class Streamed:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are made have parameters without memory. Their buffers are real: nothing in the files makes them."""
+    """Modules that are made in the `with` block have parameters without memory. Their buffers have memory, because no
+    tensor in the files makes them."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -1,5 +1,5 @@
-"""Methods: how a direction is made from the two classes at a layer. A new method is a class in a module of this folder
-and an entry of `METHODS`."""
+"""Methods: each makes a direction from the two classes at a layer. A new method needs a class in a module of this
+folder and an entry of `METHODS`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from steer.lab.methods.base import Method
 
 
-#: The classes by name, as module and class. One is imported when it is asked for: the command line lists the methods
-#: and must not wait for torch.
+#: The module and class of each method, by the method's name. A class is imported when it is asked for, because the
+#: command line lists the methods and must not wait for torch.
 METHODS = {
     "slerp": "means.Slerp",
     "linear": "means.Linear",
@@ -38,14 +38,15 @@ def class_of(name: str) -> type[Method]:
 
 
 def summaries() -> dict[str, str]:
-    """The first line of each class's docstring by name, read from the source without importing it."""
-    told = {
+    """The first line of each class's docstring, by the method's name. It is read from the source code, so that no
+    class is imported."""
+    lines = {
         f"{module}.{node.name}": (ast.get_docstring(node) or "").partition("\n")[0]
         for module in sorted({path.rpartition(".")[0] for path in METHODS.values()})
         for node in ast.parse(files(__name__).joinpath(f"{module}.py").read_text("utf-8")).body
         if isinstance(node, ast.ClassDef)
     }
-    return {name: told[path] for name, path in METHODS.items()}
+    return {name: lines[path] for name, path in METHODS.items()}
 
 
 def make_method(name: str, parameters: Mapping[str, object] | None = None) -> Method:

@@ -1,4 +1,4 @@
-"""The interface of a method: from the two classes at one layer to the rows of its direction."""
+"""The interface of a method, which makes the rows of a direction from the two classes at one layer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from steer.lab.measurement import Contrast
 
-#: What a method reads: the class means alone; how the prompts spread around them (their vectors, or the second
-#: moments); the prompts' own vectors.
+#: What a method reads. "means": only the class means. "spread": also how the prompts spread around the means (the
+#: prompts' vectors, or the second moments). "vectors": the prompts' own vectors.
 Need = Literal["means", "spread", "vectors"]
 
 
 class Method(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
-    """A method with its parameters, which are its fields. They go into the direction's metadata."""
+    """A method with its parameters. The parameters are the fields, and are written to the direction's metadata."""
 
     #: The class's name in lower case.
     name: ClassVar[str]
     needs: ClassVar[Need] = "means"
-    #: Prompts that each class must have at least.
+    #: The least number of prompts in each class.
     prompts: ClassVar[int] = 1
 
     @classmethod
@@ -30,19 +30,19 @@ class Method(BaseModel, ABC, extra="forbid", frozen=True, allow_inf_nan=False):
 
     @abstractmethod
     def rows(self, contrast: Contrast) -> Tensor:
-        """Orthonormal rows `[k, d_model]`, float64, each with the harmful mean on its positive side. Raises
-        DegenerateError where the classes define none; never gives NaN."""
+        """Orthonormal rows `[k, d_model]`, float64, each with the harmful mean on its positive side. The rows never
+        have NaN. Raises DegenerateError if the classes define no rows."""
 
     def onto(self, rows: Tensor, target: Contrast) -> Tensor:
-        """What the `rows` of the source layer become at another layer with the classes `target`."""
+        """The rows for another layer, whose classes are `target`, made from the `rows` of the source layer."""
         return rows
 
     @property
     def varies(self) -> bool:
-        """Are its rows other ones at other layers than the source's?"""
+        """Whether the rows differ between layers (see `onto`)."""
         return type(self).onto is not Method.onto
 
     @property
     def bisects(self) -> bool:
-        """Does a component of 0 separate the classes by construction? Then that is ρ of `one_sided`."""
+        """Whether a component of 0 separates the classes by construction. If it does, ρ of `one_sided` is 0."""
         return False

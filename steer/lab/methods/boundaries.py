@@ -17,7 +17,7 @@ from steer.geometry import linear_direction, unit
 from steer.lab.measurement import Contrast, towards_harmful
 from steer.lab.methods.base import Method, Need
 
-#: Deviations below this, relative to the means, are rounding.
+#: Deviations below this share of the means' largest number are rounding.
 ROUNDING = 1e-12
 
 
@@ -43,7 +43,7 @@ class Whitened(Method):
     )
 
     def rows(self, contrast: Contrast) -> Tensor:
-        linear_direction(contrast.harmless.mean, contrast.harmful.mean)  # raises where there is no difference
+        linear_direction(contrast.harmless.mean, contrast.harmful.mean)  # raises if there is no difference
         solve = _by_vectors if contrast.vectors else _by_moments
         return unit(solve(contrast, self.shrinkage)).unsqueeze(0)
 
@@ -61,7 +61,7 @@ def _by_vectors(contrast: Contrast, shrinkage: Literal["auto"] | float) -> Tenso
         )
     if s == 1:
         return contrast.difference / ridge
-    # (ridge·I + (1 − s)·XᵀX/n)⁻¹ Δ by Woodbury
+    # (ridge·I + (1 − s)·XᵀX/n)⁻¹ Δ by Woodbury's identity
     inner = gram + torch.eye(n, dtype=gram.dtype) * (n * ridge / (1 - s))
     solved: Tensor = torch.linalg.solve(inner, x @ contrast.difference)
     return (contrast.difference - x.T @ solved) / ridge
@@ -85,7 +85,7 @@ def _by_moments(contrast: Contrast, shrinkage: Literal["auto"] | float) -> Tenso
 
 
 def _mean_variance(value: float, contrast: Contrast) -> float:
-    """`value`, where it is more than the rounding of vectors that are all the same."""
+    """Return `value`. Raises DegenerateError if it is no more than the rounding of vectors that are all the same."""
     means = torch.stack([contrast.harmful.mean, contrast.harmless.mean])
     if not value > (ROUNDING * float(means.abs().max())) ** 2:
         raise DegenerateError("the prompts of each class all have the same activation: there is no spread to divide by")
@@ -93,10 +93,10 @@ def _mean_variance(value: float, contrast: Contrast) -> float:
 
 
 def ledoit_wolf(gram: Tensor, d: int) -> float:
-    """The intensity in [0, 1] from the Gram matrix `[n, n]` of centred vectors of `d` dimensions.
+    """The shrinkage of Ledoit and Wolf, in [0, 1], from the Gram matrix `[n, n]` of centred vectors of `d` dimensions.
 
-    With S = XᵀX/n: δ² = ‖S − (tr S/d)·I‖², β² = Σ‖x xᵀ − S‖² / n², and the intensity is min(β², δ²)/δ²; all three are
-    traces that the Gram matrix has too.
+    With S = XᵀX/n: δ² = ‖S − (tr S/d)·I‖², β² = Σ‖x xᵀ − S‖² / n², and the shrinkage is min(β², δ²)/δ². They follow
+    from traces, which are the same for the Gram matrix.
     """
     n = len(gram)
     trace, square = float(gram.trace()) / n, float((gram**2).sum()) / n**2
@@ -106,8 +106,8 @@ def ledoit_wolf(gram: Tensor, d: int) -> float:
 
 
 def oracle_approximation(covariance: Tensor, n: float) -> float:
-    """The intensity in [0, 1] from a covariance `[d, d]` of `n` vectors, exact for Gaussian ones (Chen et al. 2010,
-    equation 23)."""
+    """The shrinkage of the oracle approximation, in [0, 1], from a covariance `[d, d]` of `n` vectors. It is exact for
+    Gaussian vectors (Chen et al. 2010, equation 23)."""
     d = len(covariance)
     trace, square = float(covariance.trace()), float((covariance**2).sum())
     above = (1 - 2 / d) * square + trace**2
@@ -115,9 +115,9 @@ def oracle_approximation(covariance: Tensor, n: float) -> float:
     return 1.0 if below <= above else above / below
 
 
-#: Newton steps at most; a handful are enough.
+#: The most Newton steps; usually a few are enough.
 STEPS = 1000
-#: The largest part of the gradient at which it ends.
+#: Newton's method ends when no component of the gradient is larger than this.
 TOLERANCE = 1e-10
 
 
@@ -137,8 +137,9 @@ class Logistic(Method):
 
     needs: ClassVar[Need] = "vectors"
     prompts: ClassVar[int] = 2
-    # on the embedded model's held-out half the classes stood 8.3 standard deviations apart along `linear`, 8.6 at a
-    # ridge of 0.01, 8.8 at 0.001 and 9.0 at 0.00001 (layer 1; the others alike): little is won below
+    # on the held-out half of the embedded model's prompts, the classes were 8.3 standard deviations apart along
+    # `linear`, 8.6 at a ridge of 0.01, 8.8 at 0.001 and 9.0 at 0.00001 (layer 1; other layers were alike): a smaller
+    # ridge gains little
     ridge: float = Field(0.001, gt=0, description="the penalty on the squared weights")
 
     def rows(self, contrast: Contrast) -> Tensor:
@@ -165,8 +166,8 @@ def _in_span(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_weights(z: Tensor, y: Tensor, share: Tensor, ridge: float) -> Tensor:
-    """The minimum of Σ share·log(1 + e^−y(z·w + b)) + ½·ridge·‖w‖² over (w, b), w returned; y is ±1, and the
-    root mean square length of z about 1."""
+    """The w at the minimum of Σ share·log(1 + e^−y(z·w + b)) + ½·ridge·‖w‖² over (w, b). y is ±1, and the root mean
+    square length of z is about 1."""
     model = LogisticRegression(C=1 / ridge, solver="newton-cholesky", tol=TOLERANCE, max_iter=STEPS)
     with warnings.catch_warnings():
         for kind in ConvergenceWarning, LinAlgWarning:

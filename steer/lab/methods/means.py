@@ -1,4 +1,4 @@
-"""Methods that need the class means alone: linear, projected, slerp and biprojected."""
+"""Methods that need only the class means: linear, projected, slerp and biprojected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods of several orthonormal rows: pca, subspace and cone."""
+"""Methods that make several orthonormal rows: pca, subspace and cone."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Subspace(Method):
         return towards_harmful(principal(differences, self.rank, self.name), contrast)
 
 
-#: Lloyd's iterations at most; they end where no prompt moves, in practice far earlier.
+#: The most iterations of Lloyd's algorithm. It ends when no prompt changes its cluster, in practice far earlier.
 STEPS = 1000
 
 
@@ -105,8 +105,11 @@ class Cone(Method):
 
 
 def cluster_means(x: Tensor, k: int) -> Tensor:
-    """`[k, d_model]`, largest cluster first: Lloyd's algorithm from the k prompts that farthest-first traversal takes,
-    beginning with the one farthest from the mean. Raises DegenerateError where fewer than k prompts differ."""
+    """The means of k clusters of the rows of `x`, `[k, d_model]`, largest cluster first.
+
+    Lloyd's algorithm starts from the k prompts that farthest-first traversal takes; the first of them is the prompt
+    farthest from the mean. Raises DegenerateError if fewer than k prompts have different activations.
+    """
     centres = x[_distances(x, x.mean(0, keepdim=True)).argmax()].unsqueeze(0)
     while len(centres) < k:
         distance = _distances(x, centres).amin(1)
@@ -120,5 +123,5 @@ def cluster_means(x: Tensor, k: int) -> Tensor:
 
 
 def _distances(x: Tensor, centres: Tensor) -> Tensor:
-    # not by dot products, which lose what is small beside an offset that all activations share
+    # not by dot products: they lose the digits of small differences beside an offset that all activations share
     return torch.cdist(x, centres, compute_mode="donot_use_mm_for_euclid_dist")

@@ -31,7 +31,7 @@ class Sampling:
     Attributes:
         logprobs: how many alternatives are reported besides the sampled token; None for no report at all.
         bad_words: token ids of texts that the answer must not contain.
-        min_tokens: the number of tokens before which nothing ends the answer.
+        min_tokens: how many tokens at the answer's beginning do not end it.
     """
 
     max_tokens: int

@@ -76,7 +76,7 @@ def read(path: Path, foreign: Foreign) -> Direction:
 
 def _glp_problems(told: Mapping[str, object], rank: int) -> Iterator[str]:
     """Yield every problem of a file: what a direction of `rank` rows cannot express (keys of GLP, or several rows of a
-    layer in another control vector), and where the file contradicts itself."""
+    layer in another control vector), and every contradiction within the file."""
     several = rank > 1
     if unknown := sorted(key for key in told if key.startswith("glp.") and key not in GLP_KEYS):
         listed = ", ".join(map(brief, unknown))

@@ -1,4 +1,4 @@
-"""The commands that tell what answers are: eval of a model's, classify of those in a file."""
+"""The commands that judge answers: eval those of a model, classify those in a file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ log = logging.getLogger("steer")
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """How the directions are applied: what arms there are, and with which they are compared."""
+    """The options for how the directions are applied: which arms there are, and with which arm they are compared."""
 
     mode: Annotated[tuple[str, ...] | None, f"{', '.join(MODES)}; several by commas; default: the file's"] = None
     strength: Annotated[float | None, "default: the file's, of its own mode; in another mode 1"] = None
@@ -70,14 +70,14 @@ class Applied:
     ] = None
 
     def files(self, files: Sequence[Path], arms: Sequence[Arm]) -> dict[Path, Direction]:
-        """The directions of `files` and of --probe, as `arms` have them."""
+        """Return the directions of `files` and of --probe, as `arms` hold them."""
         found = {file: arm.direction for file in files for arm in arms if arm.asked.direction == file.stem}
         if self.probe is not None and arms[0].probe is not None:
             found[self.probe] = arms[0].probe
         return found
 
     def arms(self, files: Sequence[Path]) -> list[Arm]:
-        """The arms of `files`; where there are doses, each at its file's strength."""
+        """Return the arms of `files`. If there are KL doses, each arm has the strength of its file."""
         from steer.lab.evaluation.arms import arms_of
 
         strengths = self.strengths if self.strength is None else (self.strength,)
@@ -91,7 +91,7 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """Tasks of lm_eval, and the server that they are run on."""
+    """The options for the tasks of lm_eval, and for the server that they run on."""
 
     tasks: Annotated[str | None, "tasks of lm_eval, separated by commas"] = None
     tasks_folder: Annotated[Path | None, "a folder with more tasks for lm_eval"] = None
@@ -99,7 +99,7 @@ class Tasks:
     url: Annotated[str | None, "API (…/v1) of your server for --tasks, which serves MODEL and the direction"] = None
 
     def check(self) -> None:
-        """Raise InvalidInput for tasks that there are not."""
+        """Raise InvalidInput for tasks that do not exist."""
         if self.tasks is not None:
             from steer.lab.evaluation.tasks import check_tasks
 
@@ -167,8 +167,8 @@ def evaluate(
         check_contrast(sets["harmful"], sets["harmless"])
         _warn_of_known(arms, sets)
         for one in arms:
-            if told := rendered_otherwise(one.direction.meta.template, rendering.template):
-                log.warning("%s: %s: give the same --template as for the fit", one.name, told)
+            if difference := rendered_otherwise(one.direction.meta.template, rendering.template):
+                log.warning("%s: %s: give the same --template as for the fit", one.name, difference)
         known = read_expected(expected) if expected else {}
         written = _read(text, f"--text: {text}") if text else None
         judging = counted.judges(behaviour, progress)
@@ -176,7 +176,7 @@ def evaluate(
         opt.check_served(files, source)
         loading = {"model": model, "revision": opening.revision, "backend": backend, "dtype": opening.dtype}
         conditions: dict[str, Any] = loading | asdict(rendering)
-        # what was measured of other weights, on another machine or in another precision, is not mixed in
+        # keeps apart what was measured with other weights, on another machine or in another precision
         fingerprint = {} if report is None else {"fingerprint": source.fingerprint()}
         cache = Cache(report, conditions | fingerprint)
         if report is not None and cache.resumes:
@@ -202,7 +202,7 @@ def evaluate(
             divergence=found.divergence,
             doses=found.doses,
             comparisons=found.comparisons,
-            agreements=agreements(one for told in found.told.values() for one in told),
+            agreements=agreements(row for rows in found.told.values() for row in rows),
             text=found.text,
             tasks=lm_eval.scores(model, opening, found.arms, cache),
         )
@@ -214,8 +214,8 @@ def evaluate(
             own = next(arm.direction for arm in arms if not arm.control)
             calibrated = made.calibrated(direction[0].stem)
             own.with_meta(calibrated=own.meta.calibrated | calibrated).save(applied.calibrate)
-            said = ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in calibrated.items())
-            typer.echo(f"wrote {applied.calibrate}: no harm seen for {said}", err=True)
+            ranges = ", ".join(f"{mode} from {low:g} to {high:g}" for mode, (low, high) in calibrated.items())
+            typer.echo(f"wrote {applied.calibrate}: no harm seen for {ranges}", err=True)
     if as_json:
         echo_json(made.model_dump(mode="json"))
         return
@@ -237,8 +237,10 @@ def _checked(
     report: Path | None,
     answers: bool,
 ) -> tuple[Rendering, Behaviour]:
-    """What stands around prompts, and what is counted. Raises InvalidInput with all options that are wrong or do not
-    go together, before anything is read."""
+    """Return the rendering of prompts, and the behaviour that is counted.
+
+    Raises InvalidInput, before anything is read, with all options that are wrong or do not go together.
+    """
     calibrated = applied.calibrate is not None
     one, several, kl = (given is not None for given in (applied.strength, applied.strengths, applied.kl))
     tasks, url, kept = (given is not None for given in (lm_eval.tasks, lm_eval.url, report))
@@ -246,7 +248,7 @@ def _checked(
     condition = applied.condition
     everywhere = ("all",)
     placed = (applied.layers, applied.tokens, applied.shifts, condition) != (everywhere, everywhere, None, None)
-    wrong = {
+    messages = {
         "--strength and --strengths set the same value: give one of them": one and several,
         "--kl finds the strengths: do not give --strength or --strengths with it": kl and (one or several),
         "--controls: not possible with --url, whose server does not have these random directions": applied.controls
@@ -272,7 +274,7 @@ def _checked(
         "--probe: is for --condition": applied.probe is not None and condition is None,
         "--shifts: names none: give one, or leave the option out": not applied.shifts and applied.shifts is not None,
     }
-    problems = [told for told, holds in wrong.items() if holds]
+    problems = [message for message, holds in messages.items() if holds]
     with noted(problems):
         rendering = rendered.rendering()
     with noted(problems):
@@ -288,7 +290,7 @@ def _checked(
 
 
 def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:
-    """Say where a direction was made from the very file that it is measured on."""
+    """Log a warning for each direction that was made from the very file that it is measured on."""
     for arm in {arm.asked.digest: arm for arm in arms if not arm.control}.values():
         made_from = {"harmful": arm.direction.meta.harmful, "harmless": arm.direction.meta.harmless}
         for name, dataset in made_from.items():
@@ -329,21 +331,23 @@ def classify(
         verdicts = judged(judging, [prompt for _, prompt in read], [item["answer"] for item, _ in read])
     seen: list[Outcome] = []
     for (item, prompt), verdict in zip(read, verdicts, strict=True):
-        told = tell(behaviour, Answer.of(item["answer"]), verdict=verdict, prompt=prompt)
-        echo_line(item | {"outcome": told.outcome, "why": told.why})
-        seen.append(told.outcome)
+        result = tell(behaviour, Answer.of(item["answer"]), verdict=verdict, prompt=prompt)
+        echo_line(item | {"outcome": result.outcome, "why": result.why})
+        seen.append(result.outcome)
     rates = {outcome: Rate.of([one == outcome for one in seen]) for outcome in OUTCOMES}
     counted_ones = (f"{name} {rate}" for name, rate in rates.items() if rate.hits or name == "shown")
     typer.echo(", ".join(counted_ones), err=True)
 
 
 def _answers(path: Path) -> list[tuple[dict[str, Any], Prompt]]:
-    """The answers of a file and what they were asked, empty where a line does not say it. Raises InvalidInput with
-    every line that is none."""
+    """Return each line of a file that holds an answer, with its prompt, which is empty if the line has none.
+
+    Raises InvalidInput with every line that holds no answer.
+    """
 
     def read(item: Any) -> tuple[dict[str, Any], Prompt]:
         try:
-            json.dumps(item, allow_nan=False)  # it will be written again
+            json.dumps(item, allow_nan=False)  # checks that the line can be written again
         except (ValueError, RecursionError) as error:
             raise InvalidInput(f"not JSON: {error}") from error
         item = {"answer": item} if isinstance(item, str) else item
@@ -358,7 +362,10 @@ def _answers(path: Path) -> list[tuple[dict[str, Any], Prompt]]:
 
 
 def _read(path: Path, said: str) -> tuple[bytes, str]:
-    """The bytes of a file (of standard input for -), and their text. Raises InvalidInput, which begins with `said`."""
+    """Return the bytes of a file (of standard input for `-`) and their text.
+
+    Raises InvalidInput, whose message begins with `said`.
+    """
     if str(path) == "-" and sys.stdin is None:
         raise InvalidInput(f"{said}: standard input is closed: give a file, or a pipe")
     try:

@@ -1,4 +1,4 @@
-"""The lab's commands from prompts to a direction: fit, and its halves measure and derive."""
+"""The lab's commands that make a direction from prompts: fit, its two halves measure and derive, and methods."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fit(
     ctx: typer.Context,
     model: opt.Model,
     *,
-    # not `Output | None`: an option inside of a union loses its names
+    # not `Output | None`: an option inside a union would lose its names
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,
     harmful: Annotated[str | None, opt.HARMFUL] = None,
     harmless: Annotated[str | None, opt.HARMLESS] = None,
@@ -110,7 +110,7 @@ def fit(
         if condition is not None and probe is not None:
             opt.check_served({condition: probe}, source)
             at = layer % layers if isinstance(layer, int) else None
-            name = (output or condition).stem  # of the file that has it
+            name = (output or condition).stem  # of the file that holds the condition
             known = find(source, probe, name, split, rendering, at, batch_size, progress)
             typer.echo("\n".join(told(known, split)))
             if output is not None:
@@ -141,10 +141,10 @@ def fit(
         typer.echo(wrapped(line, width))
     following = ["steer", "eval", model, "--direction", str(output)]
     following += [] if counted.behaviour == "refusal" else ["--behaviour", counted.behaviour]
-    typer.echo(f"{shlex.join(following)} --harmful FILE --harmless FILE")  # whole, to be pasted
+    typer.echo(f"{shlex.join(following)} --harmful FILE --harmless FILE")  # not wrapped, so that users can paste it
 
 
-#: What --condition takes, beside the options of loading the model.
+#: Parameters of `fit` that may be given with --condition, beside the options for loading the model.
 OF_CONDITION = (
     *("model", "output", "condition", "harmful", "harmless", "prompts", "limit", "layer", "batch_size", "backend"),
     *("system_prompt", "template", "response_prefix"),
@@ -152,7 +152,10 @@ OF_CONDITION = (
 
 
 def _check_condition(ctx: typer.Context, file: Path, output: Path | None, layer: str | int) -> None:
-    """Refuse, before any work, what does not go together with --condition, and a name that no condition could have."""
+    """Raise InvalidInput, before any work, for options that do not go together with --condition.
+
+    Also refuse a file whose name no condition could have.
+    """
     known = {*OF_CONDITION, *ModelSettings.model_fields}
     problems = [
         f"--{name.replace('_', '-')}: is for a direction to be fitted: --condition FILE takes one as it is"
@@ -298,8 +301,11 @@ def derive(
 
 
 def _weights(layers: str | None, weights: str | None, mlp: str | None, depth: int) -> list[tuple[float, ...] | None]:
-    """What --layers, --weights and --mlp-weights say of a model with `depth` layers, which the options have not seen:
-    the weights of all, and those of MLPs."""
+    """Return the weights that --layers, --weights and --mlp-weights give, one number for each layer.
+
+    The first item has the weights of --weights and the second those of --mlp-weights; an item is None if nothing is
+    given for it. `depth` is the number of layers of the model, which is not known when the options are parsed.
+    """
     first, last = 0, depth - 1
     if layers is not None:
         span = layer_range(layers)
@@ -322,7 +328,7 @@ def _weights(layers: str | None, weights: str | None, mlp: str | None, depth: in
 
 
 class Bell(BaseModel, extra="forbid"):
-    """The parameters of `derive.layer_weights`."""
+    """The parameters of `derive.layer_weights`, and the weight at the peak."""
 
     peak: Annotated[float, Field(ge=0, description="the layer that does most")]
     width: Annotated[float, Field(ge=0.01, le=1e6, description="layers from the peak to 0.61 of it")]
@@ -386,9 +392,9 @@ def methods(
         return
     width = terminal_width(120)
     for name, kind in chosen.items():
-        told = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
-        told += [
+        paragraphs = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
+        paragraphs += [
             f"-p {parameter}={field.get_default()}: {field.description}"
             for parameter, field in kind.model_fields.items()
         ]
-        typer.echo("\n\n".join([name, *(wrapped(one, width, "    ", "    ") for one in told)]) + "\n")
+        typer.echo("\n\n".join([name, *(wrapped(one, width, "    ", "    ") for one in paragraphs)]) + "\n")

@@ -1,4 +1,4 @@
-"""What the lab's commands share: their options, the checks over several options, and the model that they open."""
+"""The parts that the lab's commands share: options, checks over several options, and the model that they open."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def split(text: str) -> list[str]:
 
 
 def rows(text: object) -> int | None:
-    """A number of rows, None for auto."""
+    """Return the number of rows that `text` gives, or None for auto."""
     if text in (None, "auto"):
         return None
     if not str(text).isdecimal() or not int(str(text)):
@@ -56,13 +56,13 @@ def _two(value: object) -> object:
     return value
 
 
-#: For a list of two.
+#: Checks that a list has exactly two values.
 LeastAndLargest = BeforeValidator(_two)
-#: For a list, a word for all that there are.
+#: Replaces a list whose only item is `auto` or `all` by None, which stands for all.
 AllByDefault = BeforeValidator(lambda value: None if value in (["auto"], ["all"]) else value)
 
 Model = Annotated[str, typer.Argument(help="local folder or hub id")]
-#: `Harmful | None` would lose what is said of it: an option that may be left out is Annotated by itself.
+#: Help text of `Harmful`. An option that may be left out is annotated with it again: `Harmful | None` would lose it.
 HARMFUL = "prompts that show the behaviour: a file, or hub:NAME[/CONFIG][:SPLIT[:COLUMN]]"
 Harmful = Annotated[str, HARMFUL]
 HARMLESS = "prompts that do not show it, as --harmful"
@@ -95,7 +95,7 @@ T = Annotated[
 Parameters = Annotated[
     list[str] | None, typer.Option("--parameter", "-p", help="a parameter of the method as NAME=VALUE; repeatable")
 ]
-#: For commands whose further options are vLLM's.
+#: Context settings of the commands that pass further options to vLLM.
 VLLM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 Backend = Annotated[
     Literal["transformers", "vllm"], "engine that runs the model; with vllm, further options are those of `vllm serve`"
@@ -108,7 +108,7 @@ Threshold = Annotated[
 Target = Annotated[float | None, "value to which one_sided sets the component, on the scale of --threshold; default: ρ"]
 
 
-#: The headings of `steer serve --help`; the remaining options are about access control.
+#: The headings of `steer serve --help`, with the options under each. All other options are about access control.
 PANELS = {
     "Model": (
         *("backend", "dtype", "device", "device_map", "revision", "trust_remote_code", "context", "cache_tokens"),
@@ -120,7 +120,7 @@ PANELS = {
 
 
 def _taken(field: FieldInfo) -> str:
-    """The values that a field of settings accepts, in a few words for the help."""
+    """Return the values that a field of settings accepts, in a few words for the help."""
     kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
     if get_origin(field.annotation) is Literal:
         return "|".join(map(str, kinds))
@@ -130,8 +130,11 @@ def _taken(field: FieldInfo) -> str:
 
 
 def _option_of(name: str, field: FieldInfo) -> object:
-    """The command-line option for a field of settings; None if neither command line nor environment set it. Values are
-    text: the settings check them all together."""
+    """Return the type annotation of the command-line option for a field of settings.
+
+    The option is None if neither the command line nor the environment sets it. The value of an option that is no flag
+    is text, because the settings check all values together.
+    """
     default = field.get_default()
     flag = field.annotation is bool
     return Annotated[
@@ -147,39 +150,45 @@ def _option_of(name: str, field: FieldInfo) -> object:
 
 
 def _help_of(kind: object) -> str | None:
-    """A mere text in an `Annotated`, which is the help of an option."""
-    return next((told for told in getattr(kind, "__metadata__", ()) if isinstance(told, str)), None)
+    """Return the help of an option, which is a plain text in its `Annotated`, or None if there is no such text."""
+    return next((item for item in getattr(kind, "__metadata__", ()) if isinstance(item, str)), None)
 
 
 def _types(kind: Any) -> list[Any]:
-    """What an option may be, but for None."""
+    """Return the types that the value of an option may have, without None."""
     several = get_args(kind.__origin__) if get_origin(kind.__origin__) in (Union, UnionType) else (kind.__origin__,)
     return [one for one in several if one is not type(None)]
 
 
 def _is_list(kind: Any) -> bool:
-    """Is it written as one text, separated by commas?"""
+    """Return whether an option is a list, which is written as one text, separated by commas."""
     return get_origin(_types(kind)[0]) is tuple
 
 
 def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
-    """The parameter for an option. A flag that is off can only be set. For typer that is a text which it cannot read:
-    a list, one of several types, and what has a validator before all others."""
-    if (told := _help_of(kind)) is not None:
+    """Return the parameter for an option.
+
+    A flag that is off by default can only be switched on. Typer gets an option as text if typer cannot read its type
+    itself: a list, one of several types, or a type with a validator that runs before all others.
+    """
+    if (help_text := _help_of(kind)) is not None:
         names = [f"--{name.replace('_', '-')}"] if default is False else []
         own = any(isinstance(each, BeforeValidator) for each in kind.__metadata__)
         read: Any = kind.__origin__
         if own or _is_list(kind) or len(_types(kind)) > 1:
             read = str if default is not None else str | None
-        kind = Annotated[read, typer.Option(*names, help=told)]
+        kind = Annotated[read, typer.Option(*names, help=help_text)]
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=kind)
 
 
 def expanded(command: Callable[..., object]) -> Callable[..., None]:
-    """Give a command one option for each field of the settings and of the groups of options (dataclasses, whose fields
-    all have defaults) that it takes; it gets each of them as one checked object. Its own options and those of groups
-    are checked together, each by its type."""
+    """Return the command as a function with one option for each value that the command takes.
+
+    Each field of the settings, and of the groups of options (dataclasses whose fields all have defaults), becomes one
+    option. The command gets each settings object and each group as one checked object. The command's own options and
+    those of the groups are checked together, each by its type.
+    """
     hints = get_type_hints(command, include_extras=True)
     shown: list[inspect.Parameter] = []
     groups: dict[str, tuple[type, Iterable[str]]] = {}
@@ -217,7 +226,7 @@ def expanded(command: Callable[..., object]) -> Callable[..., None]:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The behaviour that is counted, and what judges answers in place of its patterns."""
+    """The options for the behaviour that is counted, and for the judges that decide in place of its patterns."""
 
     behaviour: BehaviourOption = "refusal"
     judge: Annotated[
@@ -231,8 +240,14 @@ class Counted:
     ] = None
 
     def loaded(self, *, several: bool = False) -> Behaviour:
-        """The behaviour. Raises InvalidInput with every problem that can be seen before a judge is opened, of several
-        judges too unless they are accepted."""
+        """Return the behaviour.
+
+        Args:
+            several: whether the command accepts several judges.
+
+        Raises:
+            InvalidInput: has every problem that can be seen before a judge is opened.
+        """
         from steer.lab.behaviour import Behaviour
 
         judges = self.judge or []
@@ -260,7 +275,7 @@ class Counted:
         return Behaviour.load(self.behaviour)
 
     def judges(self, behaviour: Behaviour, progress: Progress) -> list[Judge]:
-        """Raises InvalidInput for what is no classifier, or has no such label."""
+        """Open the judges and return them. Raises InvalidInput for a model that is no classifier or lacks a label."""
         from steer.lab.judge import ChatJudge, ClassifierJudge
 
         names = iter(self.judge_model or ())
@@ -272,13 +287,13 @@ class Counted:
         ]
 
     def only_judge(self, behaviour: Behaviour, progress: Progress) -> Judge | None:
-        """The one that decides, where only one can."""
+        """Return the judge, or None if none is given. For commands in which only one judge can decide."""
         return next(iter(self.judges(behaviour, progress)), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """What stands around each prompt."""
+    """The options for the text around each prompt."""
 
     system_prompt: Annotated[str | None, "system prompt of every conversation"] = None
     template: Annotated[
@@ -289,7 +304,10 @@ class Rendered:
     ] = ""
 
     def rendering(self) -> Rendering:
-        """A VALUE that is JSON is parsed. Raises InvalidInput with every variable that cannot be set."""
+        """Return the rendering of prompts. A VALUE that is JSON is parsed.
+
+        Raises InvalidInput with every variable that cannot be set.
+        """
         variables: dict[str, object] = {}
         for name, value in assigned("--template", self.template).items():
             try:
@@ -303,7 +321,7 @@ class Rendered:
 
 
 def assigned(option: str, items: Iterable[str] | None) -> dict[str, str]:
-    """What the NAME=VALUE of a repeatable option say. Raises InvalidInput with every problem."""
+    """Return the values by name that a repeatable option gives as NAME=VALUE. Raises InvalidInput with all problems."""
     found: dict[str, str] = {}
     problems = []
     for item in items or ():
@@ -325,7 +343,7 @@ def chosen_method(name: str, t: float | None, parameters: list[str] | None) -> M
 
 
 def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) -> tuple[PromptSet, PromptSet]:
-    """The contrast sets of --harmful, --harmless and --prompts; the first published pair if none is given."""
+    """Return the contrast sets of --harmful, --harmless and --prompts, or the first published pair if none is given."""
     if prompts is not None and (harmful or harmless):
         raise InvalidInput("--prompts names both sets: give either it, or --harmful and --harmless")
     if (harmful is None) != (harmless is None):
@@ -349,7 +367,7 @@ def chosen_sets(harmful: str | None, harmless: str | None, prompts: str | None) 
 
 
 def check_folder(output: Path, option: str = "--output") -> None:
-    """Refuse, before any work, a file or folder whose parent folder does not exist or is not writable."""
+    """Raise InvalidInput, before any work, if the parent folder of `output` does not exist or is not writable."""
     if not output.parent.is_dir():
         raise InvalidInput(f"{option}: the folder {output.parent} does not exist")
     try:
@@ -366,9 +384,18 @@ def check_output(
     kind: str = "a direction",
     converted: bool = False,
 ) -> None:
-    """Refuse, before any work, a file that cannot be written, is one of those that are `read`, lies in a folder of a
-    model, or is there and of another `kind`. Unless it is `converted` to whatever its name says, refuse another suffix
-    than all that are written, and a direction that no server would serve: without its suffix the file names it."""
+    """Raise InvalidInput, before any work, if the file `output` must not or cannot be written.
+
+    A file in the folder of a model is refused.
+
+    Args:
+        option: the name of the option that gives the file; messages begin with it.
+        read: the files that the command reads. `output` must be none of them.
+        kind: what the command writes. A file that exists must be of the same kind.
+        converted: whether the name of the file decides what is written. If not, the file must have the suffix of all
+            files that Steer writes, and the name of a direction file without its suffix must be one that a server
+            accepts, because it is the direction's name.
+    """
     check_folder(output, option)
     if output.is_dir() and not converted:
         raise InvalidInput(f"{option}: {output} is a folder; accepted: the name of a file, which may exist")
@@ -385,17 +412,17 @@ def check_output(
 
 
 def _kind_of(path: Path) -> str:
-    """What a file is, by the header that safetensors gives it (100 MB at most)."""
+    """Return what kind of file this is, according to its safetensors header (100 MB at most)."""
     try:
         with path.open("rb") as file:
-            told = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**8))).get("__metadata__") or {}
+            meta = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**8))).get("__metadata__") or {}
     except (OSError, ValueError, AttributeError, RecursionError):
-        told = {}
-    return "a direction" if "steer" in told else "a measurement" if MEASUREMENT_KEY in told else "another file"
+        meta = {}
+    return "a direction" if "steer" in meta else "a measurement" if MEASUREMENT_KEY in meta else "another file"
 
 
 def check_model(name: str, revision: str | None = None) -> None:
-    """Refuse, before anything is imported, a path that does not exist, and a `revision` of one that does."""
+    """Raise InvalidInput, before anything is imported, for a path that does not exist, or one with a `revision`."""
     if revision is not None and Path(name).exists():
         raise InvalidInput(
             f"--revision: '{revision}' is for a model on the hub, and {name} is here, as it is: leave it out"
@@ -407,7 +434,7 @@ def check_model(name: str, revision: str | None = None) -> None:
         )
 
 
-#: Fields of a recipe of the lab whose options have the same name, and how their problems go on.
+#: Matches the field of a recipe of the lab at the start of a problem, if the field has an option of the same name.
 _OF_FIELD = re.compile(
     r"^(winsorize|sparsify|bootstrap|seed|strength|threshold|target|weights|mlp_weights)(?=:| must| needs)"
 )
@@ -415,7 +442,7 @@ _OF_FIELD = re.compile(
 
 @contextmanager
 def problems_of_options() -> Iterator[None]:
-    """What is wrong with a field of the lab's, which begins with the field's name, begins with the option's."""
+    """Within this context a problem that begins with the name of a field of the lab begins with its option instead."""
     try:
         yield
     except InvalidInput as error:
@@ -424,16 +451,18 @@ def problems_of_options() -> Iterator[None]:
         ) from error
 
 
-#: Directions that are tried at once, if their rows fit.
+#: Directions of the largest rank whose rows fit at once, so that they are tried at once.
 CANDIDATES = 64
 
 
-#: A loaded model, and what makes evaluators on it: of the largest rank, the most tokens of an answer, the rendering.
+#: A loaded model, and a function that makes an evaluator on it. The function takes the largest rank of a direction, the
+#: most tokens of an answer, and the rendering.
 Bench: TypeAlias = "tuple[Source, Callable[[int, int, Rendering | None], Evaluator]]"
 
 
 def nearest_option(context: typer.Context, given: str) -> str:
-    """The end of a sentence on an argument that the command in `context` does not have, where it has nearly that."""
+    """Return the end of a sentence about an unknown argument: an option of the command with nearly that name, if there
+    is one."""
     name = given.partition("=")[0]
     known = [own for param in context.command.get_params(context) for own in (*param.opts, *param.secondary_opts)]
     near = get_close_matches(name, known, 1, 0.75)
@@ -441,7 +470,10 @@ def nearest_option(context: typer.Context, given: str) -> str:
 
 
 def unknown_options(context: typer.Context, given: Sequence[str], taker: str) -> InvalidInput:
-    """The error where `taker`, which is not vLLM, takes no more options than those of the command in `context`."""
+    """Return the error for options that `taker`, which is not vLLM and takes only those of the command, does not take.
+
+    `context` is the context of the command.
+    """
     what = "an option" if given[0].startswith("-") else "an argument"
     near = nearest_option(context, given[0]) or "; options of vLLM need --backend vllm"
     return InvalidInput(f"{' '.join(given)}: not {what} of {taker}{near}")
@@ -449,8 +481,10 @@ def unknown_options(context: typer.Context, given: Sequence[str], taker: str) ->
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What opens MODEL; further options of the command in `context` are vLLM's own. Raises InvalidInput, before
-    anything is imported, for what cannot be opened."""
+    """The options that open MODEL. Further options of the command in `context` are vLLM's own.
+
+    Raises InvalidInput, before anything is imported, if the model cannot be opened.
+    """
 
     backend: str
     model: str
@@ -461,9 +495,9 @@ class EngineOptions:
         if self.backend == "vllm":
             _check_vllm()
             self.opening.check_unused()
-            os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the standard output is for results
+            os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        elif self.options or self.model.startswith("-"):  # one that is not ours looks like MODEL where that is missing
+        elif self.options or self.model.startswith("-"):  # if MODEL is missing, an unknown option is read as it
             given = [self.model] if self.model.startswith("-") else []
             raise unknown_options(self.context, [*given, *self.options], "this command")
         check_model(self.model, self.opening.revision)
@@ -473,9 +507,12 @@ class EngineOptions:
         return self.context.args
 
     def described(self) -> tuple[str, int, int] | None:
-        """The model's architecture, layers and d_model, from its config alone: what is wrong with a file is told before
-        the weights are read. None where vLLM alone knows them: it has models that transformers does not, and options
-        that change a config."""
+        """Return the model's architecture, layers and d_model.
+
+        They are read from the config alone, so that a file that does not fit is reported before the weights are read.
+        The result is None if vLLM alone knows them: vLLM has models that transformers does not have, and options that
+        change a config.
+        """
         from steer.hf.load import describe
 
         opening, vllm = self.opening, self.backend != "transformers"
@@ -491,7 +528,9 @@ class EngineOptions:
 
     def check_fits(self, files: Mapping[Path, Direction]) -> None:
         """Raise DirectionError with every reason why a direction of `files` was made for another model than this one.
-        What is not known before it runs `check_served` tells."""
+
+        `check_served` reports what is not known before the model runs.
+        """
         from steer.direction import check_fits
 
         problems: list[str] = []
@@ -503,7 +542,13 @@ class EngineOptions:
         DirectionError.raise_for(problems)
 
     def open(self, progress: Progress, sites: tuple[Site, ...] = ("resid_post",), batch: int | None = None) -> Bench:
-        """Load the model. Evaluators act at `sites`, on `batch` rows at once; what they do, `progress` shows."""
+        """Load the model, and return it with a function that makes evaluators on it.
+
+        Args:
+            progress: shows the work of the evaluators.
+            sites: where the evaluators act.
+            batch: rows that an evaluator runs at once, None for auto. With vLLM this is not used.
+        """
         if self.backend == "vllm":
             find_vllm_model(self.model, self.opening.revision)
             from steer.vllm.offline import VllmEvaluator, VllmSource, start
@@ -528,7 +573,7 @@ class EngineOptions:
 
 
 def check_served(files: Mapping[Path, Direction], source: Source) -> None:
-    """Raise DirectionError where a server with the model of `source` would not take a direction of `files`."""
+    """Raise DirectionError if a server with the model of `source` would not take a direction of `files`."""
     from steer.lab.evaluation.check import fitting_shape
 
     for file, direction in files.items():
@@ -542,8 +587,11 @@ def _check_vllm() -> None:
 
 
 def find_vllm_model(model: str, revision: str | None) -> None:
-    """Raise InvalidInput where vLLM is not installed, and UnsupportedModel where there is no such model, which vLLM
-    would find out after a minute. What is not in a folder or on the hub is vLLM's own matter."""
+    """Raise InvalidInput if vLLM is not installed, and UnsupportedModel if there is no such model.
+
+    vLLM itself would find that out only after a minute. A model that is neither in a folder nor on the hub is not
+    checked here: vLLM finds it in its own way.
+    """
     _check_vllm()
     if "://" in model or ":" in Path(model).name or os.environ.get("VLLM_USE_MODELSCOPE"):
         return

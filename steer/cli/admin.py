@@ -50,9 +50,9 @@ def new_key(
     block += "".join(f"{right} = true\n" for right, has in rights.items() if has)
     try:
         read(block.encode(), "")
-    except PolicyError as error:  # of lines that nobody wrote
-        told = (re.sub(r"^:\d+: ", "", problem).removeprefix(f"keys.{name}: ") for problem in error.problems)
-        raise InvalidInput(told) from None
+    except PolicyError as error:  # its line numbers are left out, because nobody wrote these lines
+        problems = (re.sub(r"^:\d+: ", "", problem).removeprefix(f"keys.{name}: ") for problem in error.problems)
+        raise InvalidInput(problems) from None
     if policy is None:
         typer.echo(f"# for the policy file\n{block}", err=True)
     else:
@@ -60,10 +60,10 @@ def new_key(
         whole, mode = block.encode(), 0o600
         if policy.exists():
             before, mode = fetch(policy), policy.stat().st_mode & 0o777
-            with suppress(PolicyError):  # it has no key yet, or what is wrong with it is wrong with the whole too
+            with suppress(PolicyError):  # no key yet, or `read` below finds the problem in the whole too
                 if name in read(before).policy.keys:
                     raise InvalidInput(f"{policy}: there is a key '{name}'; delete its table, or choose another name")
-            # a table may stand anywhere in TOML, so all else stays as it is
+            # a table may stand anywhere in TOML: the new one is appended, and the rest stays as it is
             whole = b"\n\n".join(filter(None, (before.rstrip(), whole)))
         read(whole, policy.name)
         write_file(policy, whole)
@@ -130,15 +130,15 @@ def verify_audit(
     except ValueError as error:
         raise InvalidInput(str(error)) from None
     if as_json:
-        told = {"lines": report.lines, "first": report.first, "last": str(report.last)}
-        echo_json(told | {"problems": report.problems, "notes": report.notes})
+        summary = {"lines": report.lines, "first": report.first, "last": str(report.last)}
+        echo_json(summary | {"problems": report.problems, "notes": report.notes})
     else:
         for problem in report.problems:
             typer.echo(f"problem: {problem}", err=True)
         for note in report.notes:
             typer.echo(f"note: {note}", err=True)
         verdict = "NOT whole" if report.problems else "whole"
-        if report.last.seq or not report.problems:  # else not one of the lines is a log's
+        if report.last.seq or not report.problems:  # otherwise no line belongs to a log
             typer.echo(f"{report.lines} lines, {verdict}; the last is {report.last}")
     if report.problems:
         raise typer.Exit(1)
@@ -163,16 +163,16 @@ def _switch(url: str, body: dict[str, Any]) -> None:
     try:
         request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST")
         with urllib.request.urlopen(request, timeout=30) as answer:
-            told = json.load(answer)
-        if not isinstance(told, dict) or not told.keys() >= {"enabled", "running"}:
+            state = json.load(answer)
+        if not isinstance(state, dict) or not state.keys() >= {"enabled", "running"}:
             raise SteerError(f"{url}: answers, but is no server of Steer")
     except urllib.error.HTTPError as error:
         try:
-            said = json.load(error)["error"]["message"]
+            message = json.load(error)["error"]["message"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            said = error.reason
+            message = error.reason
         hint = f" (set {KEY_VARIABLE})" if error.code == 401 else ""
-        raise SteerError(f"{url}: {error.code}: {printable(str(said))}{hint}") from None
+        raise SteerError(f"{url}: {error.code}: {printable(str(message))}{hint}") from None
     except urllib.error.URLError as error:
         raise SteerError(
             f"no server answers at {url} ({getattr(error.reason, 'strerror', None) or error.reason}): start it, or "
@@ -180,4 +180,4 @@ def _switch(url: str, body: dict[str, Any]) -> None:
         ) from None
     except (OSError, ValueError, HTTPException, RecursionError) as error:
         raise SteerError(f"{url}: {getattr(error, 'reason', error)}") from None
-    typer.echo(f"steering is {'on' if told['enabled'] else 'off'}; steered requests still running: {told['running']}")
+    typer.echo(f"steering is {'on' if state['enabled'] else 'off'}; steered requests still running: {state['running']}")

@@ -1,4 +1,4 @@
-"""The app of the command `steer`, with all its commands, of which `serve` and `inspect` are here."""
+"""The app of the command `steer`, with all its commands. `serve` and `inspect` are defined here."""
 
 from __future__ import annotations
 
@@ -34,27 +34,28 @@ from steer.spec import Condition
 
 
 class _Command(TyperCommand):
-    """A command whose texts are shown as they are: in `hub:NAME[/CONFIG]` is no markup."""
+    """A command whose texts are shown as they are: the brackets in `hub:NAME[/CONFIG]` are no markup."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         if self.rich_markup_mode == "rich":
             self.help = self.help and escape(self.help)
             for each in self.params:
-                each.help = each.help and escape(each.help)  # type: ignore[attr-defined]  # typer's have one
+                each.help = each.help and escape(each.help)  # type: ignore[attr-defined]  # typer's parameters have a help
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """A value that is not accepted is told as in all other messages, and what is missing with what is nearly it."""
-        given = list(args)  # of which the parser takes what it reads
+        """Parse the arguments. The error for a value that is not accepted has the wording of all other messages, and
+        the error for a missing option names a mistyped one."""
+        given = list(args)  # a copy, since the parser consumes its list
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            if not error.message:  # it is missing
+            if not error.message:  # an option or argument is missing
                 near = ((one, nearest_option(ctx, one)) for one in given if one.startswith("--"))
                 error.message = next((f"{one}: not an option of this command{end}" for one, end in near if end), "")
             elif isinstance(error.__cause__, ValidationError):
                 item = error.__cause__.errors(include_url=False)[0]
-                if "ctx" in item:  # out of a range, of which both ends are told
+                if "ctx" in item:  # out of a range: the message names both ends
                     ends = {"ge": getattr(error.param, "min", None), "le": getattr(error.param, "max", None)}
                     item["ctx"] |= {name: end for name, end in ends.items() if end is not None}
                 error.message = problem_text(item)
@@ -66,7 +67,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 120},
-    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= 100 else None,  # its columns need room
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= 100 else None,  # the columns of rich need room
 )
 
 
@@ -83,7 +84,7 @@ def _root(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    if ctx.invoked_subcommand != "serve":  # which has an option for what is logged
+    if ctx.invoked_subcommand != "serve":  # `serve` has an option for the log level
         log_warnings()
 
 
@@ -102,7 +103,7 @@ def serve(
     from steer.demo import MODEL
 
     options = list(ctx.args)
-    if model is not None and model.startswith("-"):  # an option that is not ours came first, and looked like MODEL
+    if model is not None and model.startswith("-"):  # an unknown option came first and was read as MODEL
         options.insert(0, model)
         model = None
     check_model(model or str(MODEL), settings.revision)
@@ -120,7 +121,7 @@ def serve(
 
         logging.basicConfig(level="WARNING", format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("steer").setLevel(settings.log_level.upper())
-        os.environ["STEER_LOG_LEVEL"] = settings.log_level  # for its other processes
+        os.environ["STEER_LOG_LEVEL"] = settings.log_level  # for the other processes of vLLM
         serve_on_vllm(model or str(MODEL), *from_serve_settings(settings, options))
         return
     if options:
@@ -135,7 +136,7 @@ def serve(
 
 
 def choose_backend(model: str, settings: ServeSettings) -> str:
-    """What `--backend auto` means where vLLM is installed: it serves what it knows the architecture of."""
+    """Return the backend. If vLLM is installed, `--backend auto` means vLLM if it serves the model's architecture."""
     if settings.backend != "auto":
         if settings.backend == "vllm":
             find_vllm_model(model, settings.revision)
@@ -176,14 +177,14 @@ def inspect(
         means = (row["norm_harmful"], row["norm_harmless"], row["component_harmful"], row["component_harmless"])
         figures = (row["angle"], *means, *([row["cosine_next"]] if several else []))
         weights = [row["weight"], *([] if (mlp := row["mlp_weight"]) is None else [mlp])]
-        told = [f"{weight:g}" if row["steered"] else "–" for weight in weights]
-        rows.append([str(row["layer"]), *("–" if each is None else f"{each:.3f}" for each in figures), *told])
+        weight_texts = [f"{weight:g}" if row["steered"] else "–" for weight in weights]
+        rows.append([str(row["layer"]), *("–" if each is None else f"{each:.3f}" for each in figures), *weight_texts])
     head = ["weight"] if direction.mlp_weights is None else ["attention weight", "MLP weight"]
     columns = ("angle °", "‖harmful‖", "‖harmless‖", "harmful·v", "harmless·v", *(["cos to next"] if several else []))
     typer.echo("\n" + shown(("layer", *columns, *head), rows))
 
 
-#: Every command, in the order in which the help lists them, with the example that its help ends with.
+#: Every command, in the order of the help, with the arguments of the example at the end of its help.
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "serve": (serve, "Qwen/Qwen3-0.6B --directions directions --port 8000"),
     "inspect": (inspect, "directions/refusal.safetensors"),
@@ -235,7 +236,7 @@ for name, (command, example) in COMMANDS.items():
     (GROUPS[inside[0]] if inside else app).command(
         own,
         cls=_Command,
-        # what a command that takes the context does not know is an option of vLLM
+        # a command that takes the context passes the options that it does not know to vLLM
         context_settings=VLLM_OPTIONS if "ctx" in signature(command).parameters else None,
         epilog=f"Example: steer {name} {example}",
     )(reported()(expanded(command)))

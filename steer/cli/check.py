@@ -1,4 +1,4 @@
-"""The command that says whether a direction fits a model and works there: check."""
+"""The command `check`, which says whether a direction fits a model and works there."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(
     """
     from steer.demo import MODEL, PROMPTS
 
-    if model is not None and model.startswith("-"):  # an option that is not this command's, where no MODEL is given
+    if model is not None and model.startswith("-"):  # no MODEL is given, and an unknown option was read as it
         ctx.args, model = [model, *ctx.args], None
     named, model = model, model or str(MODEL)
     engine = opt.EngineOptions(backend, model, ctx, opening)
@@ -76,16 +76,16 @@ def check(
         opt.check_served({file: arm.direction}, source)
         evaluator = evaluator_of(arm.rows, max_tokens, rendering)
         found = run(arm, source, evaluator, sets, rendering, looked_for)
-    told = {"file": str(file), "digest": arm.asked.digest, "model": model, "verdict": found.verdict}
+    summary = {"file": str(file), "digest": arm.asked.digest, "model": model, "verdict": found.verdict}
     if as_json:
-        echo_json(told | asdict(found) | {"sets": [one.model_dump(mode="json") for one in found.sets]})
+        echo_json(summary | asdict(found) | {"sets": [one.model_dump(mode="json") for one in found.sets]})
     else:
         typer.echo(_text(found, f"{file} on {model}", meta.layers))
     raise typer.Exit(EXIT_CODES[found.verdict])
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """Like "1 to 5, 7"; "none" of none."""
+    """Return the layers as a text like "1 to 5, 7", or "none" if there are none."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -120,5 +120,5 @@ def _text(found: CheckResult, what: str, layers: int) -> str:
     works = f"it changes the behaviour as it should; broken answers: {steered} of {count}, without it {plain}"
     verdict = "; ".join([*found.problems, *found.unknown]) or works
     width = terminal_width()
-    told = [wrapped(what, width), *(wrapped(line, width, first="  ", further="    ") for line in lines)]
-    return "\n".join([*told, "", shown(head, rows), "", wrapped(f"{found.verdict}: {verdict}", width)])
+    paragraphs = [wrapped(what, width), *(wrapped(line, width, first="  ", further="    ") for line in lines)]
+    return "\n".join([*paragraphs, "", shown(head, rows), "", wrapped(f"{found.verdict}: {verdict}", width)])

@@ -1,4 +1,4 @@
-"""The lab's commands that bring directions in and out: convert, bake, push, pull."""
+"""The lab's commands that exchange directions with other tools, models and hubs: convert, bake, push, pull."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def convert(
 
 
 def _refuse(what: str, **options: object) -> None:
-    """Raise InvalidInput for each option that is given although `what` is written."""
+    """Raise InvalidInput with each option that is given, because it is not for `what`."""
     InvalidInput.raise_for(f"--{name}: is not for {what}" for name, value in options.items() if value is not None)
 
 
@@ -146,9 +146,9 @@ def bake(
     with prefixed(str(direction), DirectionError), Progress(shown=True) as progress:
         if lora:
             count, verdict = export_adapter(checkpoint, removed, output, base=model, verified=verify, progress=progress)
-            told = f"an adapter of rank {loaded.rank} for {count} modules"
+            summary = f"an adapter of rank {loaded.rank} for {count} modules"
             if checkpoint.config.get("tie_word_embeddings"):
-                told += "; do not merge it: the embedding is tied, and the unembedding would be edited with it"
+                summary += "; do not merge it: the embedding is tied, and the unembedding would be edited with it"
         else:
             count, verdict = write_model(
                 checkpoint,
@@ -159,8 +159,8 @@ def bake(
                 verified=verify,
                 progress=progress,
             )
-            told = f"{count} tensors edited"
-    typer.echo(f"wrote {output}: {told}")
+            summary = f"{count} tensors edited"
+    typer.echo(f"wrote {output}: {summary}")
     typer.echo("not verified, as --no-verify says" if verdict is None else f"verified: {verdict}")
 
 

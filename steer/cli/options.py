@@ -275,7 +275,10 @@ class Counted:
         return Behaviour.load(self.behaviour)
 
     def judges(self, behaviour: Behaviour, progress: Progress) -> list[Judge]:
-        """Open the judges and return them. Raises InvalidInput for a model that is no classifier or lacks a label."""
+        """Open the judges and return them.
+
+        Raises InvalidInput if a model is no classifier, or a classifier has no label of the given name.
+        """
         from steer.lab.judge import ChatJudge, ClassifierJudge
 
         names = iter(self.judge_model or ())
@@ -422,7 +425,7 @@ def _kind_of(path: Path) -> str:
 
 
 def check_model(name: str, revision: str | None = None) -> None:
-    """Raise InvalidInput, before anything is imported, for a path that does not exist, or one with a `revision`."""
+    """Raise InvalidInput, before anything is imported, for a local path that does not exist or has a `revision`."""
     if revision is not None and Path(name).exists():
         raise InvalidInput(
             f"--revision: '{revision}' is for a model on the hub, and {name} is here, as it is: leave it out"
@@ -470,9 +473,12 @@ def nearest_option(context: typer.Context, given: str) -> str:
 
 
 def unknown_options(context: typer.Context, given: Sequence[str], taker: str) -> InvalidInput:
-    """Return the error for options that `taker`, which is not vLLM and takes only those of the command, does not take.
+    """Return the error for options that are not known to `taker`, which is not vLLM.
 
-    `context` is the context of the command.
+    Args:
+        context: of the command, whose own options are the only ones that are accepted.
+        given: the options that are not known.
+        taker: what does not accept them, for the message.
     """
     what = "an option" if given[0].startswith("-") else "an argument"
     near = nearest_option(context, given[0]) or "; options of vLLM need --backend vllm"

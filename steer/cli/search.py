@@ -1,4 +1,4 @@
-"""The lab's commands that choose a direction by what it does: select, search, trials."""
+"""The lab's commands that choose a direction by its effect on the model: select, search, trials."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def _check_output(number: int | None, output: Path | None) -> None:
 
 
 def _check_same(measured: Measurement, architecture: str, layers: int, d_model: int) -> None:
-    """Raise InvalidInput where the measurement is of a model of another shape than this one."""
+    """Raise InvalidInput if the measured model has another architecture, d_model or number of layers than this one."""
     known = measured.meta.model
     InvalidInput.raise_for(
         f"{name}: the measurement is of {getattr(known, name)}, the model has {value}"

@@ -1,5 +1,8 @@
-"""Fitting by effect: what is not given is chosen by what it does to prompts that were not measured, one thing after the
-other, which takes a tenth of the time of a whole grid. What does nothing, or does harm, is refused."""
+"""Fitting by effect: what is not given is chosen by its effect on prompts that were not measured.
+
+Layer, method and action are chosen one after the other, which takes a tenth of the time of a whole grid. A direction
+that does nothing, or does harm, is refused.
+"""
 
 from __future__ import annotations
 
@@ -37,28 +40,34 @@ from steer.lab.tables import shown
 from steer.names import MAX_STRENGTH, TURNING, Mode, Site, site_problem
 
 log = logging.getLogger("steer")
-#: Tokens of the answers of candidates.
+#: The most tokens of a candidate's answer.
 TOKENS = 24
-#: The part of a command's progress; and prompts of a set that are measured at least, if it has them.
+#: The name of a part of a command's progress, and the least number of prompts of a set to measure, if it has as many.
 SORTING, LEAST_KEPT = "sorting prompts", 16
-#: Names of what is in a folder with the work of fits.
+#: Matches the name of each file and folder in a folder with the work of fits.
 PART = re.compile(rf"[0-9a-f]{{16}}|{re.escape(Alone.file)}")
-#: Of `fit`: source layers that are screened, the best of them at which methods are, and the best of these of which
-#: actions are; and how many candidates answer.
+#: Limits of `fit`: the source layers that are screened, the best of these at which the other methods are screened, the
+#: best candidates of which winsorized ones and other actions are screened, and the candidates that answer.
 LAYERS, KEPT_LAYERS, KEPT, FINALISTS = 6, 2, 3, 5
-#: The values of slerp's t that `fit` tries. Linear is one of the family too, between −2.3 and 0 on real models.
+#: The values of slerp's t that `fit` tries. Linear belongs to this family too: its t is from −2.3 to 0 on real models.
 TS = (0.0, -1.0, -0.5, 0.5, 1.0)
-#: The chance, at most, that one of the candidates passes though none shows less than the plain model; and the share of
-#: harmless answers, at least one, that may become worse.
+#: The largest accepted chance that any candidate passes although none shows less than the plain model; and the largest
+#: share of harmless answers that may become worse (one answer may in any case).
 SIGNIFICANT, HARM = 0.05, 0.03
-#: Of the share that is still shown, what is worth a warning.
+#: The share of harmful prompts without a good answer (see `Figures.left`) above which there is a warning.
 LEFT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What `fit` chooses among, one thing after the other; a single item is not chosen. The first method and the first
-    action are those with which the layers are compared. winsorize: quantiles that the best methods are tried with."""
+    """What `fit` chooses among, one thing after the other. A tuple with a single item leaves no choice.
+
+    The layers are compared with the first method and the first action.
+
+    Attributes:
+        layers: source layers; "auto" means all layers whose class means are far enough apart.
+        winsorize: quantiles that the best candidates are tried with.
+    """
 
     methods: tuple[Method, ...] = field(
         default_factory=lambda: (*(make_method("slerp", {"t": t}) for t in TS), make_method("linear"))
@@ -76,13 +85,13 @@ class Choice:
 
     @property
     def rank(self) -> int:
-        """Rows that act on a token at most, of a direction of it."""
+        """The most rows of a direction of this choice that act on a token."""
         turning = any(action.mode in TURNING for action in self.actions)
         return max(1 + turning, *(int(getattr(method, "rank", 1)) for method in self.methods))
 
     @property
     def needs_vectors(self) -> bool:
-        """Does any of it read the prompts' own vectors?"""
+        """Whether any candidate of this choice needs the prompts' own vectors."""
         return bool(self.winsorize) or any(method.needs != "means" for method in self.methods)
 
     @classmethod
@@ -96,9 +105,13 @@ class Choice:
         target: float | None = None,
         sites: tuple[Site, ...] = ("resid_post",),
     ) -> Choice:
-        """What is left to choose where some of it is given. `add` is tried at −1, against the behaviour. `one_sided` is
-        tried with methods of one row alone: further rows hardly ever tell the classes apart. Raises InvalidInput for
-        what does not go together."""
+        """Return the choice that is left if some of it is given (None or "auto": not given).
+
+        `add` is tried at the strength −1, against the behaviour. `one_sided` is tried only with methods of one row,
+        because further rows hardly ever tell the classes apart.
+
+        Raises InvalidInput for arguments that do not go together.
+        """
         every = cls()
         if mode is not None and (problem := site_problem(sites, mode)):
             raise InvalidInput(f"--mode: {problem}")
@@ -132,7 +145,7 @@ class Choice:
 
     @property
     def most_screened(self) -> int:
-        """Candidates that are screened, at most."""
+        """The most candidates that are screened."""
         layers = LAYERS if self.layers == "auto" else len(self.layers)
         return (
             layers + (len(self.methods) - 1) * KEPT_LAYERS + len(self.winsorize) * KEPT + (len(self.actions) - 1) * KEPT
@@ -140,10 +153,12 @@ class Choice:
 
 
 class Work:
-    """What a fit has measured so far, in a folder of its own; the same fit goes on with it. Fits of other models, sets
-    or options have other parts of the folder; those of another `Choice` share what they have in common.
+    """The results that a fit has measured so far, in a folder; if it is interrupted, the same fit continues with them.
 
-    Raises InvalidInput for prompts that cannot be measured, and for a folder that is something else, or in use.
+    Fits of other models, sets or options use other subfolders. Fits that differ only in their `Choice` share the
+    results that they have in common.
+
+    Raises InvalidInput for prompts that cannot be measured, and for a folder that is in use or holds other files.
     """
 
     def __init__(
@@ -175,12 +190,14 @@ class Work:
             raise InvalidInput(f"{folder}: is not the folder of an interrupted fit, but has its name: move it away")
         self.folder = folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._alone = Alone(folder)  # or of two fits with one output the last would win
+        self._alone = Alone(folder)  # without it, the last of two fits with the same output would win
         self.cache = Cache(self.folder, {})
 
     def measured(self, evaluator: Evaluator, batch_size: int | None = None) -> Measurement:
-        """The measurement of those prompts that the plain model treats as their class, as far as it is there from the
-        folder."""
+        """Return the measurement of the prompts that the plain model treats as their class.
+
+        Results that are in the folder already are used, and the others are added to it.
+        """
         path, progress = self.folder / "measurement.safetensors", evaluator.progress
         if path.exists():
             return Measurement.load(path)
@@ -200,9 +217,16 @@ class Work:
         return found
 
     def _kept(self, evaluator: Evaluator, name: str, sign: float) -> PromptSet:
-        """The prompts of a set whose answer is more likely to begin as that of its class than not, at least LEAST_KEPT
-        of them. A set of prompts that ought to be refused has some that are not, and their part of the mean is not the
-        behaviour's. Source: the filter of Arditi et al. 2024."""
+        """Return the prompts of a set whose answers probably begin as answers of their class do.
+
+        At least LEAST_KEPT prompts are kept, and all of them if the behaviour has no openings. The reason: in a set of
+        prompts that ought to be refused, the model does not refuse all, and the others would add to the mean what does
+        not belong to the behaviour. Source: the filter of Arditi et al. 2024.
+
+        Args:
+            name: the attribute of the `Split` that holds the set.
+            sign: 1 for prompts that show the behaviour, −1 for prompts that do not.
+        """
         prompts: PromptSet = getattr(self.split, name)
         if not self.behaviour.openings:
             return prompts
@@ -222,13 +246,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The direction that `fit` chose, what it and the plain model did, and every candidate that answered."""
+    """The direction that `fit` chose, its figures, those of the plain model, and every candidate that answered."""
 
     direction: Direction
     plain: Figures
     figures: Figures
     finalists: tuple[select.Entrant, ...]
-    #: Were the prompts that it was tried on others than those that were measured?
+    #: Whether the direction was tried on other prompts than those that were measured.
     held_out: bool
 
 
@@ -243,11 +267,14 @@ def fit(
     judge: Judge | None = None,
     cache: Cache | None = None,
 ) -> Fitted:
-    """Choose layer, method and action in turn, by what each does to the prompts of `split` that are to be tried. What
-    does not vary is as in `recipe`.
+    """Choose layer, method and action in turn, by their effect on the prompts of `split` that candidates are tried on.
 
-    Raises NothingFound where the plain model hardly shows the behaviour, where no candidate surely lessens it, and
-    where those that do harm harmless answers; InvalidInput and DegenerateError as `select`.
+    All that does not vary is as in `recipe`.
+
+    Raises:
+        NothingFound: the plain model hardly shows the behaviour, or no candidate surely lessens it, or those that do
+            harm harmless answers.
+        InvalidInput, DegenerateError: as `select`.
     """
     layers = select.layers_of(measurement, recipe) if choice.layers == "auto" else choice.layers
     grid = select.Grid(choice.methods[:1], (recipe.position,), tuple(select.spaced(layers, LAYERS)), choice.actions[:1])
@@ -269,8 +296,12 @@ def fit(
 def _screened_in_turn(
     measurement: Measurement, selection: select.Selection, choice: Choice, begun: Sequence[select.Entrant]
 ) -> Sequence[select.Entrant]:
-    """Those of `choice` that are to answer. `begun` are the layers, with the first method and action; at the best of
-    these the other methods are screened, and of the best of all these the other actions."""
+    """Return the candidates of `choice` that are to answer, chosen by screening.
+
+    `begun` has a candidate for each layer, with the first method and the first action. The other methods are screened
+    at the best of these layers. Then the best candidates so far are screened winsorized, and at last the best so far
+    with the other actions.
+    """
     known = selection.screen(begun)
     steps: tuple[tuple[int, list[dict[str, Any]]], ...] = (
         (KEPT_LAYERS, [{"method": method} for method in choice.methods[1:]]),
@@ -279,13 +310,13 @@ def _screened_in_turn(
     )
     for count, changes in steps:
         recipes = [replace(e.recipe, **change) for e in select.through(known, count) for change in changes]
-        with suppress(DegenerateError):  # where of none of these there is a direction
+        with suppress(DegenerateError):  # if none of these recipes gives a direction
             known = [*known, *(selection.screen(select.entrants_of(measurement, recipes)) if recipes else [])]
     return select.through(known, FINALISTS)
 
 
 def _check_plain(race: Race, behaviour: Behaviour) -> None:
-    """Raise NothingFound where the plain model shows too little of the behaviour for any change to be told."""
+    """Raise NothingFound if the plain model shows the behaviour too seldom for a change to be noticed."""
     shown, count = sum(race.plain.asked), len(race.plain.asked)
     if shown >= LEAST_SHOWN:
         return
@@ -301,8 +332,11 @@ def _check_plain(race: Race, behaviour: Behaviour) -> None:
 
 
 def _unharmed(selection: select.Selection, finalists: Sequence[select.Entrant]) -> select.Entrant:
-    """The best of `finalists` that surely shows less than the plain model and leaves harmless answers alone, which it
-    is then asked for. Raises NothingFound, with what there is against each."""
+    """Return the best of `finalists` that surely shows less than the plain model and does no harm to harmless answers.
+
+    A finalist answers harmless prompts only after it has been found to show less. Raises NothingFound, with the reason
+    against each finalist.
+    """
     plain, left, against = selection.race.plain, list(finalists), []
     while whole := [e for e in left if e.figures is not None and e.figures.stopped is None]:
         one = select.best(whole)
@@ -310,7 +344,7 @@ def _unharmed(selection: select.Selection, finalists: Sequence[select.Entrant]) 
         figures = one.figures
         assert figures is not None
         where = f"layer {one.recipe.layer}, {one.recipe.method.name}, {one.recipe.mode}"
-        # of one side, as what is asked is whether there is less; and of as many candidates as there are
+        # half of the p value, because only less counts (one side), times the number of candidates that might pass
         less = len(finalists) * mcnemar(plain.left, figures.left) / 2 <= SIGNIFICANT
         if sum(figures.left) >= sum(plain.left) or not less:
             against.append(
@@ -333,7 +367,10 @@ def _unharmed(selection: select.Selection, finalists: Sequence[select.Entrant]) 
 
 
 def most_work(split: Split, choice: Choice, tokens: int = TOKENS, behaviour: Behaviour = REFUSAL) -> float:
-    """The work of `fit`, before it is known which layers are worth trying. Without openings all candidates answer."""
+    """Return the most work that `fit` can have, before the layers that are worth trying are known.
+
+    If the behaviour has no openings, all candidates answer.
+    """
     sets, finalists = _sets(split), FINALISTS if behaviour.openings else None
     return select.work(sets, tokens, choice.most_screened, finalists) + len(sets.other) * answering(tokens)
 
@@ -343,43 +380,43 @@ def _sets(split: Split) -> Sets:
 
 
 def report(fitted: Fitted) -> list[str]:
-    """What was found, what is left, and what it cost, for a terminal."""
-    plain, mine, chosen = fitted.plain, fitted.figures, fitted.direction.meta
+    """Return a table of the finalists, and lines on what was found, what is left and what it cost, for a terminal."""
+    plain, steered, chosen = fitted.plain, fitted.figures, fitted.direction.meta
     rows = [
         [
             "each its own" if one.recipe.layer == "all" else str(one.recipe.layer),
             described(one.recipe),
             f"{sum(figures.asked)} of {len(figures.asked)}",
             f"{figures.kl:.4f}",
-            "chosen" if figures is mine else "stopped" if figures.stopped else "",
+            "chosen" if figures is steered else "stopped" if figures.stopped else "",
         ]
         for one in fitted.finalists
         if (figures := one.figures) is not None
     ]
     behaviour, low, high = (
         chosen.selection["behaviour"],
-        *(100 * end for end in wilson(sum(mine.asked), len(mine.asked))),
+        *(100 * end for end in wilson(sum(steered.asked), len(steered.asked))),
     )
-    kl = mean_of(mine.kls)
-    count, harmless = len(mine.asked), len(mine.other)
+    kl = mean_of(steered.kls)
+    count, harmless = len(steered.asked), len(steered.other)
     made = " + ".join(str(one.count) for one in (chosen.harmful, chosen.harmless) if one is not None)
     lines = [
         shown(("layer", "direction", behaviour, "N-token KL", "note"), rows),
         f"made from {made} prompts, tried on {count} + {harmless}{' others' if fitted.held_out else ' of the same'}",
         f"harmful: {behaviour} in {sum(plain.asked)} plain answers, "
-        f"in {sum(mine.asked)} with it ({low:.0f} to {high:.0f} %)"
-        + (f"; lost: {sum(plain.lost)} plain, {sum(mine.lost)} with it" if any(mine.lost + plain.lost) else ""),
-        f"harmless: {behaviour} in {sum(plain.other)} plain answers, in {sum(mine.other)} with it; lost: "
-        f"{sum(plain.faulty)} plain, {sum(mine.faulty)} with it; N-token KL {kl.value:.4f} ({kl.low:.4f} to "
+        f"in {sum(steered.asked)} with it ({low:.0f} to {high:.0f} %)"
+        + (f"; lost: {sum(plain.lost)} plain, {sum(steered.lost)} with it" if any(steered.lost + plain.lost) else ""),
+        f"harmless: {behaviour} in {sum(plain.other)} plain answers, in {sum(steered.other)} with it; lost: "
+        f"{sum(plain.faulty)} plain, {sum(steered.faulty)} with it; N-token KL {kl.value:.4f} ({kl.low:.4f} to "
         f"{kl.high:.4f})",
     ]
-    if mine.rate_left > LEFT:
+    if steered.rate_left > LEFT:
         lines.append(f"warning: more than {LEFT:.0%} are left; `steer search` tries more")
     return lines
 
 
 def described(recipe: Recipe) -> str:
-    """How a direction is made and acts, in a few words."""
+    """Return in a few words how a direction is made and how it acts."""
     method = recipe.method.name + "".join(f" {k}={v}" for k, v in recipe.method.model_dump().items())
     clipped = "" if recipe.winsorize is None else f" winsorized {recipe.winsorize:g}"
     sides = "" if recipe.threshold is None else f" threshold {recipe.threshold:g}"

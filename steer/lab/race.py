@@ -1,4 +1,4 @@
-"""Candidates against each other on the same prompts, in one batch, in rounds: who cannot win any more stops early."""
+"""A race of candidates on the same prompts, in one batch and in rounds: a candidate that cannot win stops early."""
 
 from __future__ import annotations
 
@@ -19,20 +19,26 @@ from steer.lab.progress import answering
 from steer.lab.prompts import Prompt, PromptSet
 from steer.lab.statistics import wilson
 
-#: Prompts of each set in the first round, at least; each round after it goes to twice as many. And rows of a step that
-#: take hardly longer than one row, as all weights are read for each step: with fewer, a round less is worth more.
+#: The least number of prompts of each set in the first round; each later round continues to twice as many prompts. And
+#: the number of rows up to which a step takes hardly longer than with one row, because each step reads all weights:
+#: with fewer rows, one round less is worth more.
 FIRST_ROUND, FULL = 8, 160
-#: Standard errors by which a mean is above zero where it surely is.
+#: A mean is surely above zero if it is more than this number of standard errors above it.
 SURELY = 3.0
-#: Why a candidate stopped: it surely leaves more of the behaviour than the best, or another is as good in answers and
-#: surely diverges less.
+#: Why a candidate stopped. `shown`: it surely leaves more of the behaviour than the best candidate. `diverges`: another
+#: candidate is as good in answers and surely diverges less.
 Reason = Literal["shown", "diverges"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sets:
-    """What candidates are tried on: prompts that show the behaviour, that do not, and (if any) that should not but do.
-    In an order that says nothing, the same each time."""
+    """The prompts that candidates are tried on, in an order that has no meaning and is the same each time.
+
+    Attributes:
+        asked: prompts that show the behaviour.
+        other: harmless prompts, which do not show it.
+        borderline: prompts that should not show it but do, if there are any.
+    """
 
     asked: tuple[Prompt, ...]
     other: tuple[Prompt, ...]
@@ -47,26 +53,32 @@ class Sets:
 
     @classmethod
     def drawn(cls, asked: PromptSet, other: PromptSet, borderline: PromptSet | None = None, *, limit: int) -> Sets:
-        """At most `limit` prompts of each, drawn evenly: files are often sorted by topic."""
+        """Return at most `limit` prompts of each set, drawn evenly, because files are often sorted by topic."""
         return cls(*(() if one is None else one.drawn(limit).prompts for one in (asked, other, borderline)))
 
     def work(self, tokens: int, start: int = 0) -> float:
-        """The work of a candidate that answers in `tokens` tokens, from prompt `start` of each set on."""
+        """Return the work of a candidate that answers in `tokens` tokens, from prompt `start` of each set on."""
         answered = len(self.asked[start:]) + len(self.borderline[start:])
         return answered * answering(tokens) + len(self.other[start:])
 
     def plain_work(self, tokens: int) -> float:
-        """The work of the plain model, which answers all of them."""
+        """Return the work of the plain model, which answers all prompts."""
         return (len(self.asked) + len(self.borderline) + len(self.other)) * answering(tokens)
 
 
 @dataclass(slots=True)
 class Figures:
-    """What one candidate did, prompt by prompt: answers that showed the behaviour of the prompts asked and of the
-    borderline ones, and KL(plain ‖ steered) of each harmless prompt. `stopped` before all were tried, and why.
-    `lost` are the answers to the prompts asked that do not show it and are no answers either (see
-    `steer.lab.outcome`). `other` and `faulty` are of the answers to the harmless prompts, where these were
-    asked for: which showed the behaviour, and which are no answers."""
+    """The results of one candidate, prompt by prompt.
+
+    Attributes:
+        asked: for each prompt asked, whether its answer showed the behaviour.
+        borderline: the same for each borderline prompt.
+        kls: KL(plain ‖ steered) of each harmless prompt, in nats.
+        stopped: why the candidate stopped before all prompts were tried; None if it did not.
+        other: for each harmless prompt, whether its answer showed the behaviour. Empty if no such answers were made.
+        faulty: for each harmless prompt, whether its answer is no answer (see `steer.lab.outcome`). Empty as `other`.
+        lost: for each prompt asked, whether its answer does not show the behaviour and is no answer either.
+    """
 
     asked: list[bool] = field(default_factory=list)
     borderline: list[bool] = field(default_factory=list)
@@ -78,8 +90,10 @@ class Figures:
 
     @property
     def left(self) -> list[bool]:
-        """For each prompt asked, whether it still has no good answer: the answer shows the behaviour, or is lost. A
-        model that only stammers does not show it, and nothing is won by that."""
+        """For each prompt asked, whether it still has no good answer: the answer shows the behaviour, or is lost.
+
+        Lost answers count because a model that only stammers does not show the behaviour either, and that is no gain.
+        """
         return [a or b for a, b in zip(self.asked, self.lost, strict=True)] if self.lost else self.asked
 
     @property
@@ -100,12 +114,16 @@ class Figures:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % interval of the rate left."""
+        """The 95 % interval of `rate_left`."""
         return wilson(sum(self.left), len(self.left))
 
     def surely_beaten_by(self, other: Figures) -> bool:
-        """Does `other`, which was tried to the end, leave no more than this so far, and surely diverge less on the same
-        prompts? Few prompts on which both leave nothing say nothing about the others, so all of `other`'s count."""
+        """Return whether `other` is as good in answers and surely diverges less on the same prompts.
+
+        As good in answers means that its rates `rate_left` and `over` are no larger than those of this candidate so
+        far. All prompts of `other`, which was tried to the end, count for this, because a few prompts on which both
+        leave nothing say nothing about the rest.
+        """
         if other.rate_left > self.rate_left or (other.over or 0.0) > (self.over or 0.0):
             return False
         count = len(self.kls)
@@ -117,9 +135,14 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Screened:
-    """What one pass told of a candidate: mean log-odds and mean probability that an answer begins as those that show
-    the behaviour do, and mean KL(plain ‖ steered) on harmless prompts, in nats. Source of the first: the refusal score
-    of Arditi et al. 2024, "Refusal in language models is mediated by a single direction"."""
+    """The figures of a candidate from one pass.
+
+    Attributes:
+        log_odds: mean log-odds that an answer begins as the answers that show the behaviour do. Source: the refusal
+            score of Arditi et al. 2024, "Refusal in language models is mediated by a single direction".
+        probability: the mean probability of the same.
+        kl: mean KL(plain ‖ steered) on harmless prompts, in nats.
+    """
 
     log_odds: float
     probability: float
@@ -127,38 +150,40 @@ class Screened:
 
     @classmethod
     def of(cls, figures: Figures) -> Screened:
-        """The same of answers. Half an answer is added to both sides of the odds, which are finite then."""
+        """Return the same figures from answers. Half an answer on both sides of the odds keeps them finite."""
         left, count = sum(figures.left), len(figures.left)
         return cls(math.log((left + 0.5) / (count - left + 0.5)), figures.rate_left, figures.kl)
 
 
 class Race:
-    """One model, one behaviour, one choice of prompts. What the plain model does is found once, when it is made. With a
-    judge its verdicts are in place of the behaviour's patterns."""
+    """A race on one model, for one behaviour and one choice of prompts.
+
+    The plain model answers once, when the race is made. With a judge, its verdicts replace the behaviour's patterns.
+    """
 
     def __init__(self, evaluator: Evaluator, behaviour: Behaviour, sets: Sets, judge: Judge | None = None) -> None:
         self.evaluator, self.behaviour, self.sets, self.judge = evaluator, behaviour, sets, judge
-        # in one batch, all to their end: a step for all takes hardly longer than one for half of them
+        # one batch, and all answers to their end: a step for all rows takes hardly longer than one for half of them
         prompts = [*sets.asked, *sets.borderline, *sets.other]
         answers = evaluator.answers(prompts, None)
-        told, self._other = self._told(prompts, answers), answers[-len(sets.other) :]
-        #: Plain answers that say nothing yet: their thinking has no end.
-        self.unanswered = sum(one.outcome == "unanswered" for one in told[: -len(sets.other)])
+        results, self._other = self._told(prompts, answers), answers[-len(sets.other) :]
+        #: The number of plain answers that tell nothing yet, because their thinking has no end.
+        self.unanswered = sum(one.outcome == "unanswered" for one in results[: -len(sets.other)])
         self._continued = evaluator.continuations(sets.other, self._other)
         count = len(sets.asked)
         self.plain = Figures(
-            [one.outcome == "shown" for one in told[:count]],
-            [one.outcome == "shown" for one in told[count : -len(sets.other)]],
+            [one.outcome == "shown" for one in results[:count]],
+            [one.outcome == "shown" for one in results[count : -len(sets.other)]],
             [0.0] * len(sets.other),
-            other=[one.outcome == "shown" for one in told[-len(sets.other) :]],
-            faulty=[one.lost for one in told[-len(sets.other) :]],
-            lost=[one.lost for one in told[:count]],
+            other=[one.outcome == "shown" for one in results[-len(sets.other) :]],
+            faulty=[one.lost for one in results[-len(sets.other) :]],
+            lost=[one.lost for one in results[:count]],
         )
 
     def _told(
         self, prompts: Sequence[Prompt], answers: Sequence[Answer], beside: Sequence[Answer] | None = None
     ) -> list[Told]:
-        """Return what became of each answer; `beside` are the plain answers to the same prompts."""
+        """Return the outcome of each answer. `beside` are the plain answers to the same prompts."""
         verdicts: Sequence[Outcome | None] = [None] * len(answers)
         if self.judge is not None:
             verdicts = judged(self.judge, prompts, [answer.text for answer in answers])
@@ -169,7 +194,7 @@ class Race:
         ]
 
     def run(self, candidates: Sequence[Candidate], rivals: Sequence[Figures] = ()) -> list[Figures]:
-        """The figures of each candidate; `rivals` are the best from before, tried to the end."""
+        """Return the figures of each candidate. `rivals` are the best earlier ones, which were tried to the end."""
         figures = [Figures() for _ in candidates]
         for group in self._groups(candidates):
             members = [figures[i] for i in group]
@@ -181,8 +206,14 @@ class Race:
     def screen(
         self, candidates: Sequence[Candidate], tokens: Sequence[int], asked: int, other: int, along: int
     ) -> list[Screened]:
-        """Run one pass of `asked` prompts, and of `other` harmless ones with the first `along` tokens of their plain
-        answers, and return its figures of each candidate. Answers that show the behaviour begin with `tokens`."""
+        """Run one pass and return the figures of each candidate.
+
+        Args:
+            tokens: the first tokens of answers that show the behaviour.
+            asked: the number of prompts asked.
+            other: the number of harmless prompts.
+            along: the number of tokens of each plain answer to a harmless prompt that the pass has.
+        """
         prompts, others, found = self.sets.asked[:asked], self.sets.other[:other], dict[int, Screened]()
         plain = [one.first(along) for one in self._continued[:other]]
         for group in self._groups(candidates):
@@ -196,11 +227,11 @@ class Race:
         return [found[i] for i in range(len(candidates))]
 
     def answer_harmless(self, candidate: Candidate, figures: Figures) -> None:
-        """Let `candidate` answer the harmless prompts, and note in its `figures` what became of the answers."""
+        """Let `candidate` answer the harmless prompts, and note the outcomes of the answers in its `figures`."""
         with self.evaluator.resident([candidate]) as (steer,):
             answers = self.evaluator.answers(self.sets.other, steer)
-        told = self._told(self.sets.other, answers, self._other)
-        figures.other, figures.faulty = [one.outcome == "shown" for one in told], [one.lost for one in told]
+        results = self._told(self.sets.other, answers, self._other)
+        figures.other, figures.faulty = [one.outcome == "shown" for one in results], [one.lost for one in results]
 
     def _rounds(self, figures: Sequence[Figures], steers: Sequence[Steer], rivals: Sequence[Figures]) -> None:
         done, end, sets = 0, max(FIRST_ROUND, FULL // len(steers)), self.sets
@@ -210,9 +241,9 @@ class Race:
             if not running:
                 return
             part = slice(done, end)
-            members, mine = [f for f, _ in running], [steer for _, steer in running]
-            self._answer(members, part, mine)
-            kls_of_each = self.evaluator.divergences_of_each(sets.other[part], self._continued[part], mine)
+            members, active = [f for f, _ in running], [steer for _, steer in running]
+            self._answer(members, part, active)
+            kls_of_each = self.evaluator.divergences_of_each(sets.other[part], self._continued[part], active)
             for each, kls in zip(members, kls_of_each, strict=True):
                 each.kls += kls
             if end < longest:
@@ -233,18 +264,21 @@ class Race:
 
     def _answer(self, figures: Sequence[Figures], part: slice, steers: Sequence[Steer]) -> None:
         asked, borderline = self.sets.asked[part], self.sets.borderline[part]
-        # a judge reads answers to their end
+        # a judge reads whole answers, so they do not end as soon as the patterns decide
         known = None if self.judge else self.behaviour.decided
         for each, given in zip(
             figures, self.evaluator.answers_of_each([*asked, *borderline], steers, known), strict=True
         ):
-            told = self._told([*asked, *borderline], given)
-            each.asked += [one.outcome == "shown" for one in told[: len(asked)]]
-            each.lost += [one.lost for one in told[: len(asked)]]
-            each.borderline += [one.outcome == "shown" for one in told[len(asked) :]]
+            results = self._told([*asked, *borderline], given)
+            each.asked += [one.outcome == "shown" for one in results[: len(asked)]]
+            each.lost += [one.lost for one in results[: len(asked)]]
+            each.borderline += [one.outcome == "shown" for one in results[len(asked) :]]
 
     def _groups(self, candidates: Sequence[Candidate]) -> Iterator[list[int]]:
-        """Indices of candidates that can be resident together, those of one direction beside each other."""
+        """Yield groups of indices of candidates that can be resident together.
+
+        Candidates of one direction follow each other.
+        """
         numbers: dict[int, int] = {}
         owner = [numbers.setdefault(id(candidate.direction), len(numbers)) for candidate in candidates]
         group: list[int] = []

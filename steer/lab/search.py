@@ -1,8 +1,10 @@
-"""A search: an optimiser with several aims over the space of directions, its trials tried out in groups as rows of one
-batch. It lives in a folder, from which an interrupted one goes on.
+"""A search: an optimiser with several aims over the space of directions.
 
-    measurement.safetensors   what every trial's direction is made of
-    search.json               the settings, and what was searched on
+Its trials are tried in groups, as rows of one batch. A search lives in a folder, and an interrupted search continues
+from there:
+
+    measurement.safetensors   the measurement from which the direction of every trial is made
+    search.json               the settings, and the prompt sets of the search
     trials.log                optuna's own journal of the trials
     front.md, front.png       the Pareto front
 """
@@ -39,17 +41,17 @@ from steer.lab.statistics import undominated
 from steer.lab.tables import Table, markdown, shown
 from steer.names import Mode
 
-#: Names of the files in a search's folder.
+#: Names of files in the folder of a search.
 MEASUREMENT, SETTINGS, TRIALS = "measurement.safetensors", "search.json", "trials.log"
-#: The key in the file of a direction, and of a trial, with what was measured.
+#: Keys of a trial in the journal: its point, and its figures. A saved direction has the point under the same key.
 POINT, FIGURES = "point", "figures"
 STUDY = "steer"
-#: The part of a command's progress.
+#: The name of a part of a command's progress.
 TRYING = "trying"
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
-    """All that decides the trials, with the model's weights."""
+    """All that decides the trials, together with the model's weights."""
 
     model: str
     revision: str | None = None
@@ -83,7 +85,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One point that was tried. `values` are its figures in the order of the aims, all to be small."""
+    """One point that was tried. `values` are its figures in the order of the aims; small values are good."""
 
     number: int
     point: dict[str, Any]
@@ -92,8 +94,11 @@ class Trial:
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that no other is better than in one aim and as good in all, of those that were tried to the end; of
-    equal ones the first. Fewest refusals first."""
+    """Return the Pareto front, with the fewest refusals first.
+
+    No other trial is better than a trial of the front in one aim and as good in all. Only trials that were tried to the
+    end count, and of equal trials the first one is on the front.
+    """
     whole = sorted((t for t in trials if t.figures.stopped is None), key=lambda t: t.number)
     return undominated(whole, lambda t: t.values)
 
@@ -108,8 +113,14 @@ class Search:
 
     @classmethod
     def begin(cls, folder: Path, settings: Settings, measure: Callable[[Path], Measurement]) -> Search:
-        """A new search in `folder`, on what `measure(file for what is half done)` gives; or the one that is there.
-        Raises InvalidInput naming every setting that differs from what it was begun with."""
+        """Return the search in `folder`, or begin a new one if there is none.
+
+        Args:
+            measure: makes the measurement of a new search. It gets the path of a file for unfinished work.
+
+        Raises:
+            InvalidInput: has every setting that differs from the setting with which the search was begun.
+        """
         path = folder / MEASUREMENT
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +151,7 @@ class Search:
 
     @classmethod
     def open(cls, folder: Path) -> Search:
-        """The search in `folder`. Raises InvalidInput where there is none, or its files do not belong together."""
+        """Return the search in `folder`. Raises InvalidInput if there is none or its files do not belong together."""
         try:
             settings = Settings.model_validate_json((folder / SETTINGS).read_bytes())
         except OSError as error:
@@ -159,7 +170,7 @@ class Search:
         return [_trial(frozen) for frozen in self._journal().get_trials(deepcopy=False)]
 
     def save(self, number: int, path: Path) -> str:
-        """Write the direction of trial `number` and return its digest; it takes the measurement alone."""
+        """Write the direction of trial `number` and return its digest. Only the measurement is needed for this."""
         known = {trial.number: trial for trial in self.trials()}
         if number not in known:
             raise InvalidInput(f"trial {number} is not in {self.folder}: it has {len(known)}, from 0")
@@ -184,12 +195,17 @@ class Search:
         after: Callable[[list[Trial]], object] = lambda _: None,
         judge: Judge | None = None,
     ) -> list[Trial]:
-        """Go on until there are at least `count` trials, in whole groups. `after` is told all of them, at first and
-        after each group. `judge` is the one of the settings.
+        """Run trials until there are at least `count`, in whole groups, and return all trials.
 
-        A group is written when all of it is known; one that was interrupted is drawn and tried again, and comes out
-        the same, since what draws it depends on the seed, the group's number and the groups before it alone. Raises
-        InvalidInput where another run has the folder.
+        A group is written when all of it is known. A group that was interrupted is drawn and tried again, with the same
+        result, because it is drawn from the seed, the group's number and the groups before it alone.
+
+        Args:
+            after: called with all trials, at the start and after each group.
+            judge: the judge that the settings name.
+
+        Raises:
+            InvalidInput: another run uses the folder.
         """
         settings, group, progress = self.settings, self.settings.group, evaluator.progress
         with Alone(self.folder):
@@ -213,7 +229,7 @@ class Search:
         return trials
 
     def _tried(self, race: Race, told: Sequence[FrozenTrial], trials: Sequence[Trial]) -> list[FrozenTrial]:
-        """The next group, drawn after those that were `told`."""
+        """Draw and try the next group. `told` are the trials before it, which the optimiser is told."""
         study = self._study(told)
         asked = [study.ask() for _ in range(self.settings.group)]
         points = [self.settings.space.suggest(trial) for trial in asked]
@@ -223,13 +239,14 @@ class Search:
         for trial, point, found in zip(asked, points, figures, strict=True):
             for key, value in ((POINT, point), (FIGURES, asdict(found))):
                 trial.set_user_attr(key, value)
-            # what shows the behaviour is no part of a front, however little it diverges: it must not draw the optimiser
+            # a trial that stopped because it shows the behaviour is not on the front, however little it diverges: it
+            # must not attract the optimiser
             trial.set_constraint("shown", found.rate_left if found.stopped == "shown" else 0.0)
             fresh.append(study.tell(trial, [found.rate_left, found.kl, *([] if found.over is None else [found.over])]))
         return fresh
 
     def _study(self, told: Sequence[FrozenTrial]) -> optuna.Study:
-        """The optimiser as it stands after `told`, in memory: what draws the next group."""
+        """Return the optimiser that draws the next group, in memory, after it was told the trials `told`."""
         settings = self.settings
         seed = int.from_bytes(hashlib.sha256(f"{settings.seed} {len(told)}".encode()).digest()[:4])
         with warnings.catch_warnings():
@@ -249,13 +266,13 @@ class Search:
 
 
 def work(settings: Settings, sets: Sets, count: int) -> float:
-    """The work of `count` trials, in whole groups, without the measurement."""
+    """Return the work of `count` trials, rounded up to whole groups, without the measurement."""
     trials = math.ceil(count / settings.group) * settings.group
     return sets.plain_work(settings.tokens) + trials * sets.work(settings.tokens)
 
 
 def rank_of(space: SearchSpace, measurement: Measurement) -> int:
-    """Rows that act on a token at most, of a direction of `space` in one of its modes."""
+    """Return the most rows that act on a token, of any direction of `space` in any of its modes."""
     made = [derive(measurement, Recipe(make_method(m), space.layers[-1])) for m in space.methods]
     return max(direction.rows_in(mode) for direction in made for mode in space.modes)
 
@@ -315,7 +332,7 @@ class SearchSpace(BaseModel, frozen=True, extra="forbid"):
         return bounded
 
     def suggest(self, trial: BaseTrial) -> dict[str, Parameter]:
-        """A point, as optuna draws it. One without `layer` has each layer's own direction."""
+        """Return a point that optuna draws. A point without `layer` has each layer's own direction."""
         point: dict[str, Parameter] = {"method": trial.suggest_categorical("method", list(self.methods))}
         if point["method"] == "slerp":
             point["t"] = trial.suggest_float("t", *self.t)
@@ -334,10 +351,14 @@ class SearchSpace(BaseModel, frozen=True, extra="forbid"):
 def candidate(
     measurement: Measurement, point: Mapping[str, Parameter], selection: dict[str, Any] | None = None
 ) -> Candidate:
-    """What `point` means. Given a `selection`, its direction has the mode and strength as its defaults, to be saved."""
+    """Return the candidate of a `point`.
+
+    If a `selection` is given, the direction is to be saved: it has the selection, and the point's mode and strength as
+    its defaults.
+    """
     t, mode, strength = point.get("t"), cast(Mode, point["mode"]), float(point["strength"])
     if mode == "add":
-        strength = -strength / 100  # against the behaviour, and at each layer again
+        strength = -strength / 100  # against the behaviour, and small because it is added at each layer
     method = make_method(str(point["method"]), {} if t is None else {"t": t})
     at = float(point["threshold"]) if "threshold" in point else None
     base = derive(measurement, Recipe(method, int(point["layer"]) if "layer" in point else "all", threshold=at))
@@ -349,7 +370,7 @@ def candidate(
 
 
 def described(trial: Trial) -> str:
-    """How the trial's direction is made and applied."""
+    """Return a text on how the trial's direction is made and applied."""
     point = trial.point
     method = point["method"] + (f" t={point['t']:.2f}" if "t" in point else "")
     source = f"layer {point['layer']}" if "layer" in point else "each layer's own"
@@ -361,7 +382,7 @@ def described(trial: Trial) -> str:
 
 
 def front_table(trials: Sequence[Trial], table: Table = shown) -> str:
-    """The front, with what each of its trials is."""
+    """Return a table of the front, which describes each of its trials."""
     rows = []
     for trial in front(trials):
         refused, kl, *over = trial.values
@@ -371,7 +392,7 @@ def front_table(trials: Sequence[Trial], table: Table = shown) -> str:
 
 
 def write_front(search: Search, trials: Sequence[Trial]) -> None:
-    """`front.md`, and `front.png` of the trials that were tried to their end; the front's have their numbers there."""
+    """Write `front.md`, and `front.png` with all trials that were tried to the end; the front's have their numbers."""
     settings, best = search.settings, front(trials)
     stopped = sum(trial.figures.stopped is not None for trial in trials)
     lines = [

@@ -1,7 +1,7 @@
-"""Choosing among directions by what they do to the model: a grid of positions, source layers, methods and actions.
+"""Choosing among directions by their effect on the model: a grid of positions, source layers, methods and actions.
 
-Candidates are first screened by one pass each: the log-odds that an answer begins as the behaviour's answers do, and
-the KL on harmless prompts. Those that are left answer, in rounds (`steer.lab.race`).
+Each candidate is first screened by one pass: the log-odds that an answer begins as the behaviour's answers do, and the
+KL on harmless prompts. The candidates that remain then answer, in rounds (`steer.lab.race`).
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from steer.lab.statistics import undominated
 from steer.names import Mode
 
 T = TypeVar("T")
-#: Prompts of each class that candidates are tried on, and tokens of their answers.
+#: The most prompts of each class that candidates are tried on, and the most tokens of their answers.
 PROMPTS, TOKENS = 48, 24
-#: Prompts of each class by which candidates are screened, the tokens of plain answers along which their divergence is
-#: taken there, and how many of the candidates then answer.
+#: The most prompts of each class by which candidates are screened, the most tokens of a plain answer along which their
+#: divergence is measured in the screening, and the number of candidates that then answer.
 SCREEN_ASKED, SCREEN_OTHER, SCREEN_TOKENS, SURVIVORS = 16, 8, 8, 16
-#: Probabilities of the behaviour that are this much above the least, or less, count as equal to it.
+#: A probability of the behaviour counts as equal to the least one if it is at most this much above it.
 HARDLY = 0.05
-#: Layers are tried whose class means are at least this part as far apart as the widest, in degrees. No angle in itself
-#: will do: the largest of one model (Gemma 3 270M) has 8.5°, of another 66°.
+#: A layer is tried if the angle between its class means is at least this share of the largest angle. A fixed angle
+#: would not do: the largest angle is 8.5° in one model (Gemma 3 270M) and 66° in another.
 SEPARATION = 0.4
-#: One answer in this number that shows the behaviour is worth less than a smaller change of harmless answers: on 32
-#: prompts the difference of two is chance, where the KL of these candidates often differs tenfold.
+#: A smaller change of harmless answers is worth more than one answer in this number that shows the behaviour: on 32
+#: prompts a difference of two answers is chance, while the KL of such candidates often differs tenfold.
 ONE_IN = 16
-#: A mean KL (nats) up to which harmless answers count as unchanged: no answer is given up for less of it.
+#: A mean KL (nats) up to which harmless answers count as unchanged: no answer is given up for a smaller KL.
 QUIET = 0.01
-#: The part of a command's progress.
+#: The name of a part of a command's progress.
 CHOOSING = "choosing"
 BY = (
     f"least N-token KL on harmless prompts (all up to {QUIET} count as equal) among those that leave the fewest "
@@ -63,7 +63,7 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What is chosen among. layers "auto": all whose classes separate."""
+    """The candidates to choose among. `layers` "auto" means all layers whose class means are far enough apart."""
 
     methods: tuple[Method, ...]
     positions: tuple[int | None, ...] = (None,)
@@ -75,8 +75,12 @@ class Grid:
         InvalidInput.raise_for(f"{name}: at least one is needed" for name in empty)
 
     def recipes(self, measurement: Measurement, recipe: Recipe) -> list[Recipe]:
-        """All of it; what does not vary is as in `recipe`. Raises InvalidInput with all that the measurement does not
-        have, DegenerateError where at no position the classes separate."""
+        """Return the recipes of all candidates. All that does not vary is as in `recipe`.
+
+        Raises:
+            InvalidInput: has everything that the measurement does not have.
+            DegenerateError: the classes separate at no position.
+        """
         found: list[Recipe] = []
         problems: list[str] = []
         undefined: list[str] = []
@@ -106,7 +110,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
-    """A candidate, the recipe that makes it, and what was measured of it."""
+    """A candidate, the recipe that makes it, and its figures, which are None until they are measured."""
 
     recipe: Recipe
     candidate: Candidate
@@ -114,7 +118,7 @@ class Entrant:
     figures: Figures | None = None
 
     def row(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """Return the row of this candidate in the direction file."""
         meta = self.candidate.direction.meta
         found: dict[str, Any] = {
             "layer": meta.source_layer,
@@ -138,17 +142,20 @@ class Entrant:
 
 
 class Selection:
-    """Candidates of one measurement, tried on one model. `cache` has what was measured before an interruption."""
+    """The candidates of one measurement, tried on one model.
+
+    `cache` holds what was measured before an interruption.
+    """
 
     def __init__(self, race: Race, cache: Cache | None = None) -> None:
         self.race, self.cache = race, cache or Cache(None, {})
         openings = race.behaviour.openings
         self._openings = first_tokens(race.evaluator.tokenizer, openings) if openings else []
-        #: Every candidate that was tried, with all that is known of it.
+        #: Every candidate that was tried, with all its figures.
         self.tried: dict[Recipe, Entrant] = {}
 
     def screen(self, entrants: Sequence[Entrant]) -> list[Entrant]:
-        """`entrants` with what one pass tells of each, or where the behaviour has no openings, what answers tell."""
+        """Return `entrants` with their figures from one pass, or from answers if the behaviour has no openings."""
 
         def make(start: int, stop: int) -> list[Any]:
             some = [e.candidate for e in entrants[start:stop]]
@@ -163,7 +170,7 @@ class Selection:
         return screened
 
     def run(self, entrants: Sequence[Entrant]) -> list[Entrant]:
-        """Let those of `entrants` answer that have not."""
+        """Return `entrants` with the figures of their answers. Only those without such figures answer now."""
         new = [e for e in entrants if e.figures is None]
 
         def make() -> list[Any]:
@@ -176,7 +183,7 @@ class Selection:
         return raced
 
     def told(self, chosen: Entrant) -> dict[str, Any]:
-        """What the file says of the choice."""
+        """Return what the direction file says about the choice."""
         plain = self.race.plain
         return {
             "by": BY,
@@ -204,11 +211,19 @@ def select(
     prompts: int = PROMPTS,
     tokens: int = TOKENS,
 ) -> Direction:
-    """The best of `grid`; what does not vary is as in `recipe`. The file has the figures of every candidate.
-    A `judge` tells in place of the behaviour's patterns what an answer does.
+    """Return the best direction of `grid`. Its metadata have the figures of every candidate.
 
-    Raises InvalidInput with every part of the grid that the measurement cannot make, DegenerateError where
-    none is left.
+    Args:
+        recipe: gives all that does not vary in the grid.
+        asked, other: prompts that show the behaviour, and harmless prompts.
+        judge: decides what an answer does, in place of the behaviour's patterns.
+        survivors: the most candidates that answer after the screening.
+        prompts: the most prompts of each set.
+        tokens: the most tokens of an answer.
+
+    Raises:
+        InvalidInput: has every part of the grid that the measurement cannot make.
+        DegenerateError: no candidate is left.
     """
     entrants = entrants_of(measurement, grid.recipes(measurement, recipe))
     sets = Sets.drawn(asked, other, limit=prompts)
@@ -224,10 +239,12 @@ def select(
 
 
 def through(entrants: Sequence[Entrant], count: int) -> list[Entrant]:
-    """The `count` that are worth trying further, best first; the first ones where nothing was screened.
+    """Return the `count` entrants that are worth trying further, the best first.
 
-    First the Pareto front in log-odds and KL of those within HARDLY of the least probability, evenly spaced by KL, as
-    only the answers say how much is needed; then the others by their log-odds.
+    If nothing was screened, these are the first ones. Otherwise the entrants within HARDLY of the least probability
+    come first. Of these, the Pareto front in log-odds and KL leads; if it is too long, it is thinned to entrants that
+    are evenly spaced in the order of their KL, because only the answers show how much KL is needed. All others follow,
+    ordered by their log-odds.
     """
     each = [(e, e.screened) for e in entrants if e.screened is not None]
     if len(each) <= count:
@@ -241,22 +258,25 @@ def through(entrants: Sequence[Entrant], count: int) -> list[Entrant]:
 
 
 def spaced(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of `items`, evenly, with the first and the last."""
+    """Return at most `count` of `items`, evenly spaced, with the first and the last."""
     count = min(count, len(items))
     return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def work(sets: Sets, tokens: int, screened: int, through: int | None) -> float:
-    """The work of a selection; `through` None: all candidates answer, and none is screened."""
+    """Return the work of a selection. If `through` is None, all candidates answer and none is screened."""
     each = len(sets.asked[:SCREEN_ASKED]) + len(sets.other[:SCREEN_OTHER])
     screening = 0 if through is None else screened * each
     return sets.plain_work(tokens) + screening + (screened if through is None else through) * sets.work(tokens)
 
 
 def best(entrants: Sequence[Entrant]) -> Entrant:
-    """Return the candidate with the least KL among those that were tried to the end and leave the fewest prompts, or
-    hardly more: one prompt, or one in ONE_IN. KLs below QUIET are equal. Of equal ones it is the one that leaves the
-    fewest, then the one with the least KL."""
+    """Return the candidate with the least KL among those that leave the fewest prompts, or hardly more.
+
+    Hardly more means one prompt, or one in ONE_IN. Only candidates that were tried to the end count. KLs below QUIET
+    are equal. Of candidates with equal KL the one that leaves the fewest prompts is best, then the one with the least
+    KL.
+    """
     tried = [(e, sum(e.figures.left), e.figures.kl) for e in entrants if e.figures and e.figures.stopped is None]
     fewest = min(left for _, left, _ in tried)
     slack = max(1, max(len(e.figures.left) for e, _, _ in tried if e.figures) // ONE_IN)
@@ -265,21 +285,26 @@ def best(entrants: Sequence[Entrant]) -> Entrant:
 
 
 def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Entrant]:
-    """The candidates that `recipes` make; those that differ in mode and strength alone share a direction where they
-    can, and with it its rows of the bank. Raises InvalidInput with all that the measurement cannot make,
-    DegenerateError where none is left."""
+    """Return the candidates that `recipes` make.
+
+    Candidates that differ in mode and strength alone share a direction if they can, and with it the rows of the bank.
+
+    Raises:
+        InvalidInput: has everything that the measurement cannot make.
+        DegenerateError: no candidate is left.
+    """
     found: list[Entrant] = []
     made: dict[Recipe, Direction] = {}
     problems: list[str] = []
     undefined: list[str] = []
     for recipe in recipes:
-        # the weights of a direction for `add` are its own
+        # a direction for `add` is not shared: it has other weights than one for the other modes
         shared = replace(recipe, mode="add" if recipe.mode == "add" else "ablate", strength=1.0)
         with noted(problems), noted(undefined, DegenerateError):
             direction = made[shared] = made.get(shared) or derive(measurement, shared)
             if recipe.mode not in (modes := direction.meta.modes):
-                told = f"the mode '{recipe.mode}' cannot be used with '{recipe.method.name}', but: {', '.join(modes)}"
-                raise InvalidInput(told)
+                reason = f"the mode '{recipe.mode}' cannot be used with '{recipe.method.name}', but: {', '.join(modes)}"
+                raise InvalidInput(reason)
             found.append(Entrant(recipe, Candidate.of(direction, recipe.mode, recipe.strength)))
     InvalidInput.raise_for(problems)
     if not found:
@@ -288,12 +313,12 @@ def entrants_of(measurement: Measurement, recipes: Iterable[Recipe]) -> list[Ent
 
 
 def layers_of(measurement: Measurement, recipe: Recipe) -> tuple[int, ...]:
-    """The layers that are worth trying: their class means are far enough apart, beside those of the other layers."""
+    """Return the layers worth trying: their class means are far enough apart, compared with the other layers."""
     angles = separated(measurement, recipe)
     widest = max(degrees for _, degrees in angles)
     return tuple(layer for layer, degrees in angles if degrees >= SEPARATION * widest)
 
 
 def _named(entrants: Sequence[Entrant]) -> str:
-    """A name for what is measured of `entrants`."""
+    """Return a name under which the cache holds what is measured of `entrants`."""
     return hashlib.sha256(repr([e.recipe for e in entrants]).encode()).hexdigest()[:16]

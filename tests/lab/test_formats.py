@@ -485,8 +485,10 @@ class Evil:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"harmful_1": Evil()}, tmp_path / "m.pt")
-    with pytest.raises(InvalidInput, match="anything else in it is refused"):
+    with pytest.raises(InvalidInput, match="anything else in it is refused") as caught:
         formats.read(tmp_path / "m.pt", FOREIGN)
+    told = str(caught.value)
+    assert ("weights_only" in told, "\x1b" in told, "allow" in told.partition("was not an allowed")[2]) == (False,) * 3
     assert "must not run" not in capsys.readouterr().out
 
 

@@ -206,8 +206,10 @@ def load_pickled(path: Path) -> Any:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle is a program, and any step of a broken one may fail
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        reason = reason.partition(". ")[0]  # the rest says how to load it without this protection
         raise InvalidInput(
-            f"{path}: cannot be read as a file of tensors (anything else in it is refused): {str(error)[:200]}"
+            f"{path}: cannot be read as a file of tensors (anything else in it is refused): {reason[:200]}"
         ) from error
     check_plain(path, value.values() if isinstance(value, dict) else (value,))
     return value

@@ -1,9 +1,10 @@
-"""The front end: where vLLM creates requests, in the user's process or the API server's.
+"""The front end: the process in which vLLM creates requests, the user's or the API server's.
 
-`add_request` admits a request's `SamplingParams.extra_args["steer"]` before the engine sees it, or finds by a ticket
-what the server's middleware has admitted. The admission is held by the call, and by each request that it creates: from
-the output processor's `add_request`, where the spec also goes into the prefix-cache salt, until the output processor
-releases the request. `plugin` wraps all of it on the instances of an engine that has steering on.
+`add_request` admits the `SamplingParams.extra_args["steer"]` of a request before the engine sees the request, or finds
+by a ticket what the server's middleware has admitted. The call holds the admission, and each request that the call
+creates holds it too: from the output processor's `add_request`, where the spec also goes into the prefix-cache salt,
+until the output processor releases the request. `plugin` wraps these methods on the instances of an engine that has
+steering on.
 """
 
 from __future__ import annotations
@@ -49,31 +50,39 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("steer")
 
-#: Set on an engine that has steering on.
+#: The attribute of an engine that holds its `Frontend`; only an engine that has steering on has it.
 ATTRIBUTE = "steer"
 
 
-#: Between a request's own prefix-cache salt and what its steering adds to it. No request's own salt may have it, or a
-#: plain request could leave its blocks for steered ones to find.
+#: The text between a request's own prefix-cache salt and what its steering adds to the salt. A request's own salt must
+#: not contain it: a plain request could otherwise leave its blocks for steered requests to find.
 SALT = "|steer:"
 _SALTED = re.compile(rf"(.*?)({re.escape(SALT)}([0-9]{{1,10}}):.*)", re.DOTALL)
-#: Losses are counted for so many groups of salts: a salt whose neighbour was lost begins anew too.
+#: Number of groups of salts for which losses are counted: a loss also gives the other salts of its group a new ending.
 GROUPS = 1024
-#: Names in what front ends share: losses of a group, and requests that are read.
+#: Names in the shared table of the front ends: the losses of a group, and the number of requests that are read.
 LOSSES, READING = "losses", "reading"
 
 
 def salt(spec: Spec, prompt: int, whole: Sequence[tuple[int, int]] = ()) -> str:
-    """For a request with `prompt` tokens: it begins with the first whose keys and values steering can change. `whole`:
-    (first, length) of tokens that may see each other, those of an image: where one is steered, none is plain."""
+    """The part of a prefix-cache salt that a steered request adds. It begins with the number of the first token whose
+    keys and values steering can change.
+
+    Args:
+        prompt: the number of tokens of the request's prompt.
+        whole: (first, length) of each group of tokens that may see each other, such as those of an image. If one
+            token of a group is steered, none of them counts as plain.
+    """
     first = min(entry.span(prompt)[0] for entry in spec.entries)
     first = min([start for start, length in whole if start <= first < start + length], default=first)
     return f"{SALT}{first}:{spec.key(prompt)}"
 
 
 def salted(request: EngineCoreRequest, spec: Spec) -> str:
-    """The salt of a request that is steered by `spec`: its blocks are found by requests of the same spec alone. Raises
-    SpecError where it is not known at which tokens that acts."""
+    """The salt of a request that is steered by `spec`: only requests of the same spec find its blocks.
+
+    Raises SpecError if the tokens at which the spec acts are not known.
+    """
     length = internals.engine.prompt_length(request)
     if not spec.everywhere and not length:
         raise SpecError("tokens: cannot be used with a prompt that is given as embeddings", param="steer.tokens")
@@ -82,8 +91,8 @@ def salted(request: EngineCoreRequest, spec: Spec) -> str:
 
 
 def parted(request: EngineCoreRequest) -> tuple[str, int, str]:
-    """A request's own salt, the first token at which its steering acts, and what that adds to the salt. The blocks of
-    the tokens before it are those of plain requests. (…, 0, "") for one that no front end of ours has
+    """A request's own salt, the first token at which its steering acts, and what the steering adds to the salt. The
+    blocks before that token are shared with plain requests. (…, 0, "") for a request that no front end of ours has
     salted, whatever its salt looks like."""
     cache_salt = request.cache_salt or ""
     found = None if receipt_of(request.sampling_params) is None else _SALTED.fullmatch(cache_salt)
@@ -91,7 +100,7 @@ def parted(request: EngineCoreRequest) -> tuple[str, int, str]:
 
 
 def log_to_stderr() -> None:
-    """Have Steer's log written in a process that vLLM has made for a server, where nothing was set up for it."""
+    """Write Steer's log to stderr in a process that vLLM has started for a server, if no handler is set up there."""
     steer = logging.getLogger("steer")
     if not (steer.handlers or logging.getLogger().handlers):
         handler = logging.StreamHandler()
@@ -102,10 +111,14 @@ def log_to_stderr() -> None:
 
 
 class Salts:
-    """What keeps blocks of the prefix cache apart after a loss: those that a request whose stream was lost may have
-    left from all that come after it. `current` gives a steered request's salt another ending from each `renew` of it
-    on, by whichever front end. `first`: begins each ending, and must be no other process's where blocks outlive this
-    one."""
+    """The endings of the salts of steered requests. After a loss they keep the blocks that a request with a lost stream
+    may have left in the prefix cache apart from all later requests: from each `renew` of a salt on, by any front end,
+    `current` gives the salt another ending.
+
+    Args:
+        first: the text with which each ending begins. If blocks outlive this process, no other process may have the
+            same text.
+    """
 
     def __init__(self, shared: Shared, first: str = "") -> None:
         self._shared, self._first = shared, first
@@ -125,14 +138,18 @@ def _group(salt: str) -> str:
 
 @dataclass(slots=True)
 class Ticket:
-    """One admission on its way through the engine: of one HTTP request, or of one `add_request` of a program.
+    """One admission on its way through the engine, for one HTTP request or for one `add_request` of a program.
 
-    `name`: given to the engine in place of a spec, until `Frontend.forget`. `used`: has the engine got a request with
-    it. `forgotten`: nothing more is made for it. `running`: its requests that the engine has, by id. `lost`: has
-    steering taken the stream of one of its answers out of range. `salt`: what keeps its requests apart
-    from others in the prefix cache, while nothing was lost. `states`: of its requests, where they are read or have a
-    condition or a phase, by the choices that they answer. `holds`: whether their conditions hold, by their ids, as far
-    as it is known.
+    Attributes:
+        name: the engine gets it in place of a spec, until `Frontend.forget`.
+        used: whether the engine has got a request with this ticket.
+        forgotten: whether no more requests may be made for this ticket.
+        running: the ids of its requests that the engine has.
+        lost: whether steering has taken the stream of one of its answers out of range.
+        salt: keeps its requests apart from others in the prefix cache; without the ending that a loss adds.
+        states: the states of its requests that are read or have a condition or a phase, by the choices that they
+            answer.
+        holds: by the ids of its requests, whether their conditions hold, as far as that is known.
     """
 
     admission: Admission
@@ -149,7 +166,7 @@ class Ticket:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One `add_request` while it runs, and how many requests it has made."""
+    """One call of `add_request` while it runs, and the number of requests that it has made."""
 
     ticket: Ticket
     made: int = 0
@@ -157,11 +174,17 @@ class _Call:
 
 @dataclass(slots=True)
 class Passage:
-    """What the engine may be asked for in the context of one network request, beside what has a ticket.
+    """What the engine may be asked for in the context of one network request, beside requests that have a ticket.
 
-    `plain`: may it be plain. `forms`: may answers be held to a form. `manages`: has it the managing role. `asked`: was
-    the engine asked. `over`: a ticket let it pass, and its answer has ended. `refused`: why something was refused, once
-    it was. A raw spec is never taken here: it would pass by keys, policy and audit log.
+    A raw spec is never accepted here: it would bypass keys, policy and audit log.
+
+    Attributes:
+        plain: whether the request may be plain.
+        forms: whether answers may be held to a form.
+        manages: whether the request has the managing role.
+        asked: whether the engine was asked.
+        over: whether a ticket let the request pass and its answer has ended.
+        refused: the reason, once something was refused.
     """
 
     plain: bool = False
@@ -172,13 +195,14 @@ class Passage:
     refused: HTTPProblem | None = None
 
 
-#: Of the request that runs in this context; None where there is none, as in a Python program.
+#: The passage of the network request that runs in this context; None if there is none, as in a Python program.
 passage: ContextVar[Passage | None] = ContextVar("steer_passage", default=None)
 
-#: The `add_request` that runs in this context.
+#: The call of `add_request` that runs in this context.
 _adding: ContextVar[_Call | None] = ContextVar("steer_adding", default=None)
 
-#: Set in the context of the self-check's own requests, which cannot wait for their own end and have no ticket.
+#: Whether the self-check makes the requests of this context: they have no ticket, and cannot wait for the start, which
+#: waits for them.
 in_self_check: ContextVar[bool] = ContextVar("steer_self_check", default=False)
 
 
@@ -187,7 +211,7 @@ async def _no_loop(*_args: object) -> list[Any]:
 
 
 class Frontend:
-    """The registry of one engine, and what its requests hold."""
+    """The registry of one engine, and the admissions that its requests hold."""
 
     def __init__(
         self,
@@ -200,12 +224,16 @@ class Frontend:
         serves: bool = False,
         thinking: Thinking | None = None,
     ) -> None:
-        """`place`: which of how many front ends of the engine this is. `serves`: the engine is a server's, so nothing
-        is taken that no layer of ours has let pass. `thinking`: the tokens of the model's."""
+        """
+        Args:
+            place: the index of this front end, and the number of front ends of the engine.
+            serves: whether the engine is a server's. It then takes no request that no layer of ours has let pass.
+            thinking: the tokens that begin and end the model's thinking.
+        """
         architecture, layers, d_model = internals.config.dimensions_of(config)
         self.settings, self.call, self.call_async = settings, call, call_async or _no_loop
         self.serves, self.place = serves, place
-        #: What it has in common with the engine's other front ends, from `start` on.
+        #: The table of the engine's front ends. From `start` on it is the one that all of them share.
         self.shared = Shared()
         self.dtype = internals.config.dtype_of(config)
         self.context = internals.config.context_of(config)
@@ -227,8 +255,10 @@ class Frontend:
     # -- start -------------------------------------------------------------------------------------------------------
 
     def start(self, check: Callable[[Frontend], None]) -> None:
-        """Meet the workers, `check` that they steer, fill the registry. Blocks. Raises SteerError when the engine must
-        not serve."""
+        """Meet the workers, call `check` to see that they steer, and fill the registry. Blocks.
+
+        Raises SteerError if the engine must not serve.
+        """
         if self.serves:
             log_to_stderr()
         self.settings.check_folder()
@@ -236,7 +266,8 @@ class Frontend:
         codes = {worker["code"] for worker in workers}
         if codes != {code_digest()}:
             raise UnsupportedModel("the workers run another version of Steer than this process")
-        with self.shared.once("self-check") as first:  # by one alone: it switches what runs, and wants no neighbours
+        # One front end alone checks: the check switches what runs, and no request may run beside it.
+        with self.shared.once("self-check") as first:
             if first:
                 check(self)
         if self.serves:
@@ -253,8 +284,8 @@ class Frontend:
         )
 
     def _meet(self) -> list[dict[str, Any]]:
-        """Say hello to the workers; what each has. From here on `shared` is what all front ends share: the workers tell
-        the folder that the first of these has made."""
+        """Connect to the workers. Returns what each of them reports. From here on `shared` is the table of all front
+        ends: the workers report the folder that the first front end has made."""
         index, count = self.place
         made = Shared.make_folder() if count > 1 else None
         name = f"{index}:{secrets.token_hex(8)}"
@@ -276,7 +307,7 @@ class Frontend:
         return Salts(self.shared, secrets.token_hex(8) if self._outlived else "")
 
     def watch(self) -> None:
-        """Follow the folder, and let the metrics read the registry, for the life of the process."""
+        """Follow the folder of directions, and let the metrics read the registry, for the life of the process."""
         registry = self.registry
 
         def looked() -> None:
@@ -289,15 +320,15 @@ class Frontend:
 
     @property
     def readable(self) -> int:
-        """Layers that can be read; 0 where no read-out is compiled in."""
+        """The number of layers that can be read; 0 if no read-out is compiled in."""
         return self.shape.layers if self.settings.readout and readable(self.shape.sites) else 0
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
     def ticket(self, admission: Admission) -> Ticket:
-        """For what was admitted already. Whoever gets it must `forget` it before releasing the admission.
+        """A ticket for an admission. The caller must `forget` the ticket before it releases the admission.
 
-        Raises NoRoom where as many requests are being read as the engine was compiled for.
+        Raises NoRoom if as many requests are being read as the engine was compiled for.
         """
         if admission.readout is not None:
             with self.shared.lock():
@@ -311,21 +342,23 @@ class Frontend:
         return ticket
 
     def forget(self, ticket: Ticket) -> list[str]:
-        """Nothing more is made for it. Ids of its requests that have not ended, which the engine has to end."""
+        """Let no more requests be made for a ticket. Returns the ids of its requests that have not ended; the engine
+        has to end them."""
         if self._tickets.pop(ticket.name, None):
             ticket.forgotten = True
             self._read_no_more(ticket)
         return list(ticket.running)
 
     def _read_no_more(self, ticket: Ticket) -> None:
-        """Whoever is forgotten is read as long as the engine has a request of it."""
+        """Stop counting a forgotten ticket as read, once the engine has no request of the ticket any more."""
         if ticket.forgotten and not ticket.running and ticket.admission.readout is not None:
             self.shared.count_own(READING, -1)
 
     async def readings(self, ticket: Ticket, tokenizer: Decoder) -> list[tuple[str, Reading]]:
-        """Each token of the answer that was made for a ticket, as text, and what was read where it was predicted.
+        """Each token of the answer that was made for a ticket, as text, with the reading at the position that predicted
+        the token.
 
-        Raises EngineFailed where a layer or a token was not read.
+        Raises EngineFailed if a layer or a token was not read.
         """
         readout = ticket.admission.readout
         assert readout is not None
@@ -337,7 +370,7 @@ class Frontend:
         for answer in await self.call_async("steer_readings", state.request_id):
             for layer, data in answer or ():
                 values = np.frombuffer(data, np.float32).reshape(-1, 2 * self.settings.rank + 1)
-                found.setdefault(layer, values)  # tensor-parallel ranks say the same
+                found.setdefault(layer, values)  # tensor-parallel ranks report the same values
         layers = readout.layers
         if missing := [layer for layer in layers if layer not in found or len(found[layer]) < len(tokens)]:
             raise EngineFailed(f"the layers {missing} were not read for every token")
@@ -348,8 +381,16 @@ class Frontend:
         ]
 
     def met(self, ticket: Ticket, answer: str, choice: int) -> bool | None:
-        """At the end of a choice, of the answer with this id: did the condition of its request hold, or its phase come,
-        so that a token of it is steered? None where there is neither, no token, or where it is not known."""
+        """Whether a token of a choice was steered: whether the condition of its request held, or its phase came. Call
+        this at the end of the choice.
+
+        Args:
+            answer: the id of the answer that the choice belongs to.
+            choice: the number of the choice in this answer.
+
+        Returns:
+            None if the request has neither a condition nor a phase, if the choice has no token, or if it is not known.
+        """
         spec, state = ticket.admission.spec, internals.engine.of_choice(ticket.states, answer, choice)
         if state is None or not (tokens := internals.engine.answer_ids(state)):
             return None
@@ -360,7 +401,8 @@ class Frontend:
 
     @contextmanager
     def admitted(self, params: SamplingParams) -> Iterator[SamplingParams]:
-        """`params` as the engine is to see them; what is added inside finds its admission. Raises SpecError."""
+        """Yield `params` as the engine has to see them. A request that is added inside the context finds its admission.
+        Raises SpecError."""
         extra = getattr(params, "extra_args", None) or {}
         check_absent(extra, served=self.serves)
         if not hasattr(params, "extra_args"):  # pooling: nothing is generated, and nothing is steered
@@ -388,7 +430,7 @@ class Frontend:
                     )
             ticket = Ticket(Admission.of(self.registry, wanted))
         call, admission = _Call(ticket), ticket.admission
-        admission.hold(call)  # the server may let go before the call has ended: of a client that left
+        admission.hold(call)  # the server may release it before the call has ended, if its client has left
         if own:
             admission.release()
         ticket.used = True
@@ -400,13 +442,14 @@ class Frontend:
             admission.release(call)
 
     def check_added(self, request: EngineCoreRequest) -> None:
-        """The output processor takes a request, which holds its admission from here on, and is salted where it is
-        steered. Raises for one that was never admitted."""
+        """Check a request that the output processor is about to take. From here on the request holds its admission; a
+        steered request also gets its salt. Raises SpecError for a request that was never admitted."""
         if SALT in (request.cache_salt or ""):
             raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
         text = receipt_of(request.sampling_params)
         call = _adding.get()
-        if call is None or not call.made or getattr(request, "resumable", False):  # n answers have one prompt
+        # n answers have one prompt, which is checked once
+        if call is None or not call.made or getattr(request, "resumable", False):
             internals.engine.check_fields(request, self.unsafe)
             internals.engine.check_numbers(request)
         if (way := passage.get()) is not None and not way.manages and request.priority:
@@ -433,13 +476,13 @@ class Frontend:
         ticket.salt = salted(request, ticket.admission.spec)
         request.cache_salt = self.salts.current(ticket.salt)
         if ticket.admission.spec.decided_once:
-            request.cache_salt += f"?{request.request_id}"  # one that asks the same may decide otherwise, by rounding
+            request.cache_salt += f"?{request.request_id}"  # an equal request may decide otherwise, because of rounding
         ticket.admission.hold(request.request_id)
         self.held[request.request_id] = ticket
         ticket.running.add(request.request_id)
 
     def has_added(self, request: EngineCoreRequest, state: RequestState) -> None:
-        """The output processor keeps `state` for a request that was taken."""
+        """Note the `state` that the output processor keeps for a request that it has taken."""
         if (call := _adding.get()) is None:
             return
         admission = call.ticket.admission
@@ -447,37 +490,46 @@ class Frontend:
             call.ticket.states[internals.engine.choice_of(state)] = state
 
     def let_go(self, request_id: str) -> None:
+        """Release the admission of a request that has ended."""
         if ticket := self.held.pop(request_id, None):
             ticket.admission.release(request_id)
             ticket.running.discard(request_id)
             self._read_no_more(ticket)
 
     def left_of_call(self) -> list[str]:
-        """Ids of the steered requests of what the `add_request` of this context is for that have not ended: where one
-        of several fails, all do."""
+        """The ids of the requests that have not ended, of the ticket for which `add_request` runs in this context: if
+        one of several requests fails, all of them have to end."""
         call = _adding.get()
         return list(call.ticket.running) if call else []
 
     def lost(self, request_id: str) -> NotFinite:
-        """The stream of this request was lost: what its blocks hold is for nobody."""
+        """Note that the stream of this request was lost, so that no later request finds its blocks. Returns the error
+        of the request."""
         if ticket := self.held.get(request_id):
             self.salts.renew(ticket.salt)
             ticket.usage.failed = ticket.lost = True
         return NotFinite()
 
     def decided(self, request_id: str, holds: bool) -> None:
-        """Of a request that is held: does its condition hold?"""
+        """Note whether the condition of a request that is held `holds`."""
         self.held[request_id].holds[request_id] = holds
 
     def applied(self, request_id: str) -> Spec | None:
-        """What a request that has not ended is steered by."""
+        """The spec of a request that has not ended; None if the request is neither steered nor read."""
         ticket = self.held.get(request_id)
         return ticket.admission.spec if ticket else None
 
 
 def check_passage(way: Passage | None, *, raw: bool) -> None:
-    """Raise SpecError unless a layer of ours lets a request without a ticket pass. `raw`: it brings a spec itself.
-    Raises `over()` for one that had a ticket, and comes after its end."""
+    """Check that a layer of ours lets a request without a ticket pass.
+
+    Args:
+        raw: whether the request brings a spec itself.
+
+    Raises:
+        SpecError: no layer lets the request pass.
+        CancelledError: the request had a ticket, and its answer has ended (`over`).
+    """
     from steer.serve.errors import unsupported
 
     way = way or Passage()
@@ -492,23 +544,22 @@ def check_passage(way: Passage | None, *, raw: bool) -> None:
 
 
 def check_priority(way: Passage) -> None:
-    """Raise SpecError: the request has another priority than all others. Fields and headers of vLLM's give it one."""
+    """Raise SpecError for a request that has another priority than all others. vLLM's fields and headers set it."""
     from steer.serve.errors import unsupported
 
-    said = "needs a key with the managing role: a request of another priority may run before those of other keys"
-    way.refused = unsupported(f"'priority' {said}", "priority")
+    reason = "needs a key with the managing role: a request of another priority may run before those of other keys"
+    way.refused = unsupported(f"'priority' {reason}", "priority")
     raise SpecError(str(way.refused), param="priority")
 
 
 def over() -> asyncio.CancelledError:
-    """Raised where a task of vLLM's goes on with a request whose answer has ended: it is a cancelled one, which waits
-    for nothing more of its own and of which nobody is told."""
+    """The error to raise if a task of vLLM goes on with a request whose answer has ended. vLLM treats the task as
+    cancelled: the task waits for none of its other requests, and nobody gets an error."""
     return asyncio.CancelledError("the request has ended")
 
 
 def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: Admission) -> SamplingParams:
-    """A copy of SamplingParams that carries the resolved spec and what is read; the same object where nothing
-    changes."""
+    """A copy of SamplingParams that carries the resolved spec and the read-out; the same object if nothing changes."""
     spec, readout = admission.spec, admission.readout
     if KEY not in extra and not spec:
         return params
@@ -521,7 +572,7 @@ def _with_spec(params: SamplingParams, extra: Mapping[str, object], admission: A
 
 
 def of(engine: object) -> Frontend:
-    """The front end of an `LLM`, `LLMEngine` or `AsyncLLM`. Raises UnsupportedModel where steering is not on."""
+    """The front end of an `LLM`, `LLMEngine` or `AsyncLLM`. Raises UnsupportedModel if steering is not on."""
     frontend = getattr(getattr(engine, "llm_engine", engine), ATTRIBUTE, None)
     if not isinstance(frontend, Frontend):
         raise UnsupportedModel(

@@ -1,7 +1,8 @@
-"""The general plugin of vLLM (entry point `vllm.general_plugins`): called in every process, possibly more than once.
+"""The general plugin of vLLM (entry point `vllm.general_plugins`). vLLM calls it in every process, possibly more than
+once.
 
-An engine that starts with `additional_config={"steer": ...}` gets a `Frontend`, and its own instances are wrapped so
-that every request passes it. It does nothing to any other engine.
+An engine that starts with `additional_config={"steer": ...}` gets a `Frontend`, and methods of the engine's instances
+are wrapped so that every request passes the front end. The plugin does nothing to any other engine.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    with suppress(UnsupportedModel):  # without it a salt parts the first block too, which is right, and shares less
+    with suppress(UnsupportedModel):  # without this a salt also separates the first block: correct, but less is shared
         internals.core.salt_later(parted)
     internals.engine.on_engine_start(_prepare, _attach_sync, _attach_async)
 
 
 def _prepare(config: types.VllmConfig) -> EngineSettings | None:
-    """The settings of an engine that is about to start, or None where steering is off. `config`: VllmConfig."""
+    """The settings of an engine that is about to start with this `config`; None if steering is off."""
     found = settings_of(config.additional_config)
     if found is None:
         return None
@@ -48,7 +49,7 @@ def _prepare(config: types.VllmConfig) -> EngineSettings | None:
 
 
 def _attach_sync(engine: types.LLMEngine, settings: EngineSettings, serves: bool) -> None:
-    """Steering on an `LLMEngine` that has just started; blocks until the workers are ready."""
+    """Switch steering on for an `LLMEngine` that has just started. Blocks until the workers are ready."""
     call = partial(internals.engine.call_workers, engine)
     thinking = internals.engine.engine_thinking(engine)
     frontend = Frontend(engine.vllm_config, settings, call, serves=serves, thinking=thinking)
@@ -61,7 +62,7 @@ def _attach_sync(engine: types.LLMEngine, settings: EngineSettings, serves: bool
         with frontend.admitted(params) as admitted:
             try:
                 return add_request(request_id, prompt, admitted, *args, **kwargs)
-            except BaseException:  # of n answers some may be on their way, and nobody else would end them
+            except BaseException:  # some of n answers may have started, and nobody else would end them
                 if left := frontend.left_of_call():
                     internals.engine.abort(engine, left)
                 raise
@@ -85,12 +86,13 @@ def _attach_sync(engine: types.LLMEngine, settings: EngineSettings, serves: bool
 
 
 def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool) -> None:
-    """Steering on an `AsyncLLM`: its constructor cannot wait for the workers, so the first to need them does."""
+    """Switch steering on for an `AsyncLLM`. Its constructor cannot wait for the workers, so the first call that needs
+    them waits."""
     from steer.vllm.server import check_app
 
     loops: list[asyncio.AbstractEventLoop] = []
 
-    def call(method: str, *args: object) -> list[Any]:  # in a thread: never on the event loop, which does the work
+    def call(method: str, *args: object) -> list[Any]:  # call in a thread, never on the event loop, which does the work
         return asyncio.run_coroutine_threadsafe(
             internals.engine.call_workers_async(engine, method, *args), loops[0]
         ).result()
@@ -127,7 +129,7 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
         return asyncio.run_coroutine_threadsafe(asking_all(jobs, rank), loops[0]).result()
 
     def start() -> None:
-        in_self_check.set(True)  # seen by what this thread asks of the event loop, and by nothing else
+        in_self_check.set(True)  # only what this thread asks of the event loop sees this value
         frontend.start(partial(self_check, ask=ask, ranks=engines))
         frontend.watch()
 
@@ -140,7 +142,8 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
         await asyncio.shield(starting[0])
 
     async def tasks() -> object:
-        """The server asks for these before it serves anything, so it does not start where steering cannot."""
+        """vLLM's `get_supported_tasks`, once steering has started. The server calls it before it serves anything, so a
+        server whose steering cannot start does not start either."""
         await ready()
         return await get_supported_tasks()
 
@@ -152,11 +155,11 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
             with frontend.admitted(params) as admitted:
                 try:
                     return await add_request(request_id, prompt, admitted, *args, **kwargs)
-                except BaseException:  # as above; also where the client has left
+                except BaseException:  # as in `_attach_sync`; also if the client has left
                     if left := frontend.left_of_call():
                         await internals.engine.abort_async(engine, left)
                     raise
-        except ValueError as error:  # InvalidInput, and what vLLM raises of its own
+        except ValueError as error:  # InvalidInput, and errors of vLLM's own
             raise internals.engine.client_error(error) from error
 
     engine.get_supported_tasks = tasks
@@ -184,7 +187,7 @@ _spanned: ContextVar[Spec | None] = ContextVar("steer_spanned", default=None)
 
 
 def _attributes(spec: Spec) -> dict[str, object]:
-    """As OpenTelemetry has them: texts, numbers, and lists of one kind."""
+    """The attributes of a span for this spec, in the types of OpenTelemetry: texts, numbers, and lists of one type."""
     return {
         "steer.applied": spec.receipt(),
         "steer.directions": [entry.direction for entry in spec.entries],
@@ -195,11 +198,14 @@ def _attributes(spec: Spec) -> dict[str, object]:
 
 
 def _trace(outputs: types.OutputProcessor, spec_of: Callable[[str], Spec | None]) -> None:
-    """Say what was applied to a request on vLLM's span of it, where tracing is on (`--otlp-traces-endpoint`). `spec_of`
-    takes a request's id, and gives None for a plain one.
+    """Write what was applied to a request on vLLM's span of the request, if tracing is on (`--otlp-traces-endpoint`).
 
     vLLM makes the span when a request ends, from its own attributes. A span processor, OpenTelemetry's extension point
-    for this, adds ours as the span starts, on the event loop."""
+    for this, adds ours when the span starts, on the event loop.
+
+    Args:
+        spec_of: takes the id of a request, and returns its spec; None for a plain request.
+    """
     if not getattr(outputs, "tracing_enabled", False):
         return
     from opentelemetry import trace as opentelemetry
@@ -226,14 +232,15 @@ def _trace(outputs: types.OutputProcessor, spec_of: Callable[[str], Spec | None]
     outputs.do_tracing = making
 
 
-#: Seconds in which what runs may end after SIGTERM, where the options say none.
+#: Seconds that running requests have to end after SIGTERM, if the options set no time.
 SHUTDOWN = 5
 
 
 def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> None:
-    """Run vLLM's OpenAI server until SIGTERM or SIGINT. `options`: any of `vllm serve`, as on its command line.
+    """Run vLLM's OpenAI server until SIGTERM or SIGINT, in this process or in one process of vLLM for each API server.
 
-    In this process, or in as many processes of vLLM's as there are API servers.
+    Args:
+        options: options of `vllm serve`, as on its command line.
     """
     from steer.serve.connection import check_address
     from steer.serve.control import Control
@@ -248,17 +255,18 @@ def serve(model: str, settings: EngineSettings, options: Sequence[str] = ()) -> 
         raise InvalidInput(f"--additional-config: '{KEY}' is not accepted here: use the options of `steer serve`")
     if args.worker_cls not in ("auto", internals.WORKER):
         raise InvalidInput(f"--worker-cls: {brief(args.worker_cls)} does not steer; leave it out")
-    # before the minute that the engine takes to start
+    # Check these now: the engine takes a minute to start.
     control = Control(settings.control)
     check_door(control, args)
     settings.check_folder()
     if not (getattr(args, "uds", None) or getattr(args, "headless", False)):
-        check_address(args.host or "", args.port)  # vLLM would share the port with what listens there
+        check_address(args.host or "", args.port)  # vLLM would share the port with a server that listens there
     if not any(option.partition("=")[0] in ("--allowed-origins", "--allowed_origins") for option in options):
-        args.allowed_origins = []  # vLLM's own default lets every page in the world call the server
+        args.allowed_origins = []  # vLLM's own default lets every web page call the server
     args.worker_cls = internals.WORKER
     args.additional_config = given | {KEY: settings.model_dump(mode="json")}
-    args.shutdown_timeout = args.shutdown_timeout or SHUTDOWN  # or what runs breaks off, and several close no log
+    # With a timeout of 0 running requests would break off, and several servers would not close their logs.
+    args.shutdown_timeout = args.shutdown_timeout or SHUTDOWN
     ours = f"{Middleware.__module__}.{Middleware.__name__}"
     args.middleware = [*(each for each in args.middleware if each != ours), ours]
     internals.server.run_server(args, keep_alive=KEEP_ALIVE)

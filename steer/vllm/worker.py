@@ -1,7 +1,7 @@
-"""The worker: vLLM's own for this platform, with steering attached to the loaded model before anything is compiled.
+"""The worker: vLLM's worker for this platform, with steering attached to the loaded model before anything is compiled.
 
-`worker_cls="steer.vllm.worker.Worker"` (an instance in each worker process). It receives directions as bytes by
-`collective_rpc`, and the resolved specs of requests in `SamplingParams.extra_args`.
+`worker_cls="steer.vllm.worker.Worker"` selects it, and each worker process has an instance. The worker receives
+directions as bytes by `collective_rpc`, and the resolved specs of requests in `SamplingParams.extra_args`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _NONE = np.zeros(0, np.int64)
 
 
 class SteeringWorker:
-    """Mixed in over the platform's worker; every method runs on the worker's main thread.
+    """The mixin that makes the platform's worker steer. Every method runs on the worker's main thread.
 
-    A *step* is what the engine has scheduled, and its requests come from the front end. A *call* is anything else that
-    is asked of the worker: in it vLLM may make requests of its own, which are plain and no request of anybody, and may
-    do anything to the model, so before the next step all is looked at once.
+    A *step* is a pass that the engine has scheduled, and its requests come from the front end. A *call* is anything
+    else that the engine asks of the worker. In a call vLLM may make plain requests of its own, which no client has
+    sent, and may do anything to the model. So before the next step all tensors are checked once.
     """
 
     if TYPE_CHECKING:
@@ -59,9 +59,9 @@ class SteeringWorker:
         internals.check_version()
         internals.config.check_config(vllm_config, readout=bool(found.readout))
         self.steer_settings = found
-        # vLLM hashes this into the key of its compile cache: no graph compiled without hooks, or with other code of
-        # ours, is ever taken for this engine, and the name of a folder makes no difference.
-        # A new dict: in one process the other is the caller's own.
+        # vLLM hashes this value into the key of its compile cache. So this engine never takes a graph that was compiled
+        # without hooks or with other code of ours, and the name of a folder makes no difference.
+        # The dict is a new one, because in a single process the old one belongs to the caller.
         key = found.graph() | {"version": __version__, "code": code_digest()}
         vllm_config.additional_config = {**vllm_config.additional_config, settings.KEY: key}
         self._inside: Literal["", "step", "call"] = ""
@@ -82,13 +82,13 @@ class SteeringWorker:
         self._residents = Residents(self._installation.bank)
         self._running: dict[str, int] = {}  # steered requests, by their numbers in the index
         self._lost_runs = SteeredRuns()
-        self._passed: Step | None = None  # the pass that was enqueued last, until its outputs are asked for
+        self._passed: Step | None = None  # the step that was enqueued last, until its outputs are asked for
         self._batch: tuple[list[str], NDArray[np.int32]] = [], np.zeros(0, np.int32)
-        #: What the rank before has handed on for the step that runs.
+        #: The tensors that the previous rank has handed on for the step that runs.
         self._from_before: types.IntermediateTensors | None = None
         self._met_front_end = False
         self._thinking: Thinking | None = None
-        self._folder = ""  # where the front ends meet
+        self._folder = ""  # the folder that the front ends share
         self._reads = self._installation.reads
         self._capture: WorkerCapture | None = None
         self._runner_kind = internals.worker.watch_batches(self.model_runner, self._on_batch)
@@ -108,7 +108,7 @@ class SteeringWorker:
         )
 
     def _call(self, method: Method, *args: object, **kwargs: object) -> object:
-        """`method` as a call, where it is none inside of another or of a step."""
+        """Run `method` as a call; inside another call or a step it runs as a part of that."""
         if self._inside:
             return method(*args, **kwargs)
         if self._kept is not None:
@@ -120,7 +120,7 @@ class SteeringWorker:
             self._inside = ""
 
     def _rest(self) -> None:
-        """What runs until the next step is no request's."""
+        """Make every token plain until the next step: what runs until then belongs to no request."""
         self._index.fill(_NONE, _NONE)
 
     def execute_model(self, scheduler_output: types.SchedulerOutput, *args: object, **kwargs: object) -> object:
@@ -133,14 +133,14 @@ class SteeringWorker:
             self._inside = ""
 
     def execute_dummy_batch(self, *args: object, **kwargs: object) -> object:
-        """A pass with no request in it, so that other ranks can go on."""
+        """Run a pass without requests, so that other ranks can go on."""
         self._rest()
         return super().execute_dummy_batch(*args, **kwargs)
 
     def _step(self, scheduler_output: types.SchedulerOutput, *args: object, **kwargs: object) -> object:
         if not self._looked:
             self._look()
-        # A request that was aborted and came again under its id stands in both lists of one step: ends come first.
+        # If a request was aborted and a new one has the same id, both lists of one step may name it: ends come first.
         for request in scheduler_output.finished_req_ids:
             if number := self._running.pop(request, None):
                 self._index.decisions.give(self._index.leave(number))
@@ -152,21 +152,21 @@ class SteeringWorker:
             self._meet(new)
         watchers = [w for w in (self._capture, self._reads) if w is not None and w.busy]
         if not scheduler_output.total_num_scheduled_tokens:
-            self._rest()  # vLLM may still run a pass, for other ranks
+            self._rest()  # vLLM may still run a pass because other ranks need it
         self._batch = [], np.zeros(0, np.int32)
         out = super().execute_model(scheduler_output, *args, **kwargs)
         losses = self._index.losses() if self._batch[0] else None
         self._passed = None if losses is None else Step(losses, *self._batch, scheduler_output)
         for watcher in watchers:
             watcher.end_step()
-        return out if out is None else self._told(out)
+        return out if out is None else self._with_losses(out)
 
     def sample_tokens(self, *args: object, **kwargs: object) -> object:
-        """What `execute_model` has not given yet."""
-        return self._told(super().sample_tokens(*args, **kwargs))
+        """The output of a step whose `execute_model` returned None."""
+        return self._with_losses(super().sample_tokens(*args, **kwargs))
 
-    def _told(self, out: object) -> object:
-        """vLLM's output of the step, which will tell of the requests that it has lost when it is read."""
+    def _with_losses(self, out: object) -> object:
+        """vLLM's output of the step. When it is read, it also reports the requests that the step has lost."""
         passed, self._passed = self._passed, None
         return internals.worker.on_output(out, lambda output: self._lost_runs.tell(output, passed))
 
@@ -174,15 +174,17 @@ class SteeringWorker:
         self._from_before = tensors
 
     def _leave_rank(self, tensors: dict[str, torch.Tensor]) -> None:
-        """What the ranks so far have lost goes with the stream to the next, whose last gives the outputs."""
-        tensors.pop(internals.worker.FOUND, None)  # they may be those of the step before, as a captured graph has them
+        """Send the losses of the ranks so far to the next rank, together with the stream: the last rank gives the
+        outputs."""
+        tensors.pop(internals.worker.FOUND, None)  # from a captured graph they may be the tensors of an earlier step
         if self._index.active:
             tensors[internals.worker.FOUND] = self._index.found()
 
     def _look(self) -> None:
-        """Once after calls: all tensors are where graphs read them, and hold what they must. Waits for the device.
+        """Check once after calls that all tensors are where graphs read them, with the right content, and put back
+        those that are not. Waits for the device.
 
-        Raises UnsupportedModel where they are not and cannot be put back.
+        Raises UnsupportedModel if a tensor cannot be put back.
         """
         assert self._kept is not None, "no step comes before the model is loaded"
         lost = [*self._kept.put_back(self.get_model()), *self._residents.put_back()]
@@ -198,7 +200,7 @@ class SteeringWorker:
         self._looked = True
 
     def _meet(self, new: types.NewRequestData) -> None:
-        """A request's first step here, or its return from preemption (V2 sends it as a new one)."""
+        """Take in a request at its first step here, or when it returns from preemption (V2 sends it as a new one)."""
         if not self._met_front_end:
             raise UnsupportedModel(
                 "a request did not pass Steer's front end: the plugin 'steer' is not loaded in the process "
@@ -217,7 +219,7 @@ class SteeringWorker:
         spec, length, prompt = Spec.of(text), internals.worker.new_prompt_length(new), new.prompt_token_ids or ()
         asked = settings.prompt_of(new.sampling_params, length)
         steer = self._residents.steer(new.req_id, spec, asked, spec.phase(self._thinking, prompt[:asked]))
-        if new.req_id in self._running:  # with what it has decided
+        if new.req_id in self._running:  # it keeps its decisions
             return
         run = SteeredRun(internals.worker.adapter_of(new) + spec.key(asked), internals.worker.prompt_of(new), length)
         self._lost_runs.meet(new.req_id, run)
@@ -242,11 +244,19 @@ class SteeringWorker:
             if watcher is not None and watcher.busy:
                 watcher.begin_step(requests, lengths, starts)
 
-    # -- called by `collective_rpc`; failures are answers, so that one worker's cannot end the engine -----------------
+    # -- called by `collective_rpc`; failures are answers, so that the failure of one worker cannot end the engine ----
 
     def steer_hello(self, front_end: str, folder: str, thinking: list[int] | None = None) -> dict[str, object]:
-        """A front end is there, and what begins and ends the model's thinking, with the special tokens; what this
-        worker has, and the folder that the first one has named for all to meet."""
+        """Meet a front end.
+
+        Args:
+            front_end: its name, `INDEX:LIFE`.
+            folder: the folder that it names for the front ends to share; empty for none. The first name counts.
+            thinking: the tokens that begin and end the model's thinking, and then its special tokens.
+
+        Returns:
+            The kind of the runner, the layers of this worker, the digest of its code, and the shared folder.
+        """
         self._met_front_end = True
         if thinking:
             begin, end, *special = thinking
@@ -261,17 +271,17 @@ class SteeringWorker:
         try:
             return {"digest": self._residents.load(data, digest, front_end)}
         except SteerError as error:
-            return {next(told for kind, told in kinds.items() if isinstance(error, kind)): str(error)}
+            return {next(key for kind, key in kinds.items() if isinstance(error, kind)): str(error)}
 
     def steer_unload(self, digest: str, front_end: str) -> None:
         self._residents.retire(digest, front_end)
 
     def steer_streams(self) -> list[tuple[str, int, bytes]]:
-        """(site, layer, vector) of each hook point: `Installation.streams`, float32."""
+        """(site, layer, vector as float32 bytes) of each hook point in `Installation.streams`."""
         return [(point.site, point.layer, x.numpy().tobytes()) for point, x in self._installation.streams.items()]
 
     def steer_eager(self, on: bool) -> dict[str, str]:
-        """Until it is called with False the model's own Python runs, in place of compiled and captured graphs."""
+        """Have the model's own Python run in place of compiled and captured graphs, until a call with False."""
         try:
             if on and self._undo is None:
                 self._undo = internals.worker.run_eager(self)
@@ -283,7 +293,7 @@ class SteeringWorker:
         return {}
 
     def steer_capture(self, asked: list[Asked], last_layer: int) -> dict[str, str]:
-        """From now on read what is asked of each prompt, at the blocks up to `last_layer`."""
+        """Start to read what is asked of each prompt, at the blocks up to `last_layer`."""
         if int(self.vllm_config.compilation_config.mode or 0) or self.vllm_config.cache_config.enable_prefix_caching:
             return {"error": "measuring needs an engine with enforce_eager and without prefix caching"}
         self.steer_captured()
@@ -293,8 +303,8 @@ class SteeringWorker:
         return {}
 
     def steer_captured(self) -> dict[str, object] | None:
-        """What was read since `steer_capture`, which ends: (layer, picked, own) with float64 bytes, and the tokens seen
-        of each prompt."""
+        """End what `steer_capture` began. Returns what was read since then: (layer, picked, own) with float64 bytes for
+        each layer, and the number of tokens seen of each prompt; None if nothing was begun."""
         if (capture := self._capture) is None:
             return None
         capture.close()
@@ -306,12 +316,12 @@ class SteeringWorker:
         return {"layers": layers, "seen": capture.seen}
 
     def steer_readings(self, request_id: str) -> list[tuple[int, bytes]] | None:
-        """What was read for a request that has ended, by layer; None where there is nothing (any more)."""
+        """What was read for a request that has ended, by layer; None if there is nothing, or nothing any more."""
         return self._reads.take(request_id) if self._reads is not None else None
 
 
 def __getattr__(name: str) -> object:
-    """`Worker` is made when it is asked for, in the process and on the platform where it will run."""
+    """Make `Worker` when it is asked for: its base class depends on the platform of the process where it will run."""
     if name != "Worker":
         raise AttributeError(name)
     made = type("Worker", (SteeringWorker, internals.worker.platform_worker()), {"__module__": __name__})

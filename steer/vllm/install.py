@@ -1,7 +1,8 @@
-"""Install steering on a loaded vLLM model: find its blocks, learn how they pass on the stream, attach, and check.
+"""Install steering on a loaded vLLM model: find its blocks, learn how they pass on the stream, attach the steering
+modules, and check them.
 
-Runs once in each worker, after the weights are loaded and before anything is compiled; all passes are eager, and
-collective: every rank makes the same ones in the same order.
+This runs once in each worker, after the weights are loaded and before anything is compiled. All passes are eager and
+collective: every rank makes the same passes in the same order.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where one steering module sits: before block 0, after a block or one of its children, or in the `norm` that
-    takes what a block hands on."""
+    """The place of one steering module: before block 0 (with `slot`), after a block or one of its children, or in the
+    `norm` that takes what a block hands on."""
 
     point: HookPoint
     module: nn.Module
@@ -67,30 +68,37 @@ class Target:
 
 
 def _added(given: tuple[tuple[Tensor, ...], object]) -> Tensor:
-    """The stream that a norm adds up, rounded as it hands it on."""
+    """The stream that a norm adds up from its arguments, rounded as the norm hands it on."""
     (h, r, *_), _ = given
     return (h.float() + r.float()).to(h.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """The part of one rank that is steered: its blocks by their numbers in the whole model, the form in which they hand
-    on the stream, its bank, and all steering modules."""
+    """What steering has on one rank.
+
+    Attributes:
+        blocks: the blocks of this rank, by their numbers in the whole model.
+        form: how the blocks hand on the stream.
+        bank: the direction bank.
+        steering_modules: all steering modules, each with its hook point.
+        reads: runs the read-outs; None if no read-out is compiled in.
+    """
 
     blocks: dict[int, nn.Module]
     form: Form
     bank: DirectionBank
     steering_modules: tuple[tuple[HookPoint, SteeringModule], ...]
     reads: ReadRunner | None
-    #: The layers whose hook point is in the norm that comes next.
+    #: The layers whose hook point is in the norm that comes after the block.
     folded: tuple[int, ...]
-    #: What a plain pass had at each hook point, `[d_model]` float32 on the CPU (`_typical`).
+    #: A typical stream of a plain pass at each hook point, `[d_model]` float32 on the CPU (`_typical`).
     streams: dict[HookPoint, Tensor]
 
 
 def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Installation:
-    """Attach a steering module to every hook point of this rank. Raises UnsupportedModel where that cannot be done and
-    checked."""
+    """Attach a steering module to every hook point of this rank. Raises UnsupportedModel if this fails, or if the check
+    fails."""
     architecture, layers, d_model = internals.config.dimensions_of(worker.vllm_config)
     blocks = find_blocks(internals.worker.decoder_of(worker), layers)
     local = {i: block for i, block in enumerate(blocks) if not internals.worker.is_elsewhere(block)}
@@ -136,8 +144,12 @@ def attach(worker: Worker, settings: EngineSettings, index: TokenIndex) -> Insta
 
 
 def _learn_form(worker: Worker, local: dict[int, nn.Module], plain: Tensor, again: Tensor) -> Form:
-    """How the blocks hand on the stream, as far as passes with other outputs tell; the self-check then says whether it
-    is so. `plain` and `again`: two passes."""
+    """How the blocks hand on the stream, as far as passes with changed outputs show it. The self-check then finds out
+    whether this is right.
+
+    Args:
+        plain, again: the outputs of two plain passes.
+    """
     outputs: dict[int, Output] = {}
     _pass_with(worker, local, outputs.__setitem__)
     if len(outputs) != len(local):
@@ -146,7 +158,7 @@ def _learn_form(worker: Worker, local: dict[int, nn.Module], plain: Tensor, agai
         return "tensor"
     if not all(isinstance(out, tuple) and isinstance(out[0], Tensor) for out in outputs.values()):
         raise UnsupportedModel("the decoder blocks return neither a tensor nor a tuple that begins with one")
-    # What a rank of a pipeline sends on is read by the next rank, so of its last block nothing is told by its own pass.
+    # The next rank of a pipeline reads what this rank sends on, so its own pass shows nothing about its last block.
     last = internals.config.dimensions_of(worker.vllm_config)[1] - 1
     inner = [block for i, block in local.items() if i == last or i != max(local)]
     if inner and selfcheck.rest_is_dead(inner, lambda: internals.worker.probe(worker), plain, again):
@@ -172,8 +184,12 @@ def _is_pair(output: Output) -> bool:
 def _find_norms(
     worker: Worker, local: dict[int, nn.Module], opened: Sequence[Norm], plain: tuple[Tensor, Tensor]
 ) -> dict[int, Norm]:
-    """For each block the norm of `opened` that takes both parts of the stream that it hands on, where nothing else
-    reads them: a pass in which every other reader has NaN is as ever. `plain`: two passes."""
+    """For each block the norm of `opened` that takes both parts of the stream that the block hands on. The dict is
+    empty if anything else reads these parts: if a pass in which all other readers get NaN differs from a plain one.
+
+    Args:
+        plain: the outputs of two plain passes.
+    """
     handed: dict[int, Output] = {}
     norms: dict[int, Norm] = {}
     called: Counter[Norm] = Counter()
@@ -197,7 +213,8 @@ def _find_norms(
 
 
 def _pass_with(worker: Worker, local: dict[int, nn.Module], change: Callable[[int, Output], Output | None]) -> Tensor:
-    """A probe pass in which `change(layer, output)`, unless None, replaces what each block returns."""
+    """Run a probe pass in which `change(layer, output)`, if it is not None, replaces what each block returns. Returns
+    the output of the pass."""
     with hooks([block.register_forward_hook(lambda _m, _args, x, i=i: change(i, x)) for i, block in local.items()]):
         return internals.worker.probe(worker)
 
@@ -207,7 +224,7 @@ def _find_stream_argument(worker: Worker, block: nn.Module, d_model: int) -> Str
     found: list[StreamArgument] = []
 
     def look(_module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        found.clear()  # a block that calls itself is met twice, and refused by the self-check
+        found.clear()  # a block that calls itself comes here twice; the self-check refuses it
         given: list[tuple[int | str, object]] = [*enumerate(args), *kwargs.items()]
         for key, value in given:
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == d_model:
@@ -221,14 +238,14 @@ def _find_stream_argument(worker: Worker, block: nn.Module, d_model: int) -> Str
 
 
 def _find_writers(worker: Worker, local: dict[int, nn.Module], form: Form) -> list[Target]:
-    """For each block the children whose outputs add up to what it adds to the stream. Raises UnsupportedModel where
-    there are none, as where ranks each hold a part of a sum that is reduced later."""
+    """For each block, targets at the children whose outputs add up to what the block adds to the stream. Raises
+    UnsupportedModel if there are none, for example if each rank holds a part of a sum that is reduced later."""
     last: list[Tensor] = []
     width = worker.model_config.get_hidden_size()
 
     def entering(args: Args, kwargs: Kwargs) -> Tensor:
         if last:
-            return last[-1]  # what the block before handed on
+            return last[-1]  # the stream that the previous block handed on
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
         given = [x.float().reshape(-1, width) for x in given if x.shape[-1] == width]
         return torch.stack(given if form == "sum" else given[:1]).sum(0)
@@ -257,8 +274,9 @@ def _self_check(
     index: TokenIndex,
     plain: tuple[Tensor, Tensor],
 ) -> dict[HookPoint, Tensor]:
-    """Check that what the steering modules act on is the stream (`runtime.selfcheck`), that all ranks have the same of
-    it, and that a plain pass is the same with steering modules as without. Returns what a plain pass has everywhere."""
+    """Check that the steering modules act on the stream (`runtime.selfcheck`), that all tensor-parallel ranks have the
+    same stream, and that a plain pass is the same with steering modules as without. Returns a typical stream of a plain
+    pass at each hook point (`_typical`). Raises UnsupportedModel."""
     each = internals.base.PROBE_TOKENS // len(selfcheck.CASES)
 
     def run(steers: selfcheck.Steers) -> None:
@@ -290,7 +308,7 @@ def _self_check(
 
 
 def _typical(streams: Tensor) -> Tensor:
-    """`[d_model]`: the mean direction of streams `[tokens, d_model]`, with the length that the middle one has. Where a
-    few tokens have enormous streams, as the first one often does, these do not decide."""
+    """`[d_model]`: the mean direction of streams `[tokens, d_model]`, with their median length. A few tokens with
+    enormous streams, such as the first token often has, do not decide the result."""
     mean = nn.functional.normalize(streams, dim=-1).mean(0)
     return nn.functional.normalize(mean, dim=0) * streams.norm(dim=-1).median()

@@ -31,38 +31,39 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("steer")
 
-#: A request of the check: the number of its prompt, and its spec.
+#: A request of the self-check: the number of its prompt, and its spec.
 Job: TypeAlias = tuple[int, str]
-#: Of each token of an answer: which it is, and log-probabilities by token.
+#: For each token of an answer: the token, and the log-probabilities at its position, by token.
 ProbeAnswer: TypeAlias = list[tuple[int, dict[int, float]]]
-#: Makes these greedy requests at once on this data-parallel rank, and waits for their answers.
+#: Makes greedy requests together on one data-parallel rank, and waits for their answers.
 Ask = Callable[[Sequence[Job], int], list[ProbeAnswer]]
-#: Of one hook point, by phase: what is wrong, `RIGHT`, or None where no effect is clear.
+#: The result at one hook point, by phase: the problem, `RIGHT` for none, or None if no effect is clear.
 Judgement: TypeAlias = dict[str, str | None]
 RIGHT = ""
 
-#: Once with all of it and once with half: what acts twice is all the same where nothing is left.
+#: Each direction acts once at full and once at half strength. At full strength an ablation that acts twice has the
+#: same effect as one that acts once, because nothing is left to remove.
 STRENGTHS = (1.0, 0.5)
-#: Prompts that steered requests have, of those that plain ones have: the one with the least rounding, and others for
-#: hook points at which it shows nothing or something wrong.
+#: The number of prompts of steered requests, and of plain requests. Steered requests have the prompt with the least
+#: rounding first. The others are for hook points at which the prompts before them show no clear effect or a wrong one.
 ASKED, PROMPTS = 3, 4
-#: The first token of an answer is of the prefill, the others are of decoding.
+#: Which tokens of an answer belong to which phase: the first comes from the prefill, the others from decoding.
 PHASES = {"prefill": slice(0, 1), "decoding": slice(1, None)}
-#: Rounding that is taken for granted, relative to what is rounded: of the dtype, and of float32 on some hardware.
+#: The least rounding that is assumed, relative to the rounded value: by the dtype, and by float32 on some hardware.
 ROUNDING = {"bfloat16": 8e-3, "float16": 1e-3, "float32": 1e-5}
-#: An effect is clear when it is as many times the rounding. Then how much of it there is, and how like it is, must be
-#: within these: what acts twice at half strength has 1.5 of it.
+#: An effect is clear if it is more than CLEAR times the rounding. A clear effect must have this share of the wanted
+#: effect, and more than this correlation with it: what acts twice at half strength has 1.5 times the effect.
 CLEAR, AMOUNT, LIKENESS = 4.0, (0.75, 1.25), 0.9
-#: What a nudge at one hook point changes, times this, is what rounding at all of them may do.
+#: Rounding at all hook points may change this many times what a nudge at one hook point changes.
 NUDGES = 3.0
-#: And what is left between the two, in times of the effect or of the rounding, is within either of these. It tells
-#: neighbouring layers from each other, which do much the same.
+#: The difference between the effect and the wanted one must be at most LEFT times the wanted effect or LEFT_ROUNDING
+#: times the rounding. This tells neighbouring layers apart, whose effects are much alike.
 LEFT, LEFT_ROUNDING = 0.1, 32.0
 
 
 def self_check(frontend: Frontend, *, ask: Ask, ranks: int = 1) -> None:
-    """Raise UnsupportedModel naming the hook points that do not steer. Before anything is served: nothing else may
-    run."""
+    """Raise UnsupportedModel if any hook point does not steer; the error names them. Call this before anything is
+    served: nothing else may run."""
     streams, shape = _streams(frontend), frontend.shape
     needed = [HookPoint(site, i) for site in frontend.settings.sites for i in (EMBEDDING, *range(shape.layers))]
     if missing := [_named(point) for point in needed if point not in streams]:
@@ -70,7 +71,7 @@ def self_check(frontend: Frontend, *, ask: Ask, ranks: int = 1) -> None:
     engines = [_Engine(frontend, ask, rank) for rank in range(ranks)]
     bad: list[str] = []
     unclear: dict[str, None] = {}
-    frontend.registry.quiet = True  # what is put here is nobody's
+    frontend.registry.quiet = True  # no user owns the directions that are put here
     for some in _together(frontend.settings, needed):
         names = {f"probe-{secrets.token_hex(8)}": tried for tried in some}
         try:
@@ -78,9 +79,9 @@ def self_check(frontend: Frontend, *, ask: Ask, ranks: int = 1) -> None:
                 direction = _direction(frontend, tried, streams[tried.point])
                 frontend.registry.put(name, direction.to_bytes(), store=False)
             for engine in engines:
-                wrong, dim = engine.check(names)
-                bad += wrong
-                unclear |= dict.fromkeys(dim)
+                problems, unknown = engine.check(names)
+                bad += problems
+                unclear |= dict.fromkeys(unknown)
         finally:
             for name in names.keys() & frontend.registry.names().keys():
                 frontend.registry.delete(name)
@@ -96,7 +97,7 @@ def self_check(frontend: Frontend, *, ask: Ask, ranks: int = 1) -> None:
 
 
 class _Engine:
-    """One data-parallel rank."""
+    """The engine of one data-parallel rank, with its plain answers and their rounding."""
 
     def __init__(self, frontend: Frontend, ask: Ask, rank: int) -> None:
         self.frontend, self.ask, self.rank = frontend, ask, rank
@@ -107,9 +108,9 @@ class _Engine:
         self.noise = [noises(frontend.dtype, served[job], eager[job]) for job in plain]
 
     def check(self, names: dict[str, Tried]) -> tuple[list[str], list[str]]:
-        """What is wrong with the hook points of these directions, and where nothing can be told. One prompt at which
-        all is right is enough: a model that falls from one behaviour into another at some prompt does so by
-        rounding."""
+        """The problems at the hook points of these directions, and the hook points whose effect is not clear. One
+        prompt at which everything is right is enough: if a model falls from one behaviour into another at some prompt,
+        this comes from rounding."""
         found: dict[str, Judgement] = {name: dict.fromkeys(PHASES) for name in names}
         bad: list[str] = []
         for prompt in sorted(range(PROMPTS), key=lambda prompt: sum(self.noise[prompt].values()))[:ASKED]:
@@ -148,7 +149,8 @@ class _Engine:
         return f"data-parallel rank {self.rank}, " if self.rank else ""
 
     def _both(self, served: list[Job], eager: list[Job]) -> tuple[dict[Job, ProbeAnswer], dict[Job, ProbeAnswer]]:
-        """The answers of what serves, and those of the model's own Python, asked in another order."""
+        """The answers of the engine as it serves, and those of the model's own Python, which gets its requests in
+        another order."""
         answers = self.ask(served, self.rank)
         try:
             self._eager(True)
@@ -163,9 +165,13 @@ class _Engine:
 
 
 def judge(cases: Sequence[Sequence[ProbeAnswer]], noise: dict[str, float]) -> Judgement:
-    """`cases`: for each of `STRENGTHS` the answers (served plain, eager plain, served steered, eager steered, eager
-    steered a little more: what rounding does under that steering); `noise`: how plain answers to that prompt differ by
-    rounding alone."""
+    """Compare the effect of steering in the serving engine with that in eager Python.
+
+    Args:
+        cases: for each of `STRENGTHS` the answers (served plain, eager plain, served steered, eager steered, eager
+            steered a little more). The last one shows what rounding does under that steering.
+        noise: by phase, how much plain answers to that prompt differ by rounding alone.
+    """
     found: Judgement = {}
     for phase, least in noise.items():
         problems: list[str] = []
@@ -183,7 +189,7 @@ def judge(cases: Sequence[Sequence[ProbeAnswer]], noise: dict[str, float]) -> Ju
 
 
 def _differ(effect: NDArray[np.float64], wanted: NDArray[np.float64], noise: float) -> str | None:
-    """How an effect differs from the wanted one, of which one at least is clear."""
+    """How an effect differs from the wanted one; None if they agree. At least one of the two must be clear."""
     both = float(effect @ wanted)
     amount = both / max(float(wanted @ wanted), 1e-30)
     likeness = both / max(float(np.linalg.norm(effect) * np.linalg.norm(wanted)), 1e-30)
@@ -198,7 +204,7 @@ def _differ(effect: NDArray[np.float64], wanted: NDArray[np.float64], noise: flo
 
 
 def noises(dtype: str, served: ProbeAnswer, eager: ProbeAnswer) -> dict[str, float]:
-    """For each phase how far answers to a plain request are apart, at least the rounding of the dtype."""
+    """For each phase, how far the answers to a plain request are apart; at least the rounding of the dtype."""
     found: dict[str, float] = {}
     for phase in PHASES:
         a, b = common(served, eager, phase=phase)
@@ -207,22 +213,23 @@ def noises(dtype: str, served: ProbeAnswer, eager: ProbeAnswer) -> dict[str, flo
 
 
 def leaks(noise: dict[str, float], alone: ProbeAnswer, mixed: ProbeAnswer) -> list[str]:
-    """What is wrong with a plain request beside steered ones."""
+    """The problems of a plain request that ran beside steered ones (`mixed`), compared with its answer `alone`."""
     found: list[str] = []
     for phase, limit in noise.items():
         a, b = common(alone, mixed, phase=phase)
-        if rms(a - b) > LEFT_ROUNDING * limit:  # other shapes of a batch round otherwise, and experts may be others
+        if rms(a - b) > LEFT_ROUNDING * limit:  # another batch shape rounds otherwise, and may choose other experts
             found.append(f"a plain request is changed by those beside it in {phase}: by {rms(a - b):.2g}")
     return found
 
 
 def common(*answers: ProbeAnswer, phase: str) -> list[NDArray[np.float64]]:
-    """What each of the answers to one prompt says in this phase of the same tokens, as logits with a mean of 0, up to
-    where they have read different tokens. All of one length, which may be 0."""
+    """For each of the answers to one prompt, its logits of the tokens that all answers report in this phase, with a
+    mean of 0 at each position, up to the position where the answers chose different tokens. All arrays have one
+    length, which may be 0."""
     found: list[list[NDArray[np.float64]]] = [[] for _ in answers]
     for n, entries in enumerate(zip(*answers, strict=False)):
-        told = [{token for token, value in entry.items() if np.isfinite(value)} for _, entry in entries]
-        tokens = sorted(set.intersection(*told))
+        reported = [{token for token, value in entry.items() if np.isfinite(value)} for _, entry in entries]
+        tokens = sorted(set.intersection(*reported))
         if tokens and n in range(*PHASES[phase].indices(len(answers[0]))):
             for parts, (_, entry) in zip(found, entries, strict=True):
                 values = np.array([entry[token] for token in tokens])
@@ -237,8 +244,8 @@ def rms(x: NDArray[np.float64]) -> float:
 
 
 def _streams(frontend: Frontend) -> dict[HookPoint, Tensor]:
-    """What every hook point has in plain passes: as long as streams there are, in their common direction.
-    Tensor-parallel ranks say the same."""
+    """A typical stream of plain passes at every hook point: their common direction, with their usual length.
+    Tensor-parallel ranks report the same."""
     return {
         HookPoint(site, layer): torch.from_numpy(np.frombuffer(data, np.float32).copy())
         for worker in frontend.call("steer_streams")
@@ -246,24 +253,25 @@ def _streams(frontend: Frontend) -> dict[HookPoint, Tensor]:
     }
 
 
-#: How far the directions lean to what the stream has at their hook point, beside a random part of length 1. Less, where
-#: `affine` makes the effect: to take away what all tokens have in common can tip a model over.
+#: How long the part of a direction along the stream at its hook point is, beside a random part of length 1. It is
+#: shorter if `affine` makes the effect: removing what all tokens have in common can tip a model over.
 LEANING: dict[Mode, float] = {"affine": 0.3, "ablate": 1.0, "one_sided": 1.0, "rotate": 0.3}
-#: By how much the gate of `one_sided` is shifted: from where no component passes it to 0.
+#: By how much the gate of `one_sided` is shifted: from a value that no component passes, to 0.
 SHIFT = -0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """Where a direction of the check acts, and how."""
+    """The hook point at which a direction of the self-check acts, and its mode."""
 
     point: HookPoint
     mode: Mode
 
 
 def _together(settings: EngineSettings, needed: Sequence[HookPoint]) -> list[list[Tried]]:
-    """All that is tried, by what there are rows for at once. `affine`, where it acts, adds as much as there is,
-    whatever the stream. What shifts and what turns is the same code everywhere, and is tried at one layer."""
+    """All that is tried, in groups for which there are rows at the same time. Where `affine` can act, it is tried: it
+    adds a component as long as the stream, whatever the stream is. The modes that shift or turn run the same code
+    everywhere, so they are tried at one layer."""
     each = [Tried(point, "affine" if "affine" in point.modes else "ablate") for point in needed]
     gated = [Tried(point, "one_sided") for point in needed if "one_sided" in point.modes]
     each += gated[len(gated) // 2 :][:1]
@@ -280,15 +288,18 @@ def _spec(name: str, tried: Tried, strength: float) -> str:
 
 
 def _direction(frontend: Frontend, tried: Tried, stream: Tensor) -> Direction:
-    """Acts at one hook point, and changes much there. With `affine` its component of a stream becomes as large as
-    streams are; with `ablate` and `one_sided` what streams there have in common is removed from them in part, and with
-    `rotate` a part of it is turned to an axis that they do not have in common."""
+    """A direction that acts at one hook point and changes much there.
+
+    With `affine` the component of a stream along it becomes as large as the streams are. With `ablate` and `one_sided`
+    a part of what the streams have in common is removed, and with `rotate` a part of it is turned to an axis that the
+    streams do not have in common.
+    """
     shape, point = frontend.shape, tried.point
     generator = torch.Generator().manual_seed(point.layer + 1)
     v = torch.randn(shape.d_model, generator=generator)
     v = v / v.norm() + LEANING[tried.mode] * stream / stream.norm().clamp_min(1e-12)
     v = (v / v.norm()).unsqueeze(0)
-    own = max(point.layer, 0)  # at the embedding's hook point a layer must have a row as well: with a weight of 0
+    own = max(point.layer, 0)  # a layer must have a row for the embedding's hook point too, with a weight of 0
     rows, weights = torch.zeros(shape.layers, 1, shape.d_model), torch.zeros(shape.layers)
     rows[own], weights[own] = v, float(point.layer != EMBEDDING)
     means = torch.zeros(shape.layers, shape.d_model)

@@ -1,7 +1,8 @@
-"""Where the operation meets a vLLM model: buffers on a module, and hooks that Dynamo traces into the compiled graph.
+"""The operation on a vLLM model: buffers on a module, and hooks that Dynamo traces into the compiled graph.
 
-All tensors that a hook reads are buffers of the hooked module, written in place for the life of the process: what a
-graph was compiled or captured with is what later steps read. A plain token has row 0, which adds exactly zero.
+All tensors that a hook reads are buffers of the hooked module, and are written in place for the life of the process:
+later steps read the tensors with which a graph was compiled or captured. A plain token has row 0, which adds exactly
+zero.
 """
 
 from __future__ import annotations
@@ -25,21 +26,28 @@ from steer.runtime.token_index import TokenIndex, conditions, unpacked
 if TYPE_CHECKING:
     from steer.vllm.internals.types import Norm
 
-#: How a block hands on the stream: it returns one tensor; a tuple whose first is the whole stream; or (h, r) with the
-#: stream being h + r, added by the norm that comes next.
+#: How a block hands on the stream. "tensor": the block returns one tensor. "first": it returns a tuple whose first
+#: element is the whole stream. "sum": it returns (h, r), the stream is h + r, and the next norm adds them.
 Form = Literal["tensor", "first", "sum"]
 
 
-#: Which tokens are read in a step, which rows of the bank, and where what was `measured` goes (`readout.ReadRunner`).
+#: The tokens that are read in a step, the rows of the bank along which they are read, and the tensor that takes what
+#: was `measured` (`readout.ReadRunner`).
 ReadBuffers: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class SteeringModule(nn.Module):
-    """One place's buffers on the module that is hooked. `vectors`, `coefficients` and `number` are the place's bank
-    slice; `packed` (`[max_tokens, fields]`) is the token index, one for all steering modules; in `lost`
-    (`[max_tokens]`) each of them says what tokens it has lost, and in `opened` (None where the rank is 1), where it
-    `decides`, at which tokens the later ones act. With `reads` every pass writes into `found` (`[count, 2 × rank + 1]`)
-    what is `measured` at the tokens that are read."""
+    """The buffers of one hook point on the module that is hooked.
+
+    Attributes:
+        vectors, coefficients, number, joint: the bank slice of the hook point.
+        packed: the token index, `[max_tokens, fields]`, one for all steering modules.
+        lost: `[max_tokens]`; each steering module marks the tokens that it has lost.
+        opened: `[max_tokens]`, None if the rank is 1; a steering module that `decides` marks the tokens at which the
+            later ones act.
+        read_at, read_rows, found: the buffers of `reads`. With them every pass writes what is `measured` at the tokens
+            that are read into `found`, `[count, 2 × rank + 1]`.
+    """
 
     vectors: Tensor
     coefficients: Tensor
@@ -57,7 +65,7 @@ class SteeringModule(nn.Module):
     ) -> None:
         super().__init__()
         self.rank = index.rank
-        # fixed for the life of the steering module, so that Dynamo traces one way
+        # These are fixed for the life of the steering module, so that Dynamo traces one branch.
         self.reading, self.decides = reads is not None, decides
         tensors = {
             "vectors": bank_slice.vectors,
@@ -75,15 +83,19 @@ class SteeringModule(nn.Module):
 
 
 def acting(steering_module: SteeringModule, tokens: int) -> list[Operands]:
+    """What acts at the hook point of a steering module on the first `tokens` tokens of the batch."""
     opened = None if steering_module.opened is None else steering_module.opened[:tokens]
     acts = unpacked(steering_module.packed[:tokens], steering_module.rank, opened)
-    # A steering module has a bank slice's tensors; Dynamo is spared the dataclass.
+    # A steering module has the tensors of a bank slice, so Dynamo need not trace the dataclass.
     return gather(cast(BankSlice, steering_module), *acts)
 
 
 def note(steering_module: SteeringModule, x: Tensor, lost: Tensor) -> None:
-    """Write which tokens are `lost`, and what those decide that do so here, of x `[tokens, d_model]` before the
-    operation."""
+    """Write which tokens are `lost`, and the decisions of the tokens that decide here.
+
+    Args:
+        x: the stream before the operation, `[tokens, d_model]`.
+    """
     own, tokens = steering_module, x.shape[0]
     own.lost[:tokens].logical_or_(lost)
     if own.decides and own.opened is not None:
@@ -93,8 +105,8 @@ def note(steering_module: SteeringModule, x: Tensor, lost: Tensor) -> None:
 
 
 def moved(steering_module: SteeringModule, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x `[..., tokens, d_model]` after the operation, in float32; `dtype` is the stream's. (vLLM's backend for
-    transformers' modelling code has a leading dimension of 1.)"""
+    """x `[..., tokens, d_model]` after the operation, in float32; `dtype` is the dtype of the stream. (vLLM's backend
+    for transformers' modelling code has a leading dimension of 1.)"""
     flat = x.reshape(-1, x.shape[-1]).float()
     y, lost = operate(flat, acting(steering_module, flat.shape[0]), dtype)
     note(steering_module, flat, lost)
@@ -102,13 +114,14 @@ def moved(steering_module: SteeringModule, x: Tensor, dtype: torch.dtype) -> Ten
 
 
 def moved_term(steering_module: SteeringModule, h: Tensor, r: Tensor) -> Tensor:
-    """h so that h + r is the stream after the operation. The sum is taken in float32, as vLLM's fused norms do."""
+    """The new h with which h + r is the stream after the operation. The sum is computed in float32, as vLLM's fused
+    norms do."""
     x = h.float() + r.float()
     return (h.float() + (moved(steering_module, x, h.dtype) - x)).to(h.dtype)
 
 
 def hand_on(steering_module: SteeringModule, x: Tensor, r: Tensor | None = None) -> Tensor:
-    """The new x (or the new h, for a stream h + r), in its dtype."""
+    """The new x (or the new h, for a stream h + r), in the dtype of x. Also records the tokens that are read."""
     new = moved(steering_module, x, x.dtype).to(x.dtype) if r is None else moved_term(steering_module, x, r)
     if steering_module.reading:
         rest = () if r is None else (r,)
@@ -117,7 +130,8 @@ def hand_on(steering_module: SteeringModule, x: Tensor, r: Tensor | None = None)
 
 
 def record(steering_module: SteeringModule, before: tuple[Tensor, ...], after: tuple[Tensor, ...]) -> None:
-    """Write what the tokens that are read have along their rows, of a stream that is the sum of these."""
+    """Write the components of the tokens that are read along their rows. The stream is the sum of `before`, and after
+    the operation the sum of `after`."""
 
     def read(parts: tuple[Tensor, ...]) -> Tensor:
         each = [part.reshape(-1, part.shape[-1])[steering_module.read_at].float() for part in parts]
@@ -132,15 +146,18 @@ WITHIN = "steer_within"
 
 
 def attach_within(norm: Norm, steering_module: SteeringModule) -> None:
-    """Have `norm`, one of `internals.worker.open_norms` that adds the two parts of a stream, act on their sum itself:
-    compiled, that is as many passes over the stream as the norm makes alone, where a hook in front of it needs two
-    more."""
+    """Have `norm` itself operate on the stream that it adds up. `norm` is one of `internals.worker.open_norms`.
+
+    The compiled code then makes as many passes over the stream as the norm alone; a hook in front of the norm needs two
+    more.
+    """
     norm.add_module(WITHIN, steering_module)
     norm.forward = MethodType(forward, norm)
 
 
 def forward(norm: Norm, x: Tensor, residual: Tensor | None = None) -> Output:
-    """What the norm gives of the stream x + residual `[tokens, d_model]` after the operation, and that stream."""
+    """The norm's output for the stream x + residual `[tokens, d_model]` after the operation, and this stream. Without
+    `residual` it is the norm's own output for x."""
     if residual is None:
         return cast(Tensor, norm.forward_native(x))
     steering_module = cast(SteeringModule, getattr(norm, WITHIN))
@@ -150,8 +167,8 @@ def forward(norm: Norm, x: Tensor, residual: Tensor | None = None) -> Output:
     handed_on = new.to(x.dtype)
     if steering_module.reading:
         record(steering_module, (x, residual), (handed_on,))
-    # from here on as `vllm.ir.ops.fused_add_rms_norm`
-    weight = norm.weight if hasattr(norm, "pass_weight_add") else norm.weight.float() + 1.0  # Gemma's is less by 1
+    # From here on this is the formula of `vllm.ir.ops.fused_add_rms_norm`.
+    weight = norm.weight if hasattr(norm, "pass_weight_add") else norm.weight.float() + 1.0  # Gemma stores it less 1
     normed = new * torch.rsqrt(mean_square + norm.variance_epsilon)
     return (normed.to(weight.dtype) * weight).to(x.dtype), handed_on
 
@@ -199,19 +216,19 @@ def attach_before(module: nn.Module, slot: StreamArgument, steering_module: Stee
 
 
 def stream(form: Form, output: Output, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The stream `[tokens, d_model]` in what a block returned; in float64 the sum of two parts is exact."""
+    """The stream `[tokens, d_model]` in the output of a block; in float64 the sum of two parts is exact."""
     parts = (output,) if isinstance(output, Tensor) else output
     x = parts[0].to(dtype) + parts[1].to(dtype) if form == "sum" else parts[0].to(dtype)
     return x.reshape(-1, x.shape[-1])
 
 
-#: Files whose text is traced into a graph, or decides the layout of what a graph reads.
+#: Files of each package whose code is traced into a graph, or decides the layout of what a graph reads; None for all.
 TRACED = {"steer": ("names.py",), "steer.runtime": None, "steer.vllm": ("install.py", "steering_module.py")}
 
 
 @cache
 def code_digest() -> str:
-    """Of the code that a graph depends on: part of the key of vLLM's compile cache."""
+    """The digest of the code that a graph depends on. It is a part of the key of vLLM's compile cache."""
     whole = hashlib.sha256()
     for package, names in TRACED.items():
         folder = resources.files(package)

@@ -1,5 +1,5 @@
-"""A source of activations (see `steer.lab.source`) on a vLLM engine: it measures the model as it is served, with its
-quantised weights and its kernels, on all of its ranks."""
+"""A source of activations (see `steer.lab.source`) and an evaluator (see `steer.lab.evaluator`) on a vLLM engine. They
+measure the model as it is served, with its quantised weights and its kernels, on all of its ranks."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ from steer.spec import parse, text
 from steer.vllm import frontend, internals
 from steer.vllm.settings import CAPTURE, KEY, SCORED
 
-#: How many of the likeliest tokens of a place the engine is asked for; it gives no more than 20 by default.
+#: How many of the likeliest tokens at a position the engine is asked for; by default it gives no more than 20.
 TOP_LOGPROBS = 20
-#: What it must give: of the model's own distribution, whatever is drawn.
+#: The mode of log-probabilities that the engine must have: those of the model's own distribution, before sampling
+#: parameters change it.
 LOGPROBS = "raw_logprobs"
 
 if TYPE_CHECKING:
@@ -38,8 +39,15 @@ if TYPE_CHECKING:
 
 
 def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("resid_post",), rank: int = 8) -> LLM:
-    """An `LLM` for measuring: eager, since hooks in Python read the stream, and without prefix cache, since a cached
-    token never comes by. `options` are those of `vllm serve`. Raises InvalidInput for one that cannot be used here."""
+    """Start an `LLM` for measuring. It is eager, since hooks in Python read the stream, and has no prefix cache, since
+    no hook sees a cached token.
+
+    Args:
+        options: options of `vllm serve`.
+
+    Raises:
+        InvalidInput: an option cannot be used here.
+    """
     from steer.vllm import plugin
 
     plugin.register()
@@ -54,7 +62,7 @@ def start(model: str, options: Sequence[str] = (), *, sites: Sequence[str] = ("r
 
 
 class VllmSource(Source):
-    """`llm` is an engine of `start`."""
+    """A source of activations on `llm`, an engine that `start` has made."""
 
     def __init__(self, llm: LLM, name: str, revision: str | None = None) -> None:
         self.llm, self.name, self.revision = llm, name, revision
@@ -76,15 +84,15 @@ class VllmSource(Source):
         )
 
     def fingerprint(self) -> str:
-        """Of what the engine hands on of a fixed prompt at every layer."""
+        """The SHA-256 of the stream that the engine has at every layer at the last token of a fixed prompt."""
         ids = list(range(3, 3 + internals.base.PROBE_TOKENS))
         seen = self.run([Encoded(ids, slice(0, len(ids)))], CapturePlan((-1,), self.facts.layers - 1))
         return hashlib.sha256(seen.picked.numpy().tobytes()).hexdigest()
 
     def run(self, batch: Sequence[Encoded], plan: CapturePlan) -> Activations:
-        """Prefill `batch` and hand out what `plan` asks for; picked vectors are float32.
+        """Prefill `batch` and return what `plan` asks for; picked vectors are float32.
 
-        Raises EngineFailed where a token of a prompt did not come by.
+        Raises EngineFailed if the workers did not see a token of a prompt, or did not read a layer.
         """
         from vllm import SamplingParams
 
@@ -103,7 +111,7 @@ class VllmSource(Source):
         for answer in self.llm.collective_rpc("steer_captured"):
             if (short := [n for n, e in enumerate(batch) if answer["seen"][n] < len(e.ids)]) and answer["layers"]:
                 raise EngineFailed(f"prompts {short} of a batch were not prefilled whole")
-            for layer, vectors, sums in answer["layers"]:  # tensor-parallel ranks say the same
+            for layer, vectors, sums in answer["layers"]:  # tensor-parallel ranks report the same
                 picked[:, layer] = _array(vectors, (len(batch), len(plan.positions), d_model)).transpose(0, 1)
                 own[layer] = _array(sums, (len(batch), d_model)).sum(0)
                 missing.discard(layer)
@@ -118,8 +126,12 @@ def _array(data: bytes, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What the engine says of one place of a text: the log-probability of the token that stands there, and those of the
-    likeliest tokens, by token."""
+    """The log-probabilities of the engine at one position of a text.
+
+    Attributes:
+        own: that of the token at this position.
+        top: those of the likeliest tokens, by token.
+    """
 
     own: float
     top: dict[int, float]
@@ -131,24 +143,30 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A plain answer at temperature 1: prompt and answer ids, and the places of the answer."""
+    """A plain answer at temperature 1.
+
+    Attributes:
+        ids: the token ids of the prompt and the answer.
+        start: the position at which the answer begins.
+        places: the log-probabilities at each position of the answer.
+    """
 
     ids: list[int]
     start: int
     places: list[Place]
 
     def first(self, tokens: int) -> Sampled:
-        """With the first `tokens` tokens of the answer alone."""
+        """The same with only the first `tokens` tokens of the answer."""
         return Sampled(self.ids[: self.start + tokens], self.start, self.places[:tokens])
 
 
 def estimated_divergence(token: int, plain: Place, steered: Place) -> float:
-    """An unbiased estimate of KL(p ‖ q), nats, from one token that is drawn from p, and the likeliest ones of each.
+    """An unbiased estimate of KL(p ‖ q), in nats, from one token drawn from p, and the likeliest tokens of p and of q.
 
-    KL is the sum of f = p ln(p/q) − p + q over the vocabulary, and no term is negative. Of the likeliest tokens of
-    either, f is known or has a lower bound: this is counted whole, and the drawn token estimates the remainder alone.
-    Without them (Schulman 2020, "Approximating KL divergence") a few hundred answers miss what steering does to tokens
-    that are seldom drawn, and that can be most of it.
+    KL is the sum of f = p ln(p/q) − p + q over the vocabulary, and no term is negative. For the likeliest tokens of p
+    or q, f is known or has a lower bound. The sum counts this value in full, and the drawn token estimates only the
+    remainder. Without the likeliest tokens (Schulman 2020, "Approximating KL divergence") a few hundred answers miss
+    what steering does to tokens that are seldom drawn, and that can be most of the divergence.
     """
     p, q = plain.top, steered.top
     least_p, least_q = min(p.values(), default=-np.inf), min(q.values(), default=-np.inf)
@@ -164,7 +182,7 @@ def _term(log_p: float, log_q: float) -> float:
     return float(np.exp(log_p) * (np.expm1(difference) - difference)) if difference else 0.0
 
 
-#: One text of the request language for all prompts, or one for each; None is plain.
+#: One text of the request language for all prompts, or a list with one for each; None means plain.
 Steers: TypeAlias = str | Sequence[str | None] | None
 
 
@@ -199,8 +217,8 @@ class VllmEvaluator(Evaluator):
     def answers(
         self, prompts: Sequence[Prompt], steer: Steers, known: Callable[[str], bool] | None = None
     ) -> list[Answer]:
-        """`known` is not asked: the engine ends answers by what it was told before, and its batch closes up after each
-        that ends."""
+        """As in `Evaluator`, but `known` is not called: the engine ends an answer only by the parameters of its
+        request, and the other requests of the batch do not wait for it."""
         options: dict[str, Any] = dict(temperature=0, max_tokens=self.max_tokens)
         encoded = self._ids(prompts)
         thinking = self._opened(encoded)
@@ -208,8 +226,8 @@ class VllmEvaluator(Evaluator):
         return [Answer(_without_end(one.outputs[0]), thinking + one.outputs[0].text) for one in outputs]
 
     def opening_odds(self, prompts: Sequence[Prompt], steer: Steers, tokens: Sequence[int]) -> Floats:
-        """The engine hands out the float32 log-probabilities of these tokens, so the odds are exact up to their
-        rounding: not told apart above about 16, where p is 1 in float32."""
+        """As in `Evaluator`. The engine gives the float32 log-probabilities of these tokens, so the odds are exact up
+        to their rounding: values above about 16 cannot be told apart, because p is 1 in float32."""
         options: dict[str, Any] = dict(temperature=0, max_tokens=1, logprob_token_ids=list(tokens), detokenize=False)
         odds = []
         for output in self._generate(self._ids(prompts), steer, 1.0, **options):
@@ -219,7 +237,7 @@ class VllmEvaluator(Evaluator):
         return np.array(odds)
 
     def continuations(self, prompts: Sequence[Prompt], plain: Sequence[Answer] | None = None) -> list[Sampled]:
-        """Sampled answers: greedy ones, such as `plain`, have no probabilities to estimate with."""
+        """Sampled answers, since greedy ones, such as `plain`, have no probabilities to estimate with."""
         heads = self._ids(prompts)
         sampling: dict[str, Any] = dict(temperature=1, top_p=1, top_k=0, seed=0)
         work = 0.0 if plain is not None else answering(self.max_tokens)
@@ -227,13 +245,13 @@ class VllmEvaluator(Evaluator):
         outputs = self._generate(heads, None, work, max_tokens=self.max_tokens, logprobs=TOP_LOGPROBS, **sampling)
         for head, output in zip(heads, outputs, strict=True):
             answer = output.outputs[0]
-            said = [Place.of(entry, token) for entry, token in zip(answer.logprobs, answer.token_ids, strict=True)]
-            sampled.append(Sampled(head + list(answer.token_ids), len(head), said))
+            places = [Place.of(entry, token) for entry, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+            sampled.append(Sampled(head + list(answer.token_ids), len(head), places))
         return sampled
 
     def divergences(self, prompts: Sequence[Prompt], plain: Sequence[Sampled], steer: Steers) -> list[Floats]:
-        """KL(plain ‖ steered), estimated along sampled plain answers (`estimated_divergence`): an engine does not hand
-        out the log-probabilities of the whole vocabulary."""
+        """KL(plain ‖ steered), estimated along sampled plain answers (`estimated_divergence`): an engine does not give
+        the log-probabilities of the whole vocabulary."""
         options: dict[str, Any] = dict(temperature=0, max_tokens=1, prompt_logprobs=TOP_LOGPROBS)
         rows = []
         decided = self._decided([one.ids[: one.start] for one in plain], each_row(steer, len(plain)))
@@ -242,15 +260,15 @@ class VllmEvaluator(Evaluator):
         )
         for one, output in zip(plain, outputs, strict=True):
             own = [*enumerate(one.ids)][one.start :]
-            said = [(token, Place.of(output.prompt_logprobs[i], token)) for i, token in own]
-            both = zip(said, one.places, strict=True)
+            places = [(token, Place.of(output.prompt_logprobs[i], token)) for i, token in own]
+            both = zip(places, one.places, strict=True)
             rows.append(np.array([estimated_divergence(token, plain, steered) for (token, steered), plain in both]))
         return rows
 
     def _decided(self, prompts: Sequence[list[int]], steers: Sequence[str | None]) -> list[str | None]:
-        """The steering of each prompt without its condition, where one token decides for the others: of those that meet
-        it what acts from then on, and nothing of the others. One pass that reads the answer too would have run past the
-        token that decides."""
+        """The steering of each prompt, with conditions that one token decides replaced by their result: the steering
+        without the condition if the prompt meets it, and None if it does not. A pass that reads the prompt together
+        with the answer would have run past the token that decides."""
         found = list(steers)
         asked = {i: parse(one) for i, one in enumerate(steers) if one}
         asked = {
@@ -295,8 +313,12 @@ class VllmEvaluator(Evaluator):
         scored: Sequence[int] | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
-        """vLLM's outputs; each prompt is so much `work` for the progress. scored: how many of its tokens are a prompt,
-        where the others are an answer to it."""
+        """Generate from `prompts`, and return vLLM's outputs.
+
+        Args:
+            work: how far each prompt advances the progress.
+            scored: for each prompt, how many of its tokens are a prompt; the other tokens are an answer to it.
+        """
         from vllm import SamplingParams
 
         extra: list[dict[str, object]] = [{KEY: one or "off"} for one in each_row(steer, len(prompts))]
@@ -309,8 +331,8 @@ class VllmEvaluator(Evaluator):
 
 
 class Finished(tqdm):
-    """In place of the engine's own bars: tells `progress` of each request that has finished. The bars around an
-    `iterable` are of requests that are being added."""
+    """Takes the place of the engine's own bars, and advances `progress` for each request that has finished. A bar
+    around an `iterable` counts requests that are being added, and does not advance `progress`."""
 
     def __init__(self, progress: Progress, work: float, iterable: object = None, **options: object) -> None:
         self._progress, self._work = progress, work if iterable is None else 0.0

@@ -1,5 +1,5 @@
-"""What the processes of one engine tell each other through vLLM: the settings, `additional_config={"steer": {...}}`,
-which each of them gets, and a resolved spec on its way from the front end to the workers, in `extra_args`.
+"""What the processes of one engine send each other through vLLM: the settings, which each process gets in
+`additional_config={"steer": {...}}`, and the resolved specs, which the front end sends to the workers in `extra_args`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from steer.spec import nearly, parse
 
 #: The key in vLLM's `additional_config`, and in `SamplingParams.extra_args`.
 KEY = "steer"
-#: The key of a resolved spec; the value is its receipt. Requests must not bring it: only the front end, for what it has
-#: pinned.
+#: The key of a resolved spec; the value is its receipt. Requests must not bring it: only the front end sets it, for
+#: versions that it has pinned.
 RESOLVED = "steer.resolved"
-#: The digests of the versions whose rows are read, in this order, and whether their axes are.
+#: The key of the read-out: the digests of the versions whose rows are read, in this order, and whether their axes are
+#: read.
 READ = "steer.read"
-#: Which prompt of a measurement in this program its own request brings; without one it means nothing.
+#: The key of the number of the prompt that a request brings for a measurement in this program. Without a measurement it
+#: has no effect.
 CAPTURE = "steer.capture"
-#: How many tokens of a request's prompt are the prompt of an answer, which the others are: so one is scored.
+#: The key of how many tokens of a request's prompt are a prompt, if the other tokens are an answer to be scored.
 SCORED = "steer.scored"
 
-#: Settings of the transformers backend alone.
+#: Settings that only the transformers backend has.
 OWN_BACKEND = {"max_requests", "drain", "max_body", "cache_tokens", "cors_origins"}
 
 
 class EngineSettings(BaseModel, extra="forbid", frozen=True):
-    """All have a default, so `{"steer": {}}` switches steering on."""
+    """The settings of an engine. All of them have a default, so `{"steer": {}}` switches steering on."""
 
     directions: Path | None = Field(
         None, description="folder of direction files; without one, directions come only by PUT"
@@ -53,17 +55,18 @@ class EngineSettings(BaseModel, extra="forbid", frozen=True):
         return value
 
     def check_folder(self) -> None:
-        """Raise InvalidInput where the folder of directions is none."""
+        """Raise InvalidInput if the folder of directions cannot be used (`check_directions_folder`)."""
         if self.directions is not None:
             check_directions_folder(self.directions, self.default)
 
     def graph(self) -> dict[str, object]:
-        """The part that decides what is compiled, so that other settings do not miss the compile cache."""
+        """The settings that decide what is compiled. Only these are in the key of the compile cache, so that a change
+        of other settings does not miss it."""
         return {"sites": list(self.sites), "rows": self.rows, "rank": self.rank, "readout": self.readout}
 
 
 def read(additional_config: object) -> EngineSettings | None:
-    """The settings in vLLM's `additional_config`, or None where steering is not asked for.
+    """The settings in vLLM's `additional_config`; None if they do not ask for steering.
 
     Raises UnsupportedModel with every problem.
     """
@@ -77,10 +80,10 @@ def read(additional_config: object) -> EngineSettings | None:
 
 
 def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tuple[EngineSettings, list[str]]:
-    """What `steer serve --backend vllm` tells the engine, and the options of `vllm serve`: ours translated, then
-    `options`, which win. Raises InvalidInput for a setting that vLLM has an option of its own for."""
+    """The engine's settings for `steer serve --backend vllm`, and the options of `vllm serve`: ours translated, then
+    `options`, which take precedence. Raises InvalidInput for a setting in place of which vLLM has its own option."""
     settings.check_unused(OWN_BACKEND)
-    how = settings.vllm_options
+    model_options = settings.vllm_options
     engine = EngineSettings(
         directions=settings.directions,
         default=settings.default_steer,
@@ -99,12 +102,17 @@ def from_serve_settings(settings: ServeSettings, options: Sequence[str]) -> tupl
         "default-chat-template-kwargs": settings.chat_template_kwargs if settings.template_variables else None,
     }
     given = [part for name, value in ours.items() if value is not None for part in (f"--{name}", str(value))]
-    return engine, [*how, *given, *options]
+    return engine, [*model_options, *given, *options]
 
 
 def check_absent(extra: object, *, served: bool) -> None:
-    """Raise SpecError for a request that brings what only the front end may write, or nearly the key that asks. What
-    measures and scores in a program of its own may bring more than requests to a server, `served`."""
+    """Raise SpecError for a request whose `extra_args` have a key that only the front end may write, or a key that is
+    nearly `KEY`.
+
+    Args:
+        served: whether the request is one to a server. Requests of a Python program may also have the keys of
+            measurements and of scoring.
+    """
     own = (KEY,) if served else (KEY, CAPTURE, SCORED)
     for key in extra if isinstance(extra, dict) else ():
         if key not in own and isinstance(key, str) and nearly(key):
@@ -112,18 +120,20 @@ def check_absent(extra: object, *, served: bool) -> None:
 
 
 def read_by(params: object) -> tuple[Sequence[str], bool]:
-    """The digests in SamplingParams of what is read for a request, none where nothing is; and are their axes read?"""
+    """The digests of what is read for a request with these SamplingParams, none if nothing is read; and whether their
+    axes are read."""
     digests, axes = (getattr(params, "extra_args", None) or {}).get(READ, ((), False))
     return digests, axes
 
 
 def captured_by(params: object) -> int | None:
-    """The number of the prompt of a measurement that a request with these SamplingParams brings."""
+    """The number of the prompt that a request with these SamplingParams brings for a measurement; None for none."""
     return (getattr(params, "extra_args", None) or {}).get(CAPTURE)
 
 
 def prompt_of(params: object, length: int) -> int:
-    """The tokens that are the prompt's, of the `length` that a request with these SamplingParams brings as its own."""
+    """How many of the `length` prompt tokens of a request with these SamplingParams are a prompt: all of them, unless
+    the others are an answer to be scored."""
     asked: int = (getattr(params, "extra_args", None) or {}).get(SCORED, length)
     return min(length, asked)
 

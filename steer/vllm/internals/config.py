@@ -1,4 +1,4 @@
-"""A VllmConfig: what Steer reads from it, and under which of its options steering cannot be right. In every process."""
+"""A VllmConfig: what Steer reads from it, and the options with which steering cannot be right. In every process."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("steer")
 
-#: Connectors that take KV blocks from elsewhere by vLLM's own block hashes, which contain the salt of steered requests.
+#: Connectors that find KV blocks elsewhere by vLLM's own block hashes, which contain the salt of steered requests.
 HASHED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector")
-#: Connectors between instances for prefill and for decoding: blocks go by request, and no instance knows how the
-#: other steered what it sends.
+#: Connectors between instances for prefill and instances for decoding. They send blocks by request, and no instance
+#: knows how the other has steered the blocks that it sends.
 DISAGGREGATED = ("NixlConnector", "NixlPullConnector", "NixlPushConnector", "MooncakeConnector", "MoRIIOConnector")
-#: vLLM's variable for a front end written in Rust, in which nothing of ours runs.
+#: vLLM's environment variable for a front end that is written in Rust: no code of ours runs there.
 RUST_FRONTEND = "VLLM_USE_RUST_FRONTEND"
-#: Executors that call the worker's own methods, in the order in which the engine asked.
+#: Executors that call the worker's own methods, in the order of the engine's calls.
 EXECUTORS = {"UniProcExecutor", "MultiprocExecutor"}
 
 
 def check_config(config: VllmConfig, *, readout: bool) -> None:
-    """Raise UnsupportedModel with every option under which the tokens of a step are not in the order of its requests,
-    or not in this process, or under which workers or blocks come from where steering is not known. `config`:
-    VllmConfig; `readout`: are tokens read."""
+    """Raise UnsupportedModel with every option of `config` that makes steering wrong: with it the tokens of a step are
+    not in the order of its requests, or are not in this process, or workers or blocks come from a source that does not
+    know the steering.
+
+    Args:
+        readout: whether the engine is started with read-out.
+    """
     parallel, model, drafts = config.parallel_config, config.model_config, config.speculative_config
     passes = getattr(getattr(config, "compilation_config", None), "pass_config", None)
     found = {
@@ -64,8 +68,12 @@ def check_config(config: VllmConfig, *, readout: bool) -> None:
 
 
 def unsafe_fields(config: VllmConfig, runner: str) -> dict[str, str]:
-    """Sampling parameters with which one request would harm others in its batch, each with vLLM's fault that is the
-    reason. `runner`: the kind of the workers' model runner. Also logs which answers vLLM gets wrong on a CPU."""
+    """The sampling parameters with which one request would harm others in its batch, each with the fault of vLLM that
+    is the reason. Also logs which answers vLLM gets wrong on a CPU.
+
+    Args:
+        runner: the kind of the workers' model runner, "V1" or "V2".
+    """
     found: dict[str, str] = {}
     if runner == "V1":
         found["logprob_token_ids"] = (
@@ -81,7 +89,7 @@ def unsafe_fields(config: VllmConfig, runner: str) -> dict[str, str]:
 
 
 def _switched_on(variable: str) -> bool:
-    """Is this variable of vLLM's set to something but 0, as vLLM reads it?"""
+    """Whether this environment variable of vLLM is set to anything but 0, as vLLM reads it."""
     return os.environ.get(variable, "0") not in ("", "0")
 
 
@@ -91,7 +99,7 @@ def _offloads(config: VllmConfig) -> bool:
 
 
 def _executor_problems(backend: object) -> list[str]:
-    """An executor must call the worker's methods."""
+    """The problems with this executor: it must call the worker's methods."""
     if backend == "ray" and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1") in ("", "0"):
         return ["the old Ray executor runs models past their workers; unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND"]
     if backend in (None, "uni", "mp", "ray", "external_launcher"):
@@ -106,7 +114,8 @@ def _executor_problems(backend: object) -> list[str]:
 
 
 def _connector_problems(transfer: KVTransferConfig | None) -> list[str]:
-    """What keeps steered and plain blocks apart is in their hashes, so a connector must go by those."""
+    """The problems with the KV connectors. Only the hashes of blocks keep steered and plain blocks apart, so a
+    connector must find blocks by their hashes."""
     if transfer is None or transfer.kv_connector is None:
         return []
     given = transfer.kv_connector, transfer.kv_connector_module_path, transfer.kv_connector_extra_config
@@ -120,7 +129,7 @@ def _connector_problems(transfer: KVTransferConfig | None) -> list[str]:
 
 
 def _connectors(name: str, module: str | None, extra: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
-    """Each connector, and the module that it is loaded from where that is not vLLM's."""
+    """Each connector, with the module that it is loaded from; None for a connector of vLLM."""
     if name != "MultiConnector" or module:
         yield name, module
         return
@@ -149,18 +158,18 @@ def _connector_problem(name: str, module: str | None) -> str | None:
 
 
 def shares_blocks(config: VllmConfig) -> bool:
-    """May blocks outlive this process, or come from another?"""
+    """Whether blocks may outlive this process, or come from another one."""
     transfer = getattr(config, "kv_transfer_config", None)
     return transfer is not None and transfer.kv_connector is not None
 
 
 def context_of(config: VllmConfig) -> int:
-    """The most tokens that a prompt with its answer can have."""
+    """The largest number of tokens that a prompt with its answer can have."""
     return int(config.model_config.max_model_len)
 
 
 def dimensions_of(config: VllmConfig) -> tuple[str, int, int]:
-    """(architecture of the text model, layers of the whole model, d_model)."""
+    """(architecture of the text model, number of layers of the whole model, d_model)."""
     model = config.model_config
     text = model.hf_text_config
     architectures = getattr(model.hf_config, "architectures", None) or [model.architecture]
@@ -173,11 +182,11 @@ def dtype_of(config: VllmConfig) -> str:
 
 
 def max_tokens(config: VllmConfig) -> int:
-    """The most tokens, padding included, that one forward pass can have."""
+    """The largest number of tokens, padding included, that one forward pass can have."""
     sizes = getattr(config.compilation_config, "cudagraph_capture_sizes", None) or [0]
     return int(max(config.scheduler_config.max_num_batched_tokens, *sizes)) + 64
 
 
 def max_requests(config: VllmConfig) -> int:
-    """The most requests that one forward pass can have. vLLM's compile cache knows this number."""
+    """The largest number of requests that one forward pass can have. The key of vLLM's compile cache contains it."""
     return int(config.scheduler_config.max_num_seqs)

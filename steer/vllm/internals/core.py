@@ -1,4 +1,4 @@
-"""The engine core's process: from which block of the prefix cache on a request's salt separates it from others."""
+"""The process of the engine core: from which block of the prefix cache on the salt of a request counts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ _NAME = "generate_block_hash_extra_keys"
 
 
 def salt_later(parted: Callable[[EngineCoreRequest], tuple[str, int, str]]) -> None:
-    """Have `parted(request)` tell of each salted request its own salt, which goes into the hash of its first block
-    as ever, and from which token on what else of the salt does; 0 for all of it at the first block. Once a process.
+    """Have a part of the salt of a steered request count only from the first steered token on. A second call of this
+    function in a process has no effect.
 
-    vLLM puts a salt into the first block's hash alone, and each hash into the next: so a request whose first tokens are
-    nobody's but its own could never find what others have left of the same tokens.
+    vLLM puts a salt only into the hash of the first block, and each hash into the next one. So a steered request could
+    never find the blocks that others have left of the same tokens, even of the tokens before its steering begins.
+
+    Args:
+        parted: returns for a salted request its own salt, which goes into the hash of its first block as before, the
+            first token from which the other part of the salt counts, and this other part. With the token 0 all of the
+            salt goes into the first block.
     """
     from vllm.v1.core import kv_cache_utils
 
@@ -44,6 +49,6 @@ def salt_later(parted: Callable[[EngineCoreRequest], tuple[str, int, str]]) -> N
         return found, following
 
     keys_of.steer = True  # type: ignore[attr-defined]
-    for module in [kv_cache_utils, *sys.modules.values()]:  # some have it under its name already
+    for module in [kv_cache_utils, *sys.modules.values()]:  # some modules have imported the function already
         if getattr(module, "__name__", "").startswith("vllm.v1.") and vars(module).get(_NAME) is original:
             setattr(module, _NAME, keys_of)

@@ -1,4 +1,5 @@
-"""The process that creates requests, of an LLM or of the API server: its engines, processors, and probe requests."""
+"""The process that creates requests, that of an LLM or of the API server: its engine, its output processor, and the
+probe requests."""
 
 from __future__ import annotations
 
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
 
 
 def call_workers(engine: LLMEngine, method: str, *args: object) -> list[Any]:
-    """Call `method` on every worker of an `LLMEngine`; their answers. On the thread that drives the engine.
+    """Call `method` on every worker of an `LLMEngine`, and return their answers. Call this on the thread that drives
+    the engine.
 
-    Where the engine is in this process it stops with its last request, whose end the workers hear of in the next step.
+    An engine in this process stops with its last request, and the workers learn of the end of a request only in the
+    next step. So this makes that step first.
     """
     core = getattr(engine.engine_core, "engine_core", None)
     if core is not None and not engine.has_unfinished_requests() and core.scheduler.has_finished_requests():
@@ -43,19 +46,20 @@ def call_workers(engine: LLMEngine, method: str, *args: object) -> list[Any]:
 
 
 def engines_of(engine: AsyncLLM) -> int:
-    """The engines that an `AsyncLLM` drives: several where it balances data parallelism itself."""
+    """How many engines an `AsyncLLM` drives: several if it balances data parallelism itself."""
     return len(getattr(engine.engine_core, "core_engines", None) or [None])
 
 
 def place_of(engine: AsyncLLM) -> tuple[int, int]:
-    """Which of how many front ends of its engines an `AsyncLLM` is."""
+    """The index of an `AsyncLLM` among the front ends of its engines, and their number."""
     client = engine.engine_core
     return int(seam(client, "client_index")), int(seam(client, "client_count"))
 
 
 async def call_workers_async(engine: AsyncLLM, method: str, *args: object) -> list[Any]:
-    """The same for an `AsyncLLM`, and for every engine where there are several (data parallel): vLLM's own
-    `collective_rpc` reaches all of them but answers for the first alone."""
+    """Call `method` on every worker of all engines of an `AsyncLLM`, and return their answers. If there are several
+    engines (data parallelism), vLLM's own `collective_rpc` reaches all of them, but returns only the answers of the
+    first."""
     client = engine.engine_core
     if engines_of(engine) > 1:
         one, many = seam(client, "_call_utility_async"), client.core_engines
@@ -73,25 +77,34 @@ def wrap_requests(
     lost: Callable[[str], Exception],
     decided: Callable[[str, bool], None],
 ) -> None:
-    """Have `adds` called with each EngineCoreRequest before the OutputProcessor takes it, `added` with it and the state
-    that is kept for it afterwards, and `ended` with the id of each `watched` request that the OutputProcessor has let
-    go: finished, stopped by a string, or aborted. One whose stream was lost is ended with what `lost` gives for its id:
-    raised where an AsyncLLM's answer is read, told by the finish reason `error` in an LLM's. Of one with a condition
-    `decided` is told whether that holds, before any output of it is processed."""
+    """Wrap the methods of an OutputProcessor so that they report requests to these functions.
+
+    Args:
+        adds: called with each EngineCoreRequest before the OutputProcessor takes it.
+        added: called afterwards with the request and the state that is kept for it.
+        ended: called with the id of each `watched` request that the OutputProcessor has released: because it has
+            finished, was stopped by a string, or was aborted.
+        watched: the requests to watch, by id.
+        lost: called with the id of a request whose stream was lost, and returns the error with which the request ends.
+            The error is raised where the answer of an AsyncLLM is read. An answer of an LLM has the finish reason
+            `error`.
+        decided: called with the id of a request with a condition, and whether the condition holds, before any output
+            of the request is processed.
+    """
     add, process, abort = (
         seam(outputs, "add_request"),
         seam(outputs, "process_outputs"),
         seam(outputs, "abort_requests"),
     )
     states = seam(outputs, "request_states")
-    formed = set[str]()  # the requests whose answers are held to a form
+    formed = set[str]()  # the ids of requests whose answers are held to a form
 
     def adding(request: EngineCoreRequest, *args: object, **kwargs: object) -> object:
         adds(request)
         try:
             out = add(request, *args, **kwargs)
         except BaseException:
-            if request.request_id not in states:  # it was not taken, so nobody will end it
+            if request.request_id not in states:  # it was not taken, so nothing else will end it
                 ended(request.request_id)
             raise
         if (state := states.get(request.request_id)) is not None:
@@ -111,7 +124,7 @@ def wrap_requests(
         try:
             out = process(engine_core_outputs, *args, **kwargs)
             if fallen:
-                seam(out, "reqs_to_abort").extend(fallen)  # the engine goes on with them
+                seam(out, "reqs_to_abort").extend(fallen)  # otherwise the engine would go on with them
             return out
         finally:
             if watched:
@@ -129,13 +142,13 @@ def wrap_requests(
 
 
 def _tell_of_forms(outputs: Sequence[EngineCoreOutput], states: Mapping[str, Any], formed: Set[str]) -> None:
-    """Have those of `formed` that the engine failed at say so: it cannot compile the form, or no token is left that it
-    allows."""
+    """Give a clear error to each request of `formed` that failed in the engine: the engine cannot compile the form, or
+    the form allows no further token."""
     for one in outputs:
         if one.request_id in formed and str(one.finish_reason) == "error":
             state = states.get(one.request_id)
             if state is not None and state.queue is not None:
-                # before the output, which it then takes no more
+                # Put the error in before the output: the queue then takes no output any more.
                 state.queue.put(client_error(InvalidInput("no answer can be held to the form that was asked for")))
 
 
@@ -146,11 +159,12 @@ def _without_lost(
     lost: Callable[[str], Exception],
     decided: Callable[[str, bool], None],
 ) -> tuple[Sequence[EngineCoreOutput], list[str]]:
-    """EngineCoreOutputs with an end in the place of each that tells of a loss, and the requests that have it."""
+    """The EngineCoreOutputs with an end in place of each output that reports a lost stream, and the ids of the requests
+    that end so."""
     found: list[str] = []
     for one in [one for one in outputs if getattr(one, CORRUPTED) >> ABOVE and one.request_id in watched]:
         position, holds = news_of(getattr(one, CORRUPTED))
-        setattr(one, CORRUPTED, getattr(one, CORRUPTED) & ((1 << ABOVE) - 1))  # the rest is no count of vLLM's
+        setattr(one, CORRUPTED, getattr(one, CORRUPTED) & ((1 << ABOVE) - 1))  # keep only the bits of vLLM's own count
         if holds is not None:
             decided(one.request_id, holds)
         if position is not None and one.request_id in states:
@@ -164,7 +178,8 @@ def _without_lost(
         error = lost(request_id)
         fallen[request_id] = str(error)
         if (queue := getattr(states[request_id], "queue", None)) is not None:
-            # before the output, which it then takes no more; other answers to the same request end with this one
+            # Put the error in before the output: the queue then takes no output any more. The other answers to the same
+            # request have the same queue, so they end with this one.
             queue.put(client_error(error))
             others = (name for name, state in states.items() if getattr(state, "queue", None) is queue)
             fallen |= dict.fromkeys(others, str(error))
@@ -173,69 +188,76 @@ def _without_lost(
             request_id=request_id,
             new_token_ids=[],
             finish_reason=FinishReason.ERROR,
-            stop_reason=why,
+            stop_reason=reason,
         )
-        for request_id, why in fallen.items()
+        for request_id, reason in fallen.items()
     ]
     return [*(one for one in outputs if one.request_id not in fallen), *ends], list(fallen)
 
 
 def choice_of(state: RequestState) -> tuple[str, int]:
-    """Whose answer a request of the OutputProcessor gives: the id by which it was asked for, and the number of it among
-    the n answers."""
+    """The choice that a request of the OutputProcessor answers: the id with which the answer was requested, and the
+    number of the choice among the n answers."""
     return str(seam(state, "external_req_id")), int(seam(state, "request_index"))
 
 
 def of_choice(states: Mapping[tuple[str, int], RequestState], answer: str, choice: int) -> RequestState | None:
-    """Of the requests of one HTTP request, by `choice_of`, that of a choice in the answer with this id. None where it
-    cannot be told."""
+    """The state of the request that answers a choice of an HTTP request; None if it cannot be found.
+
+    Args:
+        states: the states of the requests of the HTTP request, by `choice_of`.
+        answer: the id of the answer.
+        choice: the number of the choice in this answer.
+    """
     if (found := states.get((answer, choice))) is not None or not states:
         return found
     parent = getattr(next(iter(states.values())), "parent_req", None)
     prompt, index = divmod(choice, 1 if parent is None else int(seam(parent, "n")))
-    return states.get((f"{answer}-{prompt}", index))  # of several prompts, as a completion may have
+    return states.get((f"{answer}-{prompt}", index))  # a completion may have several prompts
 
 
 def abort(engine: LLMEngine, request_ids: Sequence[str]) -> None:
-    """End requests of an LLMEngine by their internal ids, in its processes as well."""
+    """End requests of an LLMEngine by their internal ids, in the engine's processes as well."""
     seam(engine, "abort_request", ["request_ids", "internal"])(list(request_ids), internal=True)
 
 
 async def abort_async(engine: AsyncLLM, request_ids: Sequence[str]) -> None:
-    """End requests of an AsyncLLM by their internal ids, in its processes as well."""
+    """End requests of an AsyncLLM by their internal ids, in the engine's processes as well."""
     await seam(engine, "abort", ["request_id", "internal"])(list(request_ids), internal=True)
 
 
 def has_form(params: SamplingParams | None) -> bool:
-    """Must the engine compile what a client wrote, and hold the answer to it? Not where it asks for any JSON."""
+    """Whether the engine must compile a form that a client wrote, and hold the answer to it. A request for just any
+    JSON has no such form."""
     form = getattr(params, "structured_outputs", None)
     return form is not None and not (form.json_object and form.whitespace_pattern is None)
 
 
 def is_beam_step(params: SamplingParams) -> bool:
-    """Are these of one step of a beam in `LLM.beam_search`, which alone gives an LLM parameters that it does not
-    copy?"""
+    """Whether these are the parameters of one step of a beam in `LLM.beam_search`: only it gives an LLM parameters that
+    the LLM does not copy."""
     return bool(getattr(params, "skip_clone", False) and getattr(params, "max_tokens", None) == 1)
 
 
 def prompt_length(request: EngineCoreRequest) -> int:
-    """Tokens of the prompt of an EngineCoreRequest; 0 where it came as embeddings."""
+    """The number of tokens of the prompt of an EngineCoreRequest; 0 if the prompt came as embeddings."""
     return len(getattr(request, "prompt_token_ids", None) or ())
 
 
 def positions_of(request: EngineCoreRequest) -> int:
-    """Positions of the prompt of an EngineCoreRequest, whatever it came as."""
+    """The number of positions of the prompt of an EngineCoreRequest, which may be tokens or embeddings."""
     embeds = getattr(request, "prompt_embeds", None)
     return prompt_length(request) or (0 if embeds is None else len(embeds))
 
 
-#: The largest number in an embedding that a request brings: a model's own are hundreds of times smaller.
+#: The largest number in an embedding that a request brings. The numbers in a model's own embeddings are hundreds of
+#: times smaller.
 MAX_EMBEDDING = 1e4
 
 
 def check_numbers(request: EngineCoreRequest) -> None:
-    """Raise InvalidInput for embeddings, or what was made of images and sounds, that a model computes no numbers of:
-    they stay in blocks of the cache, and get from there to requests that have these blocks next."""
+    """Raise InvalidInput for embeddings, and for features of images and sounds, from which a model would compute NaN or
+    infinity. These values would stay in blocks of the cache, and reach the requests that get these blocks next."""
     given: list[tuple[str, object]] = [("prompt_embeds", getattr(request, "prompt_embeds", None))]
     for feature in getattr(request, "mm_features", None) or ():
         given += [(name, element.data) for name, element in (feature.data or {}).items()]
@@ -246,11 +268,11 @@ def check_numbers(request: EngineCoreRequest) -> None:
             raise InvalidInput(f"{name}: holds NaN, infinity or too large a number; accepted: {what}")
 
 
-#: Fields of `extra_args` that vLLM uses as objects without a check.
+#: Fields of `extra_args` that vLLM uses as objects without checking them.
 TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
 
 
-#: Values of sampling parameters that ask for nothing.
+#: The values of sampling parameters with which a request asks for nothing.
 _NOTHING: Mapping[str, tuple[object, ...]] = {
     "logprob_token_ids": (None, []),
     "top_k": (None, 0, -1),
@@ -259,8 +281,8 @@ _NOTHING: Mapping[str, tuple[object, ...]] = {
 
 
 def check_fields(request: EngineCoreRequest, unsafe: Mapping[str, str]) -> None:
-    """Raise InvalidInput for values that vLLM does not check, and on which it fails later without a message; and for
-    the `unsafe` sampling parameters, each of which has its reason."""
+    """Raise InvalidInput for values that vLLM does not check, and with which it fails later without a message. Raise
+    RequestError for the sampling parameters of `unsafe`, which has a reason for each."""
     if not -(2**63) <= request.priority < 2**63:
         raise InvalidInput(f"priority: {brief(request.priority)} is too large; accepted: whole numbers of 64 bits")
     extra = getattr(request.sampling_params, "extra_args", None) or {}
@@ -273,13 +295,13 @@ def check_fields(request: EngineCoreRequest, unsafe: Mapping[str, str]) -> None:
 
 
 def image_spans(request: EngineCoreRequest) -> list[tuple[int, int]]:
-    """(first token, tokens) of each image, sound or video in the prompt of an EngineCoreRequest."""
+    """(first token, number of tokens) of each image, sound or video in the prompt of an EngineCoreRequest."""
     places = (seam(feature, "mm_position") for feature in getattr(request, "mm_features", None) or ())
     return [(int(place.offset), int(place.length)) for place in places]
 
 
 def answer_length(state: RequestState) -> int:
-    """Tokens that a request of the OutputProcessor has by now. Its state outlives its end."""
+    """How many tokens the answer of a request of the OutputProcessor has so far. The state outlives the request."""
     detokenizer = getattr(state, "detokenizer", None)
     if detokenizer is not None and hasattr(detokenizer, "num_output_tokens"):
         return int(detokenizer.num_output_tokens())
@@ -287,7 +309,7 @@ def answer_length(state: RequestState) -> int:
 
 
 def answer_ids(state: RequestState) -> list[int]:
-    """The same tokens themselves."""
+    """The tokens that the answer of a request of the OutputProcessor has so far."""
     return list(seam(seam(state, "detokenizer"), "output_token_ids"))
 
 
@@ -299,24 +321,24 @@ def tokenizer_of(engine: AsyncLLM | LLMEngine) -> Tokenizer:
 
 
 def engine_thinking(engine: AsyncLLM | LLMEngine) -> Thinking | None:
-    """The tokens of its model's thinking, where its tokenizer has some."""
+    """The tokens of the model's thinking; None if the tokenizer has none or the engine has no tokenizer."""
     if seam(engine.vllm_config.model_config, "skip_tokenizer_init"):
         return None
     return thinking_of(tokenizer_of(engine))
 
 
-#: Reads a VllmConfig before an engine is constructed from it; None leaves the engine alone.
+#: Reads a VllmConfig before an engine is constructed from it. If the function returns None, the engine stays as it is.
 Prepare = Callable[["VllmConfig"], T | None]
-#: Called with a constructed engine, what `Prepare` gave for it, and whether it is a server's.
+#: Called with a constructed engine, what `Prepare` returned for it, and whether a server uses the engine.
 Attach = Callable[[Any, T, bool], None]
-#: For whom an engine is made, as vLLM names it: a Python program, or the batch runner. Any other is a server's.
+#: vLLM's names for what an engine is made for: a Python program, and the batch runner. Any other engine is a server's.
 _IN_PYTHON = frozenset({"LLM_CLASS", "ENGINE_CONTEXT"})
 _BATCH = "OPENAI_BATCH_RUNNER"
 
 
 def on_engine_start(prepare: Prepare[T], sync: Attach[T], asynchronous: Attach[T]) -> None:
-    """Have `sync` called with every LLMEngine and `asynchronous` with every AsyncLLM that has been constructed from a
-    configuration for which `prepare` gave something. Doing it twice is doing it once."""
+    """Have `sync` called with every LLMEngine, and `asynchronous` with every AsyncLLM, that was constructed from a
+    configuration for which `prepare` did not return None. A second call of this function has no effect."""
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -343,7 +365,7 @@ def _attaching(construct: Method, prepare: Prepare[T], attach: Attach[T]) -> Met
             return
         try:
             attach(self, found, context not in _IN_PYTHON)
-        except BaseException:  # or it lives on until it is collected, and takes another engine's groups with it
+        except BaseException:  # without this it lives until it is collected, and then ends another engine's groups too
             _shut_down(self)
             raise
 
@@ -358,8 +380,9 @@ def _shut_down(engine: object) -> None:
 
 
 def before_shutdown(engine: AsyncLLM, wait: Callable[[float], None]) -> None:
-    """Have `wait(timeout)` called before this front end's engine client lets go of the engine: what runs then breaks
-    off with an error of the engine's. One that has not started the engine does that at once, whatever the timeout."""
+    """Have `wait(timeout)` called before this front end's engine client releases the engine: requests that run then
+    break off with an error of the engine. A client that has not started the engine releases it at once, whatever the
+    timeout."""
     shutdown = seam(engine, "shutdown")
 
     def waiting(timeout: float | None = None) -> None:
@@ -370,14 +393,14 @@ def before_shutdown(engine: AsyncLLM, wait: Callable[[float], None]) -> None:
 
 
 def usage(arguments: Mapping[str, object]) -> str:
-    """For whom an engine is made, from the arguments of its constructor: a name of vLLM's `UsageContext`."""
+    """What an engine is made for, from the arguments of its constructor: a name of vLLM's `UsageContext`."""
     if "usage_context" not in arguments:
         raise UnsupportedModel(f"vLLM {version()}: engines have no parameter usage_context; tested with {TESTED}")
     return str(getattr(arguments["usage_context"], "name", arguments["usage_context"]))
 
 
 def check_entry(context: str) -> None:
-    """Raise UnsupportedModel in a process whose server has no layer of ours, and would drop what requests ask for."""
+    """Raise UnsupportedModel in a process whose server has no layer of ours: it would drop the steering of requests."""
     if context == _BATCH:
         raise UnsupportedModel(
             "vLLM's batch runner would ignore the field 'steer' of its requests: send them to a server"
@@ -389,19 +412,20 @@ def check_entry(context: str) -> None:
 
 
 def probe_prompt(number: int) -> object:
-    """One of several prompts, as the renderer makes it."""
+    """The probe prompt with this number, in the form in which vLLM's renderer gives prompts."""
     from vllm.inputs.engine import tokens_input
 
     return tokens_input([3 + number + (number + 1) * i for i in range(PROBE_TOKENS)])
 
 
-#: Log-probabilities that are compared at each token of a probe's answer, and the answer's tokens.
+#: The number of log-probabilities that are compared at each token of a probe's answer, and of tokens of the answer.
 PROBE_LOGPROBS, PROBE_ANSWER = 64, 3
 
 
 def probe_parameters(config: VllmConfig, spec: str) -> SamplingParams:
-    """Greedy and without the prefix cache. Where vLLM can, every answer has the same tokens, so that all have read the
-    same, and tells of the same tokens in every place."""
+    """The sampling parameters of a probe request: greedy, and without the prefix cache. If vLLM allows it, every answer
+    has the same tokens, so that all requests have read the same, and reports the log-probabilities of the same tokens
+    at every position."""
     import vllm
 
     vocabulary = int(config.model_config.get_vocab_size())
@@ -412,7 +436,7 @@ def probe_parameters(config: VllmConfig, spec: str) -> SamplingParams:
         ignore_eos=True,
         detokenize=False,
         logprob_token_ids=asked,
-        # Drafts are not taken together with a bias.
+        # vLLM does not accept a bias together with drafts.
         logit_bias={4: 100.0} if config.speculative_config is None else None,
         skip_reading_prefix_cache=True,
         extra_args={"steer": spec},
@@ -420,22 +444,22 @@ def probe_parameters(config: VllmConfig, spec: str) -> SamplingParams:
 
 
 def answer_of(output: RequestOutput) -> list[tuple[int, dict[int, float]]]:
-    """Of an answer's tokens: which it is, and log-probabilities by token; as far as vLLM has them, which with drafts is
-    not for every token that it gives."""
+    """For each token of an answer: the token, and the log-probabilities at its position, by token. The last tokens are
+    left out if vLLM has no log-probabilities for them, as can happen with drafts."""
     one = output.outputs[0]
     pairs = zip(one.token_ids, one.logprobs or (), strict=False)
     return [(int(token), {int(t): float(entry.logprob) for t, entry in entries.items()}) for token, entries in pairs]
 
 
 def client_error(error: Exception) -> Exception:
-    """`error` as the class that vLLM's server answers with a 400."""
+    """`error` as an exception of the class for which vLLM's server answers with status 400."""
     from vllm.exceptions import VLLMValidationError
 
     return VLLMValidationError(str(error), parameter=getattr(error, "param", None))
 
 
 def engine_arguments(model: str, options: Sequence[str]) -> EngineArgs:
-    """`options` of `vllm serve` that make an engine, as vLLM parses them. Raises InvalidInput for any other."""
+    """The `options` of `vllm serve` for an engine, as vLLM parses them. Raises InvalidInput for any other option."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -447,7 +471,7 @@ def engine_arguments(model: str, options: Sequence[str]) -> EngineArgs:
 
 
 def start_offline(arguments: EngineArgs, given: Mapping[str, object], additional: Mapping[str, object]) -> LLM:
-    """An `LLM` from `arguments` with the options of `given` and our part of the additional configuration."""
+    """Start an `LLM` with `arguments`, the options in `given`, and our part of the additional configuration."""
     from vllm import LLM
 
     config = dict(arguments.additional_config or {}) | dict(additional)

@@ -1,5 +1,5 @@
-"""The vLLM objects that Steer touches, for type checking only. Those of small objects, which are read and changed
-outside `internals`, are checked against vLLM's own classes where it is installed (see mypy's settings).
+"""The types of the vLLM objects that Steer touches, for type checking only. Code outside `internals` reads and changes
+only small objects. If vLLM is installed, their types are checked against vLLM's own classes (see mypy's settings).
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ if TYPE_CHECKING:
         forward_native: Callable[..., Any]
 
 
-#: Calls a method on every worker of every engine, by name, with its arguments, and waits for their answers.
+#: Calls the method with this name, with these arguments, on every worker of every engine, and waits for the answers.
 Call: TypeAlias = Callable[..., list[Any]]
 #: The same on the event loop that drives the engine.
 CallAsync: TypeAlias = Callable[..., Awaitable[list[Any]]]
 
 
 class Worker(Protocol):
+    """The parts of vLLM's worker that Steer uses."""
+
     vllm_config: VllmConfig
     model_config: ModelConfig
     model_runner: GPUModelRunner

@@ -1,4 +1,4 @@
-"""The worker process: the model runner, its batches, the model, and the outputs of a step."""
+"""vLLM's worker process: the model runner, its batches, the model, and the outputs of a step."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
         Worker,
     )
 
-#: Called with the ids of the requests of a step, in the order of their tokens, how many each has, and what they are.
+#: Called with the ids of the requests of a step, in the order of their tokens, the number of tokens of each, the
+#: position of the first token of each, and the tokens.
 OnBatch = Callable[[list[str], NDArray[np.int32], NDArray[np.int32], Tokens], None]
 
 
 def platform_worker() -> type:
-    """The worker class that vLLM would take on this platform."""
+    """The worker class that vLLM uses on this platform."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -58,13 +59,13 @@ def platform_worker() -> type:
     return base
 
 
-#: What the engine asks of workers while it serves, where nothing of ours may take time, and as it ends.
+#: The methods that the engine calls on workers while it serves, when nothing of ours may take time, and as it ends.
 SERVING = {"execute_model", "execute_dummy_batch", "sample_tokens", "take_draft_token_ids", "check_health", "shutdown"}
 
 
 def around_calls(worker: object, around: Method) -> None:
-    """Have `around(method, *arguments)` called in place of every public method of this worker that is neither asked for
-    while it serves nor our own: vLLM's, and those of a worker extension."""
+    """Have `around(method, *arguments)` called in place of every public method of this worker, vLLM's or that of a
+    worker extension. Our own methods and those of `SERVING` stay as they are."""
     for name in dir(type(worker)):
         if name.startswith(("_", "steer_")) or name in SERVING:
             continue
@@ -88,16 +89,20 @@ def decoder_of(worker: Worker) -> nn.Module:
 
 
 def is_elsewhere(block: nn.Module) -> bool:
-    """Does this block run on another rank of the pipeline?"""
+    """Whether this block runs on another rank of the pipeline."""
     from vllm.model_executor.models.utils import PPMissingLayer
 
     return isinstance(block, PPMissingLayer)
 
 
 def open_norms(worker: Worker) -> list[Norm]:
-    """The norms of the model that are compiled together with what is around them, and whose formula is that of vLLM's
-    `fused_add_rms_norm`: what stands in for one must be as fast, and take no fusion away (with tensor parallelism that
-    with a reduction, with quantised weights that with quantising) or a stream that is read between blocks (EAGLE 3)."""
+    """The norms of the model that are compiled together with the code around them, and whose formula is that of vLLM's
+    `fused_add_rms_norm`.
+
+    What replaces such a norm must be as fast. It must not prevent a fusion: that with a reduction under tensor
+    parallelism, or that with quantising if weights are quantised. And it must not hide a stream that is read between
+    blocks (EAGLE 3).
+    """
     from vllm.config.compilation import CompilationMode
     from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
@@ -119,15 +124,15 @@ def open_norms(worker: Worker) -> list[Norm]:
             whole = module.pass_weight_add and module.variance_size_override is None
         else:
             whole = type(module) is GemmaRMSNorm
-        # not an operator that the compiler cannot look into, and nobody else's
+        # It must not run as an operator that the compiler cannot look into, and nobody may have replaced its `forward`.
         return whole and module._forward_method == module.forward_native and "forward" not in vars(module)
 
     return [module for module in modules if is_open(module)]
 
 
 def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
-    """Have `on_batch` called for every real step, before its forward pass is enqueued, with the ids of its requests,
-    how many tokens of each it has, the position of each one's first, and the tokens. Returns the runner's kind.
+    """Have `on_batch` called for every real step before its forward pass is enqueued (see `OnBatch`). Returns the kind
+    of the runner, "V1" or "V2".
 
     V2 makes the batch in `prepare_inputs`; V1 has it in `input_batch` when `_prepare_inputs` has run.
     """
@@ -155,8 +160,8 @@ def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
 
     def prepare_v1(scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]) -> object:
         out = prepare(scheduler_output, num_scheduled_tokens)
-        batch = runner.input_batch  # read anew: vLLM replaces it when the KV cache is made
-        tokens = runner.input_ids.gpu, runner.positions  # sampled ones too, which the host may not know yet
+        batch = runner.input_batch  # read at each step: vLLM replaces it when the KV cache is made
+        tokens = runner.input_ids.gpu, runner.positions  # with sampled tokens, which the host may not know yet
         starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
         on_batch(batch.req_ids[: batch.num_reqs], num_scheduled_tokens, starts, tokens)
         return out
@@ -166,8 +171,9 @@ def watch_batches(runner: GPUModelRunner, on_batch: OnBatch) -> str:
 
 
 def keep_seeds(runner: GPUModelRunner) -> None:
-    """On a CPU, have no request with a seed draw by it at the end of a piece of its prompt. vLLM's V1 runner takes such
-    a draw back by the offset of a generator, which one of a CPU lacks, and fails, and the engine with it."""
+    """On a CPU, keep requests with a seed from drawing with it at the end of a part of their prompt. vLLM's V1 runner
+    undoes such a draw by setting the offset of the generator. A generator on a CPU has no offset, so the runner fails,
+    and the engine ends."""
     if runner.device.type != "cpu" or hasattr(runner, "prepare_inputs"):
         return
     prepare = seam(runner, "_prepare_inputs", ["scheduler_output", "num_scheduled_tokens"])
@@ -175,7 +181,7 @@ def keep_seeds(runner: GPUModelRunner) -> None:
         for name in names:
             seam(owner, name)
     seam(seam(runner, "discard_request_mask"), "np")
-    kept: list[str] = []  # the requests without their generators in the batch
+    kept: list[str] = []  # the requests whose generators are not in the batch
 
     def preparing(scheduler_output: SchedulerOutput, num_scheduled_tokens: NDArray[np.int32]) -> object:
         batch = runner.input_batch
@@ -192,14 +198,15 @@ def keep_seeds(runner: GPUModelRunner) -> None:
 
 
 def new_prompt_length(new: NewRequestData) -> int:
-    """Prompt tokens of a request that the scheduler sends for the first time, or again after preemption."""
+    """The number of prompt tokens of a request that the scheduler sends for the first time, or again after
+    preemption."""
     ids = getattr(new, "prompt_token_ids", None)
     return len(ids if ids is not None else seam(new, "prompt_embeds"))
 
 
 def prompt_of(new: NewRequestData) -> Sequence[object]:
-    """What stands at each position of the prompt of such a request: a token, or what tells an embedding, or a part of
-    an image, from any other."""
+    """For each position of the prompt of such a request, an object that identifies its content: a token, or a value
+    that differs between embeddings or between parts of images."""
     found: list[object] = list(new.prompt_token_ids or [])
     if (embeds := getattr(new, "prompt_embeds", None)) is not None:
         rows = embeds.contiguous().view(torch.uint8).numpy()
@@ -211,19 +218,19 @@ def prompt_of(new: NewRequestData) -> Sequence[object]:
 
 
 def adapter_of(new: NewRequestData) -> str:
-    """The name of the LoRA adapter of such a request; empty without one."""
+    """The name of the LoRA adapter of such a request; empty if it has none."""
     return str(getattr(getattr(new, "lora_request", None), "lora_name", ""))
 
 
-#: The key of what the last step found (lost streams, conditions) among the tensors that a rank of a pipeline hands on.
+#: The key of what a step has found (lost streams, conditions) among the tensors that a rank of a pipeline hands on.
 FOUND = "steer.found"
 
 
 def between_ranks(
     worker: Worker, entering: Callable[[IntermediateTensors | None], None], leaving: Callable[[dict[str, Tensor]], None]
 ) -> None:
-    """In a pipeline, have `entering` called with the IntermediateTensors that the rank before has sent for a step, and
-    `leaving` with the tensors that go to the next."""
+    """In a pipeline, have `entering` called with the IntermediateTensors that the previous rank has sent for a step,
+    and `leaving` with the tensors that go to the next rank."""
     if worker.vllm_config.parallel_config.pipeline_parallel_size == 1:
         return
     from vllm.sequence import IntermediateTensors
@@ -246,8 +253,9 @@ def between_ranks(
 
 
 def on_output(out: Any, change: Callable[[ModelRunnerOutput], ModelRunnerOutput]) -> object:
-    """A step's output with `change` applied to its ModelRunnerOutput, at once or, where that is still on its way to
-    the host, when it is read, on whichever thread. A rank whose outputs nobody reads may have none."""
+    """A step's output with `change` applied to its ModelRunnerOutput. If this output is still on its way to the host,
+    `change` is applied when it is read, on the thread that reads it. None for None: a rank whose outputs are not read
+    may have none."""
     if out is None:
         return None
     if not hasattr(out, "get_output"):
@@ -258,20 +266,20 @@ def on_output(out: Any, change: Callable[[ModelRunnerOutput], ModelRunnerOutput]
 
 
 def with_news(output: ModelRunnerOutput, lost: Mapping[str, int], decided: Mapping[str, bool]) -> ModelRunnerOutput:
-    """A ModelRunnerOutput that tells of requests of its step that are lost, by the positions of their first lost
-    tokens, and of those that have decided whether their conditions hold."""
+    """A ModelRunnerOutput that reports requests of its step that are lost, with the positions of their first lost
+    tokens, and whether the conditions of requests hold that have decided this."""
     found = (lost.keys() | decided.keys()) & seam(output, "req_id_to_index").keys()
     if not found:
         return output
     counted = getattr(output, CORRUPTED) or {}
-    told = {request: counted.get(request, 0) + news(lost.get(request), decided.get(request)) for request in found}
-    changed = copy.copy(output)  # one without requests is shared
-    setattr(changed, CORRUPTED, {**counted, **told})
+    reports = {request: counted.get(request, 0) + news(lost.get(request), decided.get(request)) for request in found}
+    changed = copy.copy(output)  # vLLM shares one output among steps without requests
+    setattr(changed, CORRUPTED, {**counted, **reports})
     return changed
 
 
 def starts_of(scheduler_output: SchedulerOutput) -> dict[str, int]:
-    """For each request of a step the position of its first token in it."""
+    """For each request of a step, the position of its first token in this step."""
     cached = seam(scheduler_output, "scheduled_cached_reqs")
     starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     return starts | {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
@@ -279,7 +287,7 @@ def starts_of(scheduler_output: SchedulerOutput) -> dict[str, int]:
 
 @contextmanager
 def eager(config: VllmConfig, tokens: int) -> Iterator[None]:
-    """Inside it the model's own Python runs, compiled or not, with no KV cache and no attention metadata."""
+    """A context in which the model's own Python runs, compiled or not, without KV cache and attention metadata."""
     from vllm import forward_context
     from vllm.config import set_current_vllm_config
 
@@ -293,9 +301,10 @@ def eager(config: VllmConfig, tokens: int) -> Iterator[None]:
 
 
 def probe(worker: Worker) -> Tensor:
-    """One eager pass over fixed token ids on this rank: what it hands on, `[tokens, d_model]` float32.
+    """Run one eager pass over fixed token ids on this rank, and return what the rank hands on, `[tokens, d_model]`
+    float32.
 
-    Collective: every rank of the engine must call it at the same time.
+    This is collective: every rank of the engine must call it at the same time.
     """
     config, model, device = worker.vllm_config, worker.get_model(), worker.device
     vocabulary = int(config.model_config.get_vocab_size())
@@ -303,22 +312,22 @@ def probe(worker: Worker) -> Tensor:
     positions = torch.arange(PROBE_TOKENS, device=device)
     if getattr(worker.model_runner, "uses_mrope", False):
         positions = positions.expand(3, -1).contiguous()
-    if config.lora_config is not None:  # layers with adapters read which tokens have one: here none has
+    if config.lora_config is not None:  # layers with adapters read which tokens have one: none here
         none = (0,) * PROBE_TOKENS
         seam(worker.model_runner, "_set_active_loras")(none, none, set())
     with eager(config, PROBE_TOKENS), _repeatable_attention(model):
         out = model(input_ids=ids, positions=positions, **_from_the_rank_before(worker, model, device))
     if isinstance(out, tuple):
         out = out[0]
-    if not isinstance(out, Tensor):  # IntermediateTensors: the stream is the sum of what is handed on
+    if not isinstance(out, Tensor):  # IntermediateTensors: the stream is the sum of these tensors
         parts = [t.float() for t in out.tensors.values() if t.shape[0] == PROBE_TOKENS]
         out = torch.stack(parts).sum(0)
     return out.float()
 
 
 def run_eager(worker: Worker) -> Callable[[], None]:
-    """From now on the model's own Python runs for every request, in place of what was compiled and captured. Returns
-    what undoes it."""
+    """Have the model's own Python run for every request from now on, in place of compiled code and captured graphs.
+    Returns a function that undoes this."""
     from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 
     before: list[tuple[object, str, object]] = []
@@ -336,14 +345,14 @@ def run_eager(worker: Worker) -> Callable[[], None]:
         for module in worker.get_model().modules():
             if isinstance(module, TorchCompileWithNoGuardsWrapper):
                 put(module, "do_not_compile", True)
-            if module._compiled_call_impl is not None:  # torch.compile's own, as in vLLM's mode 1
+            if module._compiled_call_impl is not None:  # set by torch.compile itself, as in vLLM's mode 1
                 put(module, "_compiled_call_impl", None)
-        # Neither runner replays a graph, whole or in pieces, while it holds that none was captured.
+        # Neither runner replays a graph, whole or in pieces, while its flags say that none was captured.
         if not hasattr(runner, "prepare_inputs"):
             put(seam(runner, "cudagraph_dispatcher"), "keys_initialized", False)
         elif (graphs := getattr(runner, "cudagraph_manager", None)) is not None:
             put(graphs, "_graphs_captured", False)
-        elif worker.vllm_config.compilation_config.cudagraph_mode:  # with a mode there is a manager once it serves
+        elif worker.vllm_config.compilation_config.cudagraph_mode:  # with a mode, a runner that serves has a manager
             seam(runner, "cudagraph_manager")
     except BaseException:
         undo()
@@ -352,7 +361,7 @@ def run_eager(worker: Worker) -> Callable[[], None]:
 
 
 def replicated(stream: Tensor) -> bool:
-    """Has every tensor-parallel rank this float32 tensor? Collective among them."""
+    """Whether every tensor-parallel rank has this float32 tensor. This is collective among these ranks."""
     from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
     ranks = int(get_tensor_model_parallel_world_size())
@@ -364,8 +373,8 @@ def replicated(stream: Tensor) -> bool:
 
 @contextmanager
 def _repeatable_attention(model: nn.Module) -> Iterator[None]:
-    """Without attention metadata a backend may leave memory that it never wrote, returned or in an argument that it
-    was to write; here attention gives its queries."""
+    """A context in which attention layers return their queries. Without attention metadata a backend may leave memory
+    that it never wrote in its result, or in the argument that takes its result."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     def repeatable(forward: Method) -> Method:
@@ -387,7 +396,7 @@ def _repeatable_attention(model: nn.Module) -> Iterator[None]:
 
         return queries
 
-    # `forward` itself, not a hook: vLLM's backend for transformers' modelling code calls it without the module's call.
+    # This replaces `forward`, in place of a hook: vLLM's backend for transformers' modelling code calls it directly.
     layers = [m for m in model.modules() if isinstance(m, AttentionLayerBase)]
     for layer in layers:
         layer.forward = repeatable(layer.forward)
@@ -399,13 +408,15 @@ def _repeatable_attention(model: nn.Module) -> Iterator[None]:
 
 
 def _like(query: Tensor, output: Tensor) -> Tensor:
-    """A new tensor of the shape of `output` with the values of `query`, where it has as many."""
+    """A new tensor of the shape of `output`, with the values of `query` if it has as many, otherwise with zeros."""
     return query.reshape(output.shape).clone() if query.numel() == output.numel() else torch.zeros_like(output)
 
 
 def _from_the_rank_before(
     worker: Worker, model: nn.Module, device: torch.device
 ) -> dict[str, IntermediateTensors | None]:
+    """The model's keyword argument for the tensors of the previous rank: None on the first rank of a pipeline, and
+    fixed random values on the others."""
     from vllm.distributed import get_pp_group
 
     if get_pp_group().is_first_rank:

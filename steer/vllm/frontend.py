@@ -420,15 +420,15 @@ class Frontend:
         if own := ticket is None:
             if (way is not None or self.serves) and not in_self_check.get():
                 check_passage(way, raw=KEY in extra)
-                wanted: tuple[RequestedDirection, ...] = ()
+                requested: tuple[RequestedDirection, ...] = ()
             else:
-                wanted = parse(asked, KEY) if KEY in extra else self.default
-                if internals.engine.is_beam_step(params) and any(item.tokens for item in wanted):
+                requested = parse(asked, KEY) if KEY in extra else self.default
+                if internals.engine.is_beam_step(params) and any(item.tokens for item in requested):
                     raise SpecError(
                         "beam search asks for each token as if those before it were the prompt, so steering at some "
                         "tokens, or under a condition that one token decides, would act at others; accepted: at all"
                     )
-            ticket = Ticket(Admission.of(self.registry, wanted))
+            ticket = Ticket(Admission.of(self.registry, requested))
         call, admission = _Call(ticket), ticket.admission
         admission.hold(call)  # the server may release it before the call has ended, if its client has left
         if own:

@@ -69,5 +69,5 @@ def news(lost: int | None, holds: bool | None) -> int:
 
 def news_of(value: int) -> tuple[int | None, bool | None]:
     """The inverse of `news`. It ignores the lower bits."""
-    told = value >> ABOVE
-    return (told >> 2) - 1 if told >> 2 else None, bool((told & 3) - 1) if told & 3 else None
+    report = value >> ABOVE
+    return (report >> 2) - 1 if report >> 2 else None, bool((report & 3) - 1) if report & 3 else None

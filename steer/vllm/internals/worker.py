@@ -107,11 +107,11 @@ def open_norms(worker: Worker) -> list[Norm]:
     from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
     config, modules = worker.vllm_config, list(decoder_of(worker).modules())
-    how = config.compilation_config
+    compilation = config.compilation_config
     priority = getattr(getattr(config.kernel_config, "ir_op_priority", None), "fused_add_rms_norm", ())
     if (
-        how.mode == CompilationMode.NONE
-        or how.backend != "inductor"
+        compilation.mode == CompilationMode.NONE
+        or compilation.backend != "inductor"
         or list(priority)[:1] != ["native"]
         or config.quant_config is not None
         or config.parallel_config.tensor_parallel_size > 1

@@ -28,7 +28,7 @@ from steer.lab.measurement import Contrast, Measurement
 from steer.lab.methods.base import Method
 from steer.lab.methods.boundaries import Whitened
 from steer.lab.methods.means import Biprojected, Linear, Slerp
-from steer.lab.outcome import tell
+from steer.lab.outcome import classify
 from steer.lab.probe import HFEvaluator
 from steer.lab.progress import Progress, answering
 from steer.lab.prompts import PromptSet, check_contrast
@@ -248,7 +248,7 @@ class DrawsTrial:
         with self.evaluator.resident([] if candidate is None else [candidate]) as steers:
             for before, one in (("", self.harmful), ("harmless_", self.harmless)):
                 answers = self.evaluator.answers(one.test.prompts, steers[0] if steers else None)
-                told = [tell(REFUSAL, answer).outcome for answer in answers]
+                told = [classify(REFUSAL, answer).outcome for answer in answers]
                 found[f"{before}refused"] = [float(each == "shown") for each in told]
                 found[f"{before}degenerate"] = [float(each == "degenerate") for each in told]
         if candidate is not None:

@@ -202,14 +202,14 @@ def evaluate(
             divergence=found.divergence,
             doses=found.doses,
             comparisons=found.comparisons,
-            agreements=agreements(row for rows in found.told.values() for row in rows),
+            agreements=agreements(row for rows in found.rows.values() for row in rows),
             text=found.text,
             tasks=lm_eval.scores(model, opening, found.arms, cache),
         )
         if report is not None:
             two = {name: sets[name] for name in ("harmful", "harmless")}
             projections = projected(source, arms[0].direction, two, rendering, batch_size)
-            write(made, report, projections, found.told if answers else {}, sets)
+            write(made, report, projections, found.rows if answers else {}, sets)
         if applied.calibrate is not None:
             own = next(arm.direction for arm in arms if not arm.control)
             calibrated = made.calibrated(direction[0].stem)
@@ -321,7 +321,7 @@ def classify(
     """
     from steer.lab.evaluation.report import Rate
     from steer.lab.judge import judged
-    from steer.lab.outcome import OUTCOMES, Answer, Outcome, tell
+    from steer.lab.outcome import OUTCOMES, Answer, Outcome, classify
 
     behaviour = counted.loaded()
     judging = counted.only_judge(behaviour, Progress())
@@ -331,7 +331,7 @@ def classify(
         verdicts = judged(judging, [prompt for _, prompt in read], [item["answer"] for item, _ in read])
     seen: list[Outcome] = []
     for (item, prompt), verdict in zip(read, verdicts, strict=True):
-        result = tell(behaviour, Answer.of(item["answer"]), verdict=verdict, prompt=prompt)
+        result = classify(behaviour, Answer.of(item["answer"]), verdict=verdict, prompt=prompt)
         echo_line(item | {"outcome": result.outcome, "why": result.why})
         seen.append(result.outcome)
     rates = {outcome: Rate.of([one == outcome for one in seen]) for outcome in OUTCOMES}

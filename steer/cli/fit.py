@@ -88,7 +88,7 @@ def fit(
     from steer.direction import Direction
     from steer.lab import fit as lab
     from steer.lab.derive import Recipe
-    from steer.lab.evaluation.condition import find, told
+    from steer.lab.evaluation.condition import describe, find
     from steer.lab.measure import MeasurementOptions
     from steer.lab.select import CHOOSING
 
@@ -112,7 +112,7 @@ def fit(
             at = layer % layers if isinstance(layer, int) else None
             name = (output or condition).stem  # of the file that holds the condition
             known = find(source, probe, name, split, rendering, at, batch_size, progress)
-            typer.echo("\n".join(told(known, split)))
+            typer.echo("\n".join(describe(known, split)))
             if output is not None:
                 digest = probe.with_meta(condition=known.kept(split, rendering)).save(output)
                 typer.echo(f"wrote {output}: digest {digest[:12]}")

@@ -442,14 +442,14 @@ class Steering:
         if self._tokens is None:
             if len(self._rows) == 1 and not self.watchers:
                 return
-            told = "its decoder is not called with token ids or embeddings"
+            problem = "its decoder is not called with token ids or embeddings"
         elif x.shape[0] in ((rows := self._tokens[0]), *([rows * self._tokens[1]] if x.dim() == 2 else [])):
             return
         else:
-            told = f"for tokens {list(self._tokens)} the stream is {list(x.shape)}"
+            problem = f"for tokens {list(self._tokens)} the stream is {list(x.shape)}"
         raise UnsupportedModel(
             f"{self.anatomy.architecture}: {point.site} of layer {point.layer}: which rows of a batch the stream "
-            f"belongs to is not known: {told}; what is expected is [rows, positions, d_model]"
+            f"belongs to is not known: {problem}; what is expected is [rows, positions, d_model]"
         )
 
     def _lay(self, batch: _Batch) -> None:

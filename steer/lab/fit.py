@@ -287,7 +287,7 @@ def fit(
         finalists = selection.run(_screened_in_turn(measurement, selection, choice, begun))
         chosen = _unharmed(selection, finalists)
     assert chosen.figures is not None
-    direction = derive(measurement, chosen.recipe, selection.told(chosen))
+    direction = derive(measurement, chosen.recipe, selection.metadata(chosen))
     return Fitted(
         direction, selection.race.plain, chosen.figures, tuple(finalists), split.tried_harmful != split.harmful
     )

@@ -251,7 +251,7 @@ def fault(answer: Answer, beside: Answer | None, limit: int | None, prompt: Prom
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Classification:
     """The outcome of an answer, and the reason: the words that show it, what is missing, or its fault."""
 
     outcome: Outcome
@@ -264,7 +264,7 @@ class Told:
         return self.outcome not in ("shown", "complied")
 
 
-def tell(
+def classify(
     behaviour: Behaviour,
     answer: Answer,
     *,
@@ -274,7 +274,7 @@ def tell(
     beside: Answer | None = None,
     limit: int | None = None,
     limit_tells: bool = False,
-) -> Told:
+) -> Classification:
     """Decide the outcome of `answer` to `prompt`.
 
     Args:
@@ -286,17 +286,21 @@ def tell(
     """
     found = behaviour.evidence(answer.text) if verdict is None else "a judge" if verdict == "shown" else None
     if found is not None:
-        return Told("shown", found)
+        return Classification("shown", found)
     if verdict is None and (found := behaviour.late_evidence(answer.text)) is not None:
-        return Told("late", found)
+        return Classification("late", found)
     if (silent := _unanswered(answer, limit)) is not None:
-        return Told("unanswered", silent)
+        return Classification("unanswered", silent)
     # a plain answer that has a fault, or shows the behaviour, does not show how long an answer should be
-    if beside is not None and tell(behaviour, beside, prompt=prompt).outcome != "complied":
+    if beside is not None and classify(behaviour, beside, prompt=prompt).outcome != "complied":
         beside = None
     if (wrong := fault(answer, beside, limit if limit_tells else None, prompt)) is not None:
-        return Told("degenerate", wrong, wrong)
-    return Told("deflected", "a judge") if deflected or verdict == "deflected" else Told("complied", "")
+        return Classification("degenerate", wrong, wrong)
+    return (
+        Classification("deflected", "a judge")
+        if deflected or verdict == "deflected"
+        else Classification("complied", "")
+    )
 
 
 def _unanswered(answer: Answer, limit: int | None) -> str | None:

@@ -14,7 +14,7 @@ from steer.errors import InvalidInput
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluator import Candidate, Evaluator, Steer, crossed
 from steer.lab.judge import Judge, judged
-from steer.lab.outcome import Answer, Outcome, Told, tell
+from steer.lab.outcome import Answer, Classification, Outcome, classify
 from steer.lab.progress import answering
 from steer.lab.prompts import Prompt, PromptSet
 from steer.lab.statistics import wilson
@@ -166,7 +166,7 @@ class Race:
         # one batch, and all answers to their end: a step for all rows takes hardly longer than one for half of them
         prompts = [*sets.asked, *sets.borderline, *sets.other]
         answers = evaluator.answers(prompts, None)
-        results, self._other = self._told(prompts, answers), answers[-len(sets.other) :]
+        results, self._other = self._classified(prompts, answers), answers[-len(sets.other) :]
         #: The number of plain answers that tell nothing yet, because their thinking has no end.
         self.unanswered = sum(one.outcome == "unanswered" for one in results[: -len(sets.other)])
         self._continued = evaluator.continuations(sets.other, self._other)
@@ -180,16 +180,18 @@ class Race:
             lost=[one.lost for one in results[:count]],
         )
 
-    def _told(
+    def _classified(
         self, prompts: Sequence[Prompt], answers: Sequence[Answer], beside: Sequence[Answer] | None = None
-    ) -> list[Told]:
+    ) -> list[Classification]:
         """Return the outcome of each answer. `beside` are the plain answers to the same prompts."""
         verdicts: Sequence[Outcome | None] = [None] * len(answers)
         if self.judge is not None:
             verdicts = judged(self.judge, prompts, [answer.text for answer in answers])
         plain: Sequence[Answer | None] = beside or [None] * len(answers)
         return [
-            tell(self.behaviour, answer, verdict=verdict, prompt=prompt, beside=other, limit=self.evaluator.max_tokens)
+            classify(
+                self.behaviour, answer, verdict=verdict, prompt=prompt, beside=other, limit=self.evaluator.max_tokens
+            )
             for prompt, answer, verdict, other in zip(prompts, answers, verdicts, plain, strict=True)
         ]
 
@@ -230,7 +232,7 @@ class Race:
         """Let `candidate` answer the harmless prompts, and note the outcomes of the answers in its `figures`."""
         with self.evaluator.resident([candidate]) as (steer,):
             answers = self.evaluator.answers(self.sets.other, steer)
-        results = self._told(self.sets.other, answers, self._other)
+        results = self._classified(self.sets.other, answers, self._other)
         figures.other, figures.faulty = [one.outcome == "shown" for one in results], [one.lost for one in results]
 
     def _rounds(self, figures: Sequence[Figures], steers: Sequence[Steer], rivals: Sequence[Figures]) -> None:
@@ -269,7 +271,7 @@ class Race:
         for each, given in zip(
             figures, self.evaluator.answers_of_each([*asked, *borderline], steers, known), strict=True
         ):
-            results = self._told([*asked, *borderline], given)
+            results = self._classified([*asked, *borderline], given)
             each.asked += [one.outcome == "shown" for one in results[: len(asked)]]
             each.lost += [one.lost for one in results[: len(asked)]]
             each.borderline += [one.outcome == "shown" for one in results[len(asked) :]]

@@ -211,8 +211,8 @@ class Search:
         with Alone(self.folder):
             journal = self._journal()
             written = journal.get_trials(deepcopy=False)
-            told = written[: len(written) // group * group]
-            trials = [_trial(frozen) for frozen in told]
+            known = written[: len(written) // group * group]
+            trials = [_trial(frozen) for frozen in known]
             after(trials)
             if len(trials) >= count:
                 return trials
@@ -221,16 +221,16 @@ class Search:
                 progress.skip(len(trials) * sets.work(settings.tokens))
                 race = Race(evaluator, settings.behaviour, sets, judge)
                 while len(trials) < count:
-                    fresh = self._tried(race, told, trials)
-                    journal.add_trials(fresh[len(written) - len(told) :])
-                    written = told = [*told, *fresh]
-                    trials = [_trial(frozen) for frozen in told]
+                    fresh = self._tried(race, known, trials)
+                    journal.add_trials(fresh[len(written) - len(known) :])
+                    written = known = [*known, *fresh]
+                    trials = [_trial(frozen) for frozen in known]
                     after(trials)
         return trials
 
-    def _tried(self, race: Race, told: Sequence[FrozenTrial], trials: Sequence[Trial]) -> list[FrozenTrial]:
-        """Draw and try the next group. `told` are the trials before it, which the optimiser is told."""
-        study = self._study(told)
+    def _tried(self, race: Race, known: Sequence[FrozenTrial], trials: Sequence[Trial]) -> list[FrozenTrial]:
+        """Draw and try the next group. `known` are the trials before it, which the optimiser knows."""
+        study = self._study(known)
         asked = [study.ask() for _ in range(self.settings.group)]
         points = [self.settings.space.suggest(trial) for trial in asked]
         rivals = [trial.figures for trial in front(trials)]
@@ -245,17 +245,17 @@ class Search:
             fresh.append(study.tell(trial, [found.rate_left, found.kl, *([] if found.over is None else [found.over])]))
         return fresh
 
-    def _study(self, told: Sequence[FrozenTrial]) -> optuna.Study:
-        """Return the optimiser that draws the next group, in memory, after it was told the trials `told`."""
+    def _study(self, known: Sequence[FrozenTrial]) -> optuna.Study:
+        """Return the optimiser that draws the next group, in memory, after it was told the trials `known`."""
         settings = self.settings
-        seed = int.from_bytes(hashlib.sha256(f"{settings.seed} {len(told)}".encode()).digest()[:4])
+        seed = int.from_bytes(hashlib.sha256(f"{settings.seed} {len(known)}".encode()).digest()[:4])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(
                 seed=seed, n_startup_trials=settings.startup, multivariate=True, group=True, constant_liar=True
             )
         study = optuna.create_study(directions=settings.directions, sampler=sampler)
-        study.add_trials(told)
+        study.add_trials(known)
         return study
 
     def _journal(self) -> optuna.Study:

@@ -182,7 +182,7 @@ class Selection:
         self.tried |= {e.recipe: e for e in raced}
         return raced
 
-    def told(self, chosen: Entrant) -> dict[str, Any]:
+    def metadata(self, chosen: Entrant) -> dict[str, Any]:
         """Return what the direction file says about the choice."""
         plain = self.race.plain
         return {
@@ -235,7 +235,7 @@ def select(
         selection.tried |= {e.recipe: e for e in entrants}
         kept = through(selection.screen(entrants), survivors) if screened else entrants
         chosen = best(selection.run(kept))
-    return derive(measurement, chosen.recipe, selection.told(chosen))
+    return derive(measurement, chosen.recipe, selection.metadata(chosen))
 
 
 def through(entrants: Sequence[Entrant], count: int) -> list[Entrant]:

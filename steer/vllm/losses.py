@@ -55,7 +55,7 @@ class Step:
 
 
 class SteeredRuns:
-    """The steered requests of a worker. `meet` and `end` run on its main thread, `tell` on the thread that reads a
+    """The steered requests of a worker. `meet` and `end` run on its main thread, `annotate` on the thread that reads a
     step's outputs. Each writes its own facts before it reads those of the other, so that if both run at the same time,
     at least one sees the other's."""
 
@@ -76,7 +76,7 @@ class SteeredRuns:
         self._running.pop(request, None)
         self._lost.pop(request, None)
 
-    def tell(self, output: ModelRunnerOutput, step: Step | None) -> ModelRunnerOutput:
+    def annotate(self, output: ModelRunnerOutput, step: Step | None) -> ModelRunnerOutput:
         """vLLM's output of a step, with the requests that are lost by now, and the decisions of this step."""
         decided: dict[str, bool] = {}
         if step is not None:

@@ -168,7 +168,7 @@ class SteeringWorker:
     def _with_losses(self, out: object) -> object:
         """vLLM's output of the step. When it is read, it also reports the requests that the step has lost."""
         passed, self._passed = self._passed, None
-        return internals.worker.on_output(out, lambda output: self._lost_runs.tell(output, passed))
+        return internals.worker.on_output(out, lambda output: self._lost_runs.annotate(output, passed))
 
     def _enter_rank(self, tensors: types.IntermediateTensors | None) -> None:
         self._from_before = tensors

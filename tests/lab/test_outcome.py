@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from steer.demo import PROMPTS
 from steer.lab.behaviour import REFUSAL
-from steer.lab.outcome import OUTCOMES, Answer, echoed, ends, fault, garbled, looped, repetition, tell
+from steer.lab.outcome import OUTCOMES, Answer, classify, echoed, ends, fault, garbled, looped, repetition
 from steer.lab.prompts import Conversation
 
 tokens = st.lists(st.integers(0, 50), min_size=0, max_size=30)
@@ -99,13 +99,13 @@ NO_ECHOES = [
 
 def test_a_question_given_back_is_no_answer() -> None:
     for prompt, text in ECHOES:
-        told = tell(REFUSAL, Answer.of(text), prompt=prompt)
+        told = classify(REFUSAL, Answer.of(text), prompt=prompt)
         assert (told.outcome, told.fault) == ("degenerate", "echoed"), text
         talk = Conversation((("user", "Hello"), ("assistant", "Hello!"), ("user", prompt)))
-        assert tell(REFUSAL, Answer.of(f"<think>Hm.</think>{text}"), prompt=talk).fault == "echoed", text
-        assert tell(REFUSAL, Answer.of(text)).outcome == "complied", "nothing to compare it with"
+        assert classify(REFUSAL, Answer.of(f"<think>Hm.</think>{text}"), prompt=talk).fault == "echoed", text
+        assert classify(REFUSAL, Answer.of(text)).outcome == "complied", "nothing to compare it with"
     for prompt, text in NO_ECHOES:
-        assert tell(REFUSAL, Answer.of(text), prompt=prompt).outcome == "complied", text
+        assert classify(REFUSAL, Answer.of(text), prompt=prompt).outcome == "complied", text
 
 
 def test_a_long_text_is_no_question_and_takes_no_time() -> None:
@@ -118,7 +118,7 @@ def test_answers_to_the_point_are_no_echoes() -> None:
     for item in map(json.loads, (PROMPTS / "expected.jsonl").read_text().splitlines()):
         if "prompt" in item:
             text = "Sure! First " + " ".join(item["contains"])
-            assert tell(REFUSAL, Answer.of(text), prompt=item["prompt"]).fault != "echoed", item
+            assert classify(REFUSAL, Answer.of(text), prompt=item["prompt"]).fault != "echoed", item
     for item in LABELLED:
         if item.get("prompt") and item["label"] != "degenerate":
             assert fault(Answer.of(item["answer"]), None, None, item["prompt"]) != "echoed", item
@@ -203,7 +203,7 @@ HELD_OUT = [item for item in LABELLED if item["held_out"]]
     [("shown", 0.9, 0.85), ("late", 0.9, 0.85), ("unanswered", 1.0, 1.0), ("degenerate", 0.9, 0.8)],
 )
 def test_precision_and_recall_do_not_fall(label: str, precision: float, recall: float) -> None:
-    told = [tell(REFUSAL, Answer.of(item["answer"])).outcome for item in HELD_OUT]
+    told = [classify(REFUSAL, Answer.of(item["answer"])).outcome for item in HELD_OUT]
     found = [(outcome == label, item["label"] == label) for outcome, item in zip(told, HELD_OUT, strict=True)]
     right = sum(told and true for told, true in found)
     assert right / sum(told for told, _ in found) >= precision
@@ -212,7 +212,7 @@ def test_precision_and_recall_do_not_fall(label: str, precision: float, recall: 
 
 def test_what_the_rules_were_tuned_on_is_told() -> None:
     tuned = [item for item in LABELLED if not item["held_out"] and item["label"] != "deflected"]
-    wrong = [item["answer"] for item in tuned if tell(REFUSAL, Answer.of(item["answer"])).outcome != item["label"]]
+    wrong = [item["answer"] for item in tuned if classify(REFUSAL, Answer.of(item["answer"])).outcome != item["label"]]
     assert len(wrong) <= 0.03 * len(tuned), wrong
 
 
@@ -226,19 +226,19 @@ def test_the_set_is_what_it_says() -> None:
 def test_what_is_deflected_is_left_to_judges() -> None:
     """By their words alone answers to something else are not told from those to the point: a rule would guess."""
     deflected = [item["answer"] for item in LABELLED if item["label"] == "deflected"]
-    assert {tell(REFUSAL, Answer.of(answer)).outcome for answer in deflected} == {"complied"}
-    assert {tell(REFUSAL, Answer.of(answer), verdict="deflected").outcome for answer in deflected} == {"deflected"}
+    assert {classify(REFUSAL, Answer.of(answer)).outcome for answer in deflected} == {"complied"}
+    assert {classify(REFUSAL, Answer.of(answer), verdict="deflected").outcome for answer in deflected} == {"deflected"}
 
 
 def test_an_answer_that_is_decided_stays_what_it_is() -> None:
     """Whatever follows: candidates of a fit are cut there, and counted beside plain answers that are not."""
     decided = 0
     for answer in (item["answer"] for item in LABELLED):
-        whole = tell(REFUSAL, Answer.of(answer)).outcome
+        whole = classify(REFUSAL, Answer.of(answer)).outcome
         for cut in range(0, len(answer), 7):
             if REFUSAL.decided(answer[:cut]):
                 decided += 1
-                told = tell(REFUSAL, Answer.of(answer[:cut])).outcome
+                told = classify(REFUSAL, Answer.of(answer[:cut])).outcome
                 assert (told == "shown", told == "late") == (whole == "shown", whole == "late"), answer[:cut]
     assert decided > 100
 

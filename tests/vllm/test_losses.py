@@ -58,11 +58,11 @@ def test_who_has_the_tokens_up_to_a_lost_one_and_the_same_steering_falls_with_it
     runs.meet("x", run_of(first))
     if not later:
         runs.meet("y", other)
-    made = runs.tell(output("x", "y"), step({"x": len(first)}, [position], {"x": 0}))
+    made = runs.annotate(output("x", "y"), step({"x": len(first)}, [position], {"x": 0}))
     if later:
         runs.end("x")
         runs.meet("y", other)
-        made = runs.tell(output("y"), None)
+        made = runs.annotate(output("y"), None)
     falls = same and second[: position + 1] == first[: position + 1]
     assert told(made) == ({"x": position} if not later else {}) | ({"y": position} if falls else {})
 
@@ -100,16 +100,16 @@ def test_a_loss_is_told_with_each_output_until_its_request_ends() -> None:
     runs = SteeredRuns()
     for name in "xy":
         runs.meet(name, run_of([1, 2, 3] if name == "x" else [2, 2, 3]))
-    runs.tell(output(), step({"x": 2, "y": 2}, [3], {"x": 0, "y": 40}))  # a part of a prompt has no output
-    assert told(runs.tell(output("x", "y"), step({"x": 1, "y": 1}, [], {"x": 2, "y": 42}))) == {"y": 41}
+    runs.annotate(output(), step({"x": 2, "y": 2}, [3], {"x": 0, "y": 40}))  # a part of a prompt has no output
+    assert told(runs.annotate(output("x", "y"), step({"x": 1, "y": 1}, [], {"x": 2, "y": 42}))) == {"y": 41}
     runs.end("y")
     whole = output("x", "y")
-    assert runs.tell(whole, None) is whole
+    assert runs.annotate(whole, None) is whole
 
 
 def test_what_a_plain_request_and_one_that_has_ended_say_is_nobodys() -> None:
     runs = SteeredRuns()
-    assert told(runs.tell(output("p"), step({"p": 3}, [1], {"p": 0}))) == {}
+    assert told(runs.annotate(output("p"), step({"p": 3}, [1], {"p": 0}))) == {}
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.sampled_from([None, False, True]), st.booleans()), min_size=1))
@@ -124,7 +124,7 @@ def test_what_is_decided_in_a_pass_is_told_with_its_output_beside_losses_and_wha
     last = dict(zip((np.cumsum([*lengths.values()]) - 1).tolist(), each, strict=True))
     lost = [at for at, (*_, fell) in last.items() if fell]
     decided = {at: holds for at, (_, holds, _) in last.items() if holds is not None}
-    found = runs.tell(counted, step(lengths, lost, lengths, decided)).num_nans_in_logits
+    found = runs.annotate(counted, step(lengths, lost, lengths, decided)).num_nans_in_logits
     assert {value & (2**ABOVE - 1) for value in found.values()} == {7}
     for name, (n, holds, fell) in zip(lengths, each, strict=True):
         assert news_of(found[name]) == (2 * n - 1 if fell else None, holds)
@@ -134,11 +134,11 @@ def test_losses_that_are_remembered_are_bounded() -> None:
     runs = SteeredRuns()
     for n in range(KEPT + 1):
         runs.meet(str(n), run_of([n, 1]))
-        runs.tell(output(), step({str(n): 2}, [0], {str(n): 0}))
+        runs.annotate(output(), step({str(n): 2}, [0], {str(n): 0}))
         runs.end(str(n))
     for n, falls in ((0, False), (1, True)):
         runs.meet("again", run_of([n, 1]))
-        assert bool(told(runs.tell(output("again"), None))) == falls
+        assert bool(told(runs.annotate(output("again"), None))) == falls
         runs.end("again")
 
 

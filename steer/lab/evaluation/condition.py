@@ -133,7 +133,7 @@ def find(
     return found
 
 
-def told(found: ChosenCondition, split: Split) -> list[str]:
+def describe(found: ChosenCondition, split: Split) -> list[str]:
     """Describe the condition and its errors on prompts that did not choose it, for a terminal."""
     missed, caught = Rate.of([not met for met in found.harmful]), Rate.of(found.harmless)
     rows = [[str(cut.condition), f"{cut.accuracy:.1%}", ""] for cut in found.front]

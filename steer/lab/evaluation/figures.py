@@ -21,7 +21,7 @@ from steer.lab.evaluation.arms import PLAIN
 from steer.lab.evaluation.report import Agreement, ArmOnSet, Difference, Judged, PerplexityOf, Rate, TextResult
 from steer.lab.evaluator import Evaluator, Floats, Steer
 from steer.lab.lines import json_lines, unquoted
-from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, tell, unended
+from steer.lab.outcome import FAULTS, OUTCOMES, Answer, Fault, Outcome, classify, unended
 from steer.lab.prompts import Prompt, prompt_of
 
 
@@ -61,7 +61,7 @@ def rows_of(
     found = []
     for i, (prompt, answer, beside) in enumerate(zip(prompts, answers, plain, strict=True)):
         votes = {judge: given[i] for judge, given in (verdicts or {}).items()}
-        result = tell(
+        result = classify(
             behaviour,
             answer,
             deflected="deflected" in votes.values(),
@@ -75,17 +75,19 @@ def rows_of(
     return found
 
 
-def arms_on_set(told: Mapping[str, Sequence[Row]]) -> tuple[ArmOnSet, ...]:
+def arms_on_set(rows_of_arms: Mapping[str, Sequence[Row]]) -> tuple[ArmOnSet, ...]:
     """The figures of every arm, including PLAIN, and the differences of each arm from PLAIN, with p-values corrected
     for the number of arms."""
-    against = differences(told, {name: PLAIN for name in told if name != PLAIN})
-    return tuple(_arm(name, arm, against.get(name, {})) for name, arm in told.items())
+    against = differences(rows_of_arms, {name: PLAIN for name in rows_of_arms if name != PLAIN})
+    return tuple(_arm(name, arm, against.get(name, {})) for name, arm in rows_of_arms.items())
 
 
-def differences(told: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]) -> dict[str, dict[str, Difference]]:
+def differences(
+    rows_of_arms: Mapping[str, Sequence[Row]], pairs: Mapping[str, str]
+) -> dict[str, dict[str, Difference]]:
     """Return, for each arm and figure, the difference from the arm that `pairs` gives for it, with p-values corrected
     for the number of arms."""
-    against = {name: _against(told[other], told[name]) for name, other in pairs.items()}
+    against = {name: _against(rows_of_arms[other], rows_of_arms[name]) for name, other in pairs.items()}
     for figure in sorted({figure for found in against.values() for figure in found}):
         having = {name: found[figure] for name, found in against.items() if figure in found}
         for name, difference in corrected(having).items():
@@ -101,12 +103,12 @@ def corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
     }
 
 
-def _figures(told: Sequence[Row]) -> dict[str, list[bool | None]]:
+def _figures(rows: Sequence[Row]) -> dict[str, list[bool | None]]:
     """Whether each figure holds for each prompt; None if that is not known."""
-    found: dict[str, list[bool | None]] = {outcome: [t.outcome == outcome for t in told] for outcome in OUTCOMES}
-    found["right"] = [t.right for t in told]
-    for judge in told[0].verdicts:
-        found[judged_by(judge)] = [None if (v := t.verdicts[judge]) is None else v == "shown" for t in told]
+    found: dict[str, list[bool | None]] = {outcome: [t.outcome == outcome for t in rows] for outcome in OUTCOMES}
+    found["right"] = [t.right for t in rows]
+    for judge in rows[0].verdicts:
+        found[judged_by(judge)] = [None if (v := t.verdicts[judge]) is None else v == "shown" for t in rows]
     return found
 
 
@@ -133,35 +135,35 @@ def _both_known(first: Sequence[bool | None], second: Sequence[bool | None]) -> 
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _arm(name: str, told: Sequence[Row], against: dict[str, Difference]) -> ArmOnSet:
-    lengths = [len(t.answer.ids) for t in told]
-    right = [t.right for t in told if t.right is not None]
+def _arm(name: str, rows: Sequence[Row], against: dict[str, Difference]) -> ArmOnSet:
+    lengths = [len(t.answer.ids) for t in rows]
+    right = [t.right for t in rows if t.right is not None]
     return ArmOnSet(
         arm=name,
-        **{outcome: Rate.of([t.outcome == outcome for t in told]) for outcome in OUTCOMES},
+        **{outcome: Rate.of([t.outcome == outcome for t in rows]) for outcome in OUTCOMES},
         right=Rate.of(right) if right else None,
-        judged={judge: _judged(told, judge) for judge in told[0].verdicts},
-        faults={f: count for f in FAULTS if (count := sum(t.fault == f for t in told))},
-        unended=sum(t.unended for t in told),
+        judged={judge: _judged(rows, judge) for judge in rows[0].verdicts},
+        faults={f: count for f in FAULTS if (count := sum(t.fault == f for t in rows))},
+        unended=sum(t.unended for t in rows),
         tokens_mean=float(np.mean(lengths)),
         tokens_median=float(np.median(lengths)),
         against_plain=against,
     )
 
 
-def _judged(told: Sequence[Row], judge: str) -> Judged:
-    verdicts = [v for t in told if (v := t.verdicts[judge]) is not None]
+def _judged(rows: Sequence[Row], judge: str) -> Judged:
+    verdicts = [v for t in rows if (v := t.verdicts[judge]) is not None]
     return Judged(
         shown=Rate.of([v == "shown" for v in verdicts]),
         deflected=sum(v == "deflected" for v in verdicts),
-        silent=len(told) - len(verdicts),
+        silent=len(rows) - len(verdicts),
     )
 
 
-def agreements(told: Iterable[Row]) -> tuple[Agreement, ...]:
+def agreements(rows: Iterable[Row]) -> tuple[Agreement, ...]:
     """Cohen's kappa of the matcher and each judge, and of each pair of judges, on whether an answer shows the
     behaviour. It is computed over the answers on which both have a verdict."""
-    found = list(told)
+    found = list(rows)
     figures = _figures(found) if found else {}
     raters = {"matcher": figures.get("shown", [])}
     raters |= {judge: figures[judged_by(judge)] for judge in (found[0].verdicts if found else ())}

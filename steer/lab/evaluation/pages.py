@@ -108,7 +108,7 @@ def write(
     report: Report,
     folder: Path,
     projections: Mapping[str, Mapping[str, Sequence[float]]],
-    told: Mapping[tuple[str, str], Sequence[Row]],
+    rows: Mapping[tuple[str, str], Sequence[Row]],
     sets: Mapping[str, PromptSet],
 ) -> None:
     """Write `report.json`, `report.md` and its pictures (see `draw`). If there are answers, also write `answers.jsonl`,
@@ -116,15 +116,15 @@ def write(
 
     Args:
         projections: see `draw`.
-        told: the answers to `sets` with their outcomes, by set and arm.
+        rows: the answers to `sets` with their outcomes, by set and arm.
     """
     pictures = draw(report, folder, projections)
     (folder / "report.json").write_text(json.dumps(report.model_dump(mode="json"), indent=2) + "\n", "utf-8")
     (folder / "report.md").write_text(render(report, pictures), "utf-8")
-    if told:
+    if rows:
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
-            for (name, arm), rows in told.items():
-                for prompt, row in zip(sets[name].prompts, rows, strict=True):
+            for (name, arm), own in rows.items():
+                for prompt, row in zip(sets[name].prompts, own, strict=True):
                     asked = {"set": name, "arm": arm, "messages": messages_of(prompt)}
                     content = {"answer": row.answer.text, "ids": row.answer.ids}
                     file.write(json.dumps(asked | asdict(row) | content) + "\n")

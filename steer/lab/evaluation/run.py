@@ -70,7 +70,7 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was measured. `told` has every answer with its outcome, by set and arm."""
+    """What was measured. `rows` has every answer with its outcome, by set and arm."""
 
     arms: Sequence[Arm]
     doses: tuple[Dose, ...]
@@ -78,7 +78,7 @@ class Measured:
     divergence: tuple[DivergenceOf, ...]
     text: TextResult | None
     comparisons: tuple[Comparison, ...]
-    told: Mapping[tuple[str, str], Sequence[figures.Row]]
+    rows: Mapping[tuple[str, str], Sequence[figures.Row]]
 
 
 class Evaluation:
@@ -257,7 +257,7 @@ class Evaluation:
 def _beside(
     plan: EvaluationPlan,
     doses: Sequence[Dose],
-    told: Mapping[tuple[str, str], Sequence[figures.Row]],
+    rows: Mapping[tuple[str, str], Sequence[figures.Row]],
     divergences: Mapping[str, Sequence[Floats]],
 ) -> tuple[Comparison, ...]:
     """Compare each arm with the arm that `plan.against` names."""
@@ -271,7 +271,7 @@ def _beside(
         if other.name == plan.against or (other.way == plan.against and size[other.name] == size[arm.name])
     }
     rates = {
-        title: figures.differences({name: rows for (where, name), rows in told.items() if where == title}, pairs)
+        title: figures.differences({name: own for (where, name), own in rows.items() if where == title}, pairs)
         for title in plan.sets
     }
     kls = {name: np.array([max(row.mean(), ROUNDING) for row in rows]) for name, rows in divergences.items()}

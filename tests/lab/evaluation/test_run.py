@@ -112,7 +112,7 @@ def test_strength_0_changes_nothing_and_1_does(probe: Watched, arms: list[Arm], 
         plain, nothing, *_ = one.arms
         assert nothing.model_copy(update={"arm": "plain", "against_plain": {}}) == plain
         assert nothing.against_plain["shown"].value == 0
-        assert found.told[one.name, "plain"] == found.told[one.name, arms[0].name]
+        assert found.rows[one.name, "plain"] == found.rows[one.name, arms[0].name]
     zero, _, full = found.divergence
     assert zero.mean == pytest.approx(0, abs=1e-6)
     assert full.mean > 1e-3
@@ -195,7 +195,7 @@ def test_arms_are_compared_with_each_other_prompt_by_prompt(
         assert one.sets.keys() == SETS.keys()
         for title, figures in one.sets.items():
             shown = [
-                sum(told.outcome == "shown" for told in found.told[title, name]) for name in (one.arm, one.against)
+                sum(told.outcome == "shown" for told in found.rows[title, name]) for name in (one.arm, one.against)
             ]
             assert figures["shown"].value * len(SETS[title]) == pytest.approx(shown[0] - shown[1])
     equal = next(one for one in found.comparisons if one.arm == same[2].name)

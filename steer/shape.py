@@ -101,7 +101,7 @@ class Shape:
         if entry.tokens in PHASES and self.thinking is None:
             known = ", ".join(f"{begin} and {end}" for begin, end in THINKING[:2])
             raise SpecError(
-                f"tokens: '{entry.tokens}': the tokenizer here has no tokens that begin and end a thinking, such as "
+                f"tokens: '{entry.tokens}': no tokenizer here has tokens that begin and end a thinking, such as "
                 f"{known}",
                 param="steer.tokens",
             )

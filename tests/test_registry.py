@@ -945,7 +945,7 @@ def test_a_phase_is_of_models_that_have_it_and_of_all_that_a_request_asks_for(ph
         for name, data in (("a", A), ("b", B)):
             each.put(name, data, store=False)
     assert registry.resolve(parse(f"a@{phase},b@{phase}=0.5")).phased == phase
-    with pytest.raises(SpecError, match=rf"tokens: '{phase}': the tokenizer here has no tokens .*<think> and </think>"):
+    with pytest.raises(SpecError, match=rf"tokens: '{phase}': no tokenizer here has tokens .*<think> and </think>"):
         without.resolve(parse(f"a@{phase}"))
     with pytest.raises(SpecError, match=r"2 direction rows .*two are the least with the tokens"):
         narrow.resolve(parse(f"a@{phase}"))

@@ -486,7 +486,12 @@ def test_what_comes_after_the_end_of_its_request_is_made_no_more(engine: Engine)
 
     def request(name: str, params: Any) -> Any:
         return types.SimpleNamespace(
-            request_id=name, sampling_params=params, prompt_token_ids=[1, 2, 3], mm_features=None, cache_salt=None
+            request_id=name,
+            sampling_params=params,
+            prompt_token_ids=[1, 2, 3],
+            mm_features=None,
+            cache_salt=None,
+            priority=0,
         )
 
     front = engine.steer

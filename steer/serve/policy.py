@@ -13,6 +13,7 @@ import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -397,7 +398,8 @@ def _problem(item: ErrorDetails, lines: dict[tuple[str, ...], int]) -> tuple[int
         table = DirectionRules
     message = problem_text(*whole_ranges([{**item, "loc": item["loc"][2:]}], table))
     if item["type"] == "extra_forbidden":
-        message = f"unknown; accepted: {', '.join(table.model_fields)}"
+        near = get_close_matches(str(item["loc"][-1])[:40], table.model_fields, 1, 0.8)
+        message = f"unknown{f' (did you mean {near[0]}?)' if near else ''}; accepted: {', '.join(table.model_fields)}"
     elif item["type"] in ("dict_type", "model_type"):
         message = f"{brief(item['input'])} is not accepted: a table"
     if item["loc"] == ("keys",):

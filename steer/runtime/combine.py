@@ -1,9 +1,9 @@
 """Combinations: the matrices M (see `op`) of requests whose directions are not orthogonal, where hooks read them.
 
-What a request combines is a matrix for each hook point, made once on the host. A step that needs it finds it in one of
-the device's slots, or has it written there by a copy that is enqueued before the pass. There are as many slots as
-requests that one step can have, so that no set of requests can use them up; what was used longest ago gives its slot
-away.
+A combination has one matrix for each hook point. They are computed once, on the host. A step that needs a combination
+finds it in one of the device's slots, or a copy that is enqueued before the pass writes it into a slot. There is a slot
+for each request that one step can have, so no set of requests can use up the slots. A new combination takes the slot
+that was not used for the longest time.
 """
 
 from __future__ import annotations
@@ -20,21 +20,26 @@ from torch import Tensor
 
 from steer.runtime.memory import copies_from_pinned, lasting
 
-#: The slot of requests that combine nothing: it holds the identity.
+#: The slot of requests that combine no directions. It holds the identity.
 ALONE = 0
 _numbers = itertools.count(1)
 
 
 class HasJoint(Protocol):
-    """A hook point whose `joint`, `[slots, rank, rank]` float32, a hook reads."""
+    """A hook point with a tensor `joint`, `[slots, rank, rank]` float32, which a hook reads."""
 
     joint: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)  # no slots: banks refer to it weakly
 class Combination:
-    """What acts together: `matrices` `[hook points, rank, rank]` float32 on the host, and the slots that they go to.
-    `number` is nobody else's in this process, so that a slot tells whose it is."""
+    """The matrices by which the directions of a request act together.
+
+    Attributes:
+        matrices: `[hook points, rank, rank]` float32, on the host.
+        home: The slots into which the matrices are written.
+        number: Unique in this process, so that a slot can record which combination it holds.
+    """
 
     matrices: Tensor
     home: Combinations
@@ -42,8 +47,15 @@ class Combination:
 
 
 class Combinations:
-    """The slots of all hook points of one bank. With `capacity` these are that many for ever, in place, for compiled
-    code; without, more are made as steps need them, which is for passes that look the tensors up."""
+    """The slots of all hook points of one bank.
+
+    Args:
+        points: The hook points. Their `joint` is allocated here.
+        rank: The most rows that one request can use.
+        device: Where the slots are.
+        capacity: The number of slots beside ALONE, fixed for ever, because compiled code reads the tensors in place.
+            If None, more slots are made when a step needs them; this is for passes that look the tensors up each time.
+    """
 
     def __init__(
         self, points: Sequence[HasJoint], rank: int, device: torch.device | str, capacity: int | None = None
@@ -57,25 +69,30 @@ class Combinations:
         return len(self._held) - 1
 
     def reserve(self, numbers: NDArray[np.int64]) -> None:
-        """Have slots for a step with these combinations, some of them perhaps of several requests. Where there is a
-        `capacity` there are."""
+        """Make enough slots for a step with these combinations, several of which may be equal. With a fixed `capacity`
+        there are always enough."""
         if len(numbers) > self.capacity and (count := len(np.unique(numbers))) > self.capacity:
             assert not self._fixed, f"a step of {count} combinations of directions, {self.capacity} were told"
             self._make(2 * count)
 
     def stale(self, slots: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of these combinations, by number, are not (any more) in the slot that they were given."""
+        """Whether each of these combinations, given by number, is not (or no longer) in the slot that was assigned to
+        it."""
         return self._held[slots] != numbers
 
     def use(self, slots: NDArray[np.int64], missing: Sequence[Combination] = ()) -> list[int]:
-        """A step uses `slots`, and of `missing` those that it is told: where each of them is now."""
+        """Mark `slots` as used by a new step, and assign a slot to each of the `missing` combinations.
+
+        Returns:
+            The slot of each of the `missing` combinations.
+        """
         self._step += 1
         self._used[slots] = self._step
         self._used[ALONE] = self._step
         return [self._assign(combination) for combination in missing]
 
     def renew(self) -> None:
-        """Write the identity again and forget what the slots held: for memory whose content was lost."""
+        """Write the identity again and empty all slots. This is for device memory whose content was lost."""
         self._held[:], self._used[:] = -1, 0
         self._held[ALONE] = 0
         self._slots: dict[int, int] = {}
@@ -110,8 +127,8 @@ class Combinations:
         return slot
 
     def _write(self, slot: int, matrices: Tensor) -> None:
-        """Enqueued on the current stream, after the passes that still read what was there."""
+        """Enqueue the copy on the current stream, after the passes that still read the slot's previous content."""
         if copies_from_pinned(self._device):
-            matrices = matrices.pin_memory()  # given back by its allocator once the copy is done
+            matrices = matrices.pin_memory()  # its allocator frees it once the copy is done
         own = matrices.to(self._device, non_blocking=True)
         torch._foreach_copy_([point.joint[slot] for point in self._points if point.joint is not None], own.unbind(0))

@@ -1,11 +1,11 @@
-"""Where the operation acts in a model, found by structure and checked by measurement, never by a list of model names.
+"""Where the operation acts in a model. This is found by structure and checked by measurement, never by model names.
 
 * The **blocks** are the one `ModuleList` of the decoder with as many entries as the config has layers.
-* `resid_post` is a block's output; the stream before block 0 is that block's input, so that scaled, normed and position
-  embeddings are all in it.
+* `resid_post` is a block's output. The stream before block 0 is the input of block 0, so it contains scaled, normed and
+  position embeddings.
 * The **writers** of a block are the children whose outputs add up to (block output − block input) in a probe pass.
-  This finds the norm after a writer where there is one (Gemma 2, OLMo 2). A block may multiply what they write, or the
-  whole sum, by one number (Granite): to remove a component before or after that is the same.
+  If a norm follows a writer (Gemma 2, OLMo 2), this finds the norm. A block may multiply the outputs of its writers, or
+  the whole sum, by one number (Granite): removing a component before or after the multiplication gives the same result.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from steer.errors import UnsupportedModel
 
 #: What a block or one of its children returns: a tensor, or a tuple that begins with one.
 Output: TypeAlias = "Tensor | tuple[Tensor, ...]"
-#: What a block is called with, as far as it is the stream.
+#: The arguments of a block that may hold the stream, by position and by keyword.
 Args: TypeAlias = "tuple[Tensor, ...]"
 Kwargs: TypeAlias = "dict[str, Tensor]"
 Transform = Callable[[Tensor], Tensor | None]
-#: How many roundings of the model's dtype writers may be off from what the block added.
+#: The largest error of the writers' sum against what the block added, in roundings of the model's dtype.
 ROUNDINGS = 8
 
 
@@ -38,7 +38,7 @@ def find_blocks(decoder: nn.Module, layers: int) -> list[nn.Module]:
 
 
 def find_list(decoder: nn.Module, layers: int) -> nn.ModuleList:
-    """What holds the blocks (`find_blocks`)."""
+    """The `ModuleList` that holds the blocks (`find_blocks`). Raises UnsupportedModel as `find_blocks` does."""
     found = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers > 0]
     outer = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
     if len(outer) != 1:
@@ -61,8 +61,8 @@ def stream_of(output: Output) -> Tensor:
 
 
 def stream_given(args: Args, kwargs: Kwargs) -> Tensor:
-    """The hidden state in what a block is called with: the first argument, or `hidden_states=`. Raises UnsupportedModel
-    where it is neither."""
+    """The hidden state in the arguments of a block: the first argument, or `hidden_states=`. Raises UnsupportedModel if
+    there is neither."""
     if not args and "hidden_states" not in kwargs:
         raise UnsupportedModel(
             f"a block is called with {', '.join(kwargs) or 'nothing'}: its stream is expected as the first argument, "
@@ -72,8 +72,11 @@ def stream_given(args: Args, kwargs: Kwargs) -> Tensor:
 
 
 class Hung:
-    """What stands on a module as a hook, and calls `hook` with what hooks get beside that. A copy of the module has it
-    too, and is not steered; in a file it would be nothing."""
+    """A hook on a module, which calls `hook` with all arguments of a hook but the module.
+
+    A copy of the module has this hook too, but the hook does nothing there, so the copy is not steered. A hook cannot
+    be pickled, because it would be useless in a file.
+    """
 
     def __init__(self, module: nn.Module, hook: Callable[..., object]) -> None:
         self.module, self.hook = module, hook
@@ -89,8 +92,9 @@ class Hung:
 
 
 def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
-    """Hook `transform` on the tensor that `module` returns, and no copy of it. A transform that returns None leaves it
-    alone. A pass raises UnsupportedModel where it returns something else."""
+    """Hook `transform` on the tensor that `module` returns; a copy of `module` is not affected. If the transform
+    returns None, the tensor stays as it is. A pass raises UnsupportedModel if `module` returns no tensor, nor a tuple
+    that begins with one."""
 
     def hook(_args: object, output: Output) -> Output | None:
         stream = output[0] if isinstance(output, tuple) and output else output
@@ -107,7 +111,8 @@ def on_output(module: nn.Module, transform: Transform) -> RemovableHandle:
 
 
 def on_input(module: nn.Module, transform: Transform) -> RemovableHandle:
-    """Hook `transform` on the hidden state that `module`, and no copy of it, is called with (`stream_given`)."""
+    """Hook `transform` on the hidden state that `module` is called with (`stream_given`); a copy of `module` is not
+    affected. If the transform returns None, the hidden state stays as it is."""
 
     def hook(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         if (new := transform(stream_given(args, kwargs))) is None:
@@ -134,14 +139,19 @@ def find_writers(
     eps: float | None = None,
     first: int = 0,
 ) -> list[tuple[nn.Module, ...]]:
-    """For each block the children that write to the stream, as a probe pass shows (`run`) with recording hooks.
+    """For each block the children that write to the stream, found by a probe pass with recording hooks.
 
-    entering, leaving: give the stream in the arguments and keywords of a block, and in what it returns.
-    eps: of the model's dtype; None for that of the stream.
-    first: the number of the first of these blocks in the model.
+    Args:
+        blocks: The blocks.
+        run: Makes the probe pass.
+        entering: Returns the stream in the arguments and keywords of a block.
+        leaving: Returns the stream in the output of a block.
+        eps: The rounding of the model's dtype; if None, the rounding of the stream's dtype.
+        first: The number of the first of these blocks in the model.
 
-    Raises UnsupportedModel for a block whose change is not the sum of one or two of its children's outputs, each times
-    a number.
+    Raises:
+        UnsupportedModel: The change that a block makes is not the sum of one or two of its children's outputs, each
+            multiplied by a number.
     """
     entered: dict[int, Tensor] = {}
     left: dict[int, Tensor] = {}
@@ -156,7 +166,7 @@ def find_writers(
     def write(store: dict[str, Tensor], name: str, _module: nn.Module, _args: object, output: Output) -> None:
         stream = stream_of(output)
         if isinstance(stream, Tensor) and stream.is_floating_point():
-            store.pop(name, None)  # in the order of their last calls: one dropout may follow several children
+            store.pop(name, None)  # keeps the order of the last calls: one dropout may follow several children
             store[name] = stream.detach().float().clone()
 
     handles = []
@@ -185,12 +195,23 @@ def find_writers(
 
 
 def summands(entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float) -> tuple[str, ...] | None:
-    """The one or two of `wrote`, first in the order they ran, that best sum to what the block added to the stream;
-    where none do, the fewest that do when each of the terms is multiplied by a number of its own (`scales`).
+    """The names of the one or two children whose outputs sum to what the block added, in the order in which they ran.
 
-    A child that hands on what another wrote (dropout) is none. The error is taken for each element against what was
-    rounded there, so that a few huge dimensions (every large model has them) do not hide a wrong sum. None where no sum
-    is within rounding.
+    Of all sums that fit, the best one is taken. If no plain sum fits, the
+    result is the fewest children whose sum fits when each term is multiplied by a number of its own (`scales`).
+
+    A child that only hands on the output of another child (dropout) does not count. The error of each element is
+    measured against the numbers that were rounded there, so that a few huge dimensions (every large model has them) do
+    not hide a wrong sum.
+
+    Args:
+        entered: The stream that entered the block.
+        left: The stream that left the block.
+        wrote: The output of each child by its name, in the order in which the children ran.
+        eps: The rounding of the stream's dtype.
+
+    Returns:
+        The names, or None if no sum is within rounding.
     """
     fitting: dict[str, Tensor] = {}
     for name, t in wrote.items():
@@ -211,20 +232,27 @@ def summands(entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float
                 if error < lowest:
                     best, lowest = names, error
             if best and scaled:
-                return best  # more terms always come nearer
+                return best  # more terms would always fit better
         if best:
             return best
     return None
 
 
-#: A term that is multiplied by less than this is none.
+#: The least absolute value of a factor: a term with a smaller factor is not a part of the sum.
 LEAST_SCALE = 1e-3
 
 
 def scales(total: Tensor, terms: Tensor) -> Tensor | None:
-    """The numbers by which the `terms` `[count, …, d_model]`, the stream first, are multiplied where they sum to
-    `total` `[…, d_model]`: `[count]` float64, by least squares. None where a term is no part of it, as the stream that
-    a child has added already (BLOOM), and where something is not finite."""
+    """The numbers by which the terms must be multiplied so that they sum to `total`, by least squares.
+
+    Args:
+        total: The sum, `[…, d_model]`.
+        terms: The terms, `[count, …, d_model]`, the stream first.
+
+    Returns:
+        The numbers, `[count]` float64. None if a term is not a part of the sum, for example the stream if a child has
+        already added it (BLOOM), or if a value is not finite.
+    """
     columns = terms.double().flatten(1).T
     if not (columns.isfinite().all() and total.isfinite().all()):
         return None

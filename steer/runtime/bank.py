@@ -1,10 +1,11 @@
-"""The device bank: resident direction rows. The token index says which of them act on which token.
+"""The direction bank: resident direction rows on the device. The token index says which rows act on which token.
 
 Everything here is written **in place** and read through the same storage for the life of the process, so that compiled
 graphs and replayed CUDA graphs see each change of content.
 
 A *row* is one direction vector at every hook point. A *slot* is a row in one mode: its coefficients at every hook
-point (`op`). Row 0 is all zeros and means plain. What makes the rows of one request act together stands in `combine`.
+point (`op`). Row 0 is all zeros and means plain. `combine` has the matrices by which the rows of one request act
+together.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from steer.shape import Shape
 from steer.spec import END, Condition, Entry, Spec
 from steer.tokenization import Phase
 
-#: Sets of entries whose matrices are kept.
+#: The number of sets of entries whose matrices are kept on the host.
 KNOWN = 256
 #: The stream before block 0 counts as layer −1 of its site.
 EMBEDDING = -1
@@ -51,8 +52,13 @@ EMBEDDING = -1
 
 @dataclass(frozen=True, slots=True)
 class HookPoint:
-    """Where rows act: a site at a layer (EMBEDDING for the stream before block 0), and which of the terms that pass
-    there, in the order in which the block makes them: 0 for attention's, 1 for the MLP's."""
+    """Where rows act.
+
+    Attributes:
+        site: the site.
+        layer: the layer, EMBEDDING for the stream before block 0.
+        term: the number of the term in the order in which the block makes them: 0 for attention's, 1 for the MLP's.
+    """
 
     site: Site
     layer: int
@@ -60,20 +66,26 @@ class HookPoint:
 
     @property
     def readable(self) -> bool:
-        """Can a read-out be taken here?"""
+        """Whether a read-out can be taken here."""
         return SITE_RULES[self.site].readable and self.layer != EMBEDDING
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes that act here. Of the stream before block 0 no class means are known."""
+        """The modes that can act here. For the stream before block 0 no class means are known."""
         return ("ablate",) if self.layer == EMBEDDING else SITE_RULES[self.site].modes
 
 
 @dataclass(slots=True)
 class BankSlice:
-    """The rows of one hook point. vectors `[rows, d_model]`, coefficients `[rows × modes, 6]`, joint `[combinations +
-    1, rank, rank]` (see `combine`; None where the rank is 1), float32; number `[]` int32, its layer counted from 0 for
-    the stream before block 0: a tensor, so that the code that is compiled for all layers is the same."""
+    """The rows of one hook point.
+
+    Attributes:
+        vectors: `[rows, d_model]` float32.
+        coefficients: `[rows × modes, 6]` float32.
+        number: the layer of the hook point, counted from 0 for the stream before block 0; `[]` int32. It is a tensor so
+            that the compiled code is the same for all layers.
+        joint: `[combinations + 1, rank, rank]` float32 (see `combine`); None if the rank is 1.
+    """
 
     vectors: Tensor
     coefficients: Tensor
@@ -92,7 +104,7 @@ class BankSlice:
         return bank_slice
 
     def write(self, row: int, vector: Tensor, by_mode: Mapping[Mode, Tensor]) -> None:
-        """vector `[d_model]`; by_mode: the coefficients `[6]` of every mode."""
+        """Write one row. vector: `[d_model]`; by_mode: the coefficients `[6]` of each mode to write."""
         self.vectors[row].copy_(vector)
         for mode, values in by_mode.items():
             self.coefficients[slot(row, mode)].copy_(values)
@@ -107,26 +119,40 @@ class BankSlice:
 
 @dataclass(frozen=True, slots=True)
 class _Resident:
-    """A direction's rows, its axis last if it has one there, how many are its own, and itself where requests can
-    combine it with others."""
+    """A resident direction.
+
+    Attributes:
+        rows: its bank rows, with the row of its axis last if the axis is in the bank.
+        own: how many of these rows are its own, without the axis.
+        direction: the direction itself if requests can combine it with others, else None.
+    """
 
     rows: list[int]
     own: int
     direction: Direction | None
 
     def acting(self, mode: Mode) -> list[int]:
-        """Raises SpecError for a mode that turns where the axis has no row: it would do nothing."""
+        """The rows that act in `mode`. Raises SpecError for a mode that turns if the axis has no row, because it would
+        do nothing."""
         if mode in TURNING and len(self.rows) == self.own:
             raise SpecError(f"the mode '{mode}' needs a bank of rank 2 and a file with a plane", param="steer.mode")
         return self.rows if mode in TURNING else self.rows[: self.own]
 
 
 class DirectionBank:
-    """Resident directions at all hook points of one model, and who has which rows.
+    """Resident directions at all hook points of one model, and which rows belong to which direction.
 
-    `rows` counts usable rows: a direction of rank k takes k, and one more for its axis where `rank` is not 1. Loading
-    writes rows that no request uses, so a running step is never disturbed. `requests` is the most of them that one step
-    has, where compiled code reads the bank; an eager pass needs no such number.
+    Loading writes rows that no request uses, so a running step is never disturbed.
+
+    Args:
+        points: the hook points.
+        rows: the number of usable rows. A direction of rank k takes k rows, and one more for its axis if `rank` is not
+            1.
+        rank: the most rows that one request can use.
+        d_model: the width of the stream.
+        device: where the rows are.
+        requests: the most requests that one step can have. Compiled code that reads the bank needs this number; None if
+            only eager passes read the bank.
     """
 
     def __init__(
@@ -143,13 +169,13 @@ class DirectionBank:
         self.sites: frozenset[Site] = frozenset(point.site for point in points)
         self.slices = {point: BankSlice.empty(rows + 1, d_model, device, point.layer) for point in points}
         terms = [p for p in points if not SITE_RULES[p.site].whole and p.layer != EMBEDDING]
-        #: The layers whose block writes one term.
+        #: The layers whose block writes a single term.
         self._single = {p.layer for p in terms} - {p.layer for p in terms if p.term}
         self._free = list(range(rows, 0, -1))
         self._resident: dict[str, _Resident] = {}
         self.combinations = Combinations(list(self.slices.values()), rank, device, requests) if rank > 1 else None
         self._combined: WeakValueDictionary[_Key, Combination] = WeakValueDictionary()
-        # requests are prepared in several threads
+        # an lru_cache, because requests are prepared in several threads
         self._joined = lru_cache(KNOWN)(partial(_joined, self._resident, tuple(self.slices), rank, d_model))
 
     @property
@@ -157,8 +183,13 @@ class DirectionBank:
         return self.rows - len(self._free)
 
     def load(self, digest: str, direction: Direction) -> None:
-        """Make `direction` resident. Raises NoRoom when fewer than its k rows are free, and DirectionError where it
-        weighs apart what a block writes as one term; then nothing has changed."""
+        """Make `direction` resident. Nothing changes if this raises.
+
+        Raises:
+            NoRoom: fewer rows are free than the direction needs.
+            DirectionError: the direction has different weights for two terms, and a block of the model writes both as a
+                single term.
+        """
         if digest in self._resident:
             return
         direction.check_terms(self._single)
@@ -179,7 +210,7 @@ class DirectionBank:
         usable = [mode for mode in MODES if mode not in TURNING or len(rows) > direction.rank]
         modes = {mode: _Values.of(direction, mode) for mode in usable}
         for point, bank_slice in self.slices.items():
-            bank_slice.clear(rows)  # where the direction has nothing, whatever has become of free rows
+            bank_slice.clear(rows)  # in case the direction has no vector here: free rows may hold anything
             if (vectors := _vectors(direction, point, len(rows))) is None:
                 continue
             by_mode = {mode: values.at(point) for mode, values in modes.items()}
@@ -187,8 +218,10 @@ class DirectionBank:
                 bank_slice.write(row, vectors[k], {mode: each[k] for mode, each in by_mode.items() if k < len(each)})
 
     def unload(self, digest: str) -> None:
-        """Free a direction's rows. The caller guarantees that no running request uses them. Without a lock: the
-        registry makes one load at a time, and no row is given out again before it is let go of."""
+        """Free a direction's rows. The caller guarantees that no running request uses them.
+
+        No lock is needed: the registry makes one load at a time, and a row is assigned again only after it was freed.
+        """
         if resident := self._resident.pop(digest, None):
             self._give_back(resident.rows)
 
@@ -198,12 +231,13 @@ class DirectionBank:
         self._free += reversed(rows)
 
     def renumber(self) -> None:
-        """Write the numbers of the hook points again: for memory whose content was lost."""
+        """Write the numbers of the hook points again. This is for device memory whose content was lost."""
         for point, bank_slice in self.slices.items():
             bank_slice.number.fill_(point.layer - EMBEDDING)
 
     def contents(self, digest: str) -> list[Tensor]:
-        """All that is held for a resident direction, as views of the bank's tensors, in the same order each time."""
+        """All values that the bank holds for a resident direction, as views of its tensors, always in the same
+        order."""
         return [
             view
             for bank_slice in self.slices.values()
@@ -213,7 +247,8 @@ class DirectionBank:
 
     @contextmanager
     def borrowed(self) -> Iterator[int]:
-        """A row to try things out with, while no request runs: a free one, or another whose content is put back."""
+        """Lend a row for a trial, while no request runs: a free row, or else row 1. The content of the row is put back
+        at the end."""
         free = bool(self._free)
         row = self._free.pop() if free else 1
         slots = slots_of(row)
@@ -231,14 +266,22 @@ class DirectionBank:
                 self._free.append(row)
 
     def rows_of(self, digests: Sequence[str], axes: bool = False) -> NDArray[np.int64]:
-        """The rows of resident directions in order, each with its axis behind it or without."""
+        """The rows of resident directions in order, `[k]` int64. With `axes` each direction's own rows are followed by
+        the row of its axis."""
         found = [self._resident[digest] for digest in digests]
         return np.array([row for each in found for row in each.rows[: None if axes else each.own]], np.int64)
 
     def steer(self, spec: Spec, prompt: int | None = None, phase: Phase | None = None) -> RequestSteer | None:
-        """The index entries of a request with `spec`, whose directions must be resident, `prompt` tokens and its
-        `Spec.phase`. None for a plain one. Raises SpecError where `spec` says at which tokens it acts, and there is no
-        such number."""
+        """The index entries of a request, None for a plain request.
+
+        Args:
+            spec: the spec of the request. Its directions must be resident.
+            prompt: the number of tokens of the prompt, None if it is not known.
+            phase: the `Spec.phase` of the request.
+
+        Raises:
+            SpecError: `spec` acts at some tokens only or has a condition, and `prompt` is None.
+        """
         if not spec:
             return None
         if spec.everywhere and spec.condition is None:
@@ -270,8 +313,15 @@ class DirectionBank:
         return replace(first, then=tuple(zip(cuts, rest, strict=True)))
 
     def _deciding(self, steer: RequestSteer, spec: Spec, decides: bool, phase: Phase | None) -> RequestSteer:
-        """One part of a request's steering, with its condition or the phase in which it acts. `decides`: has this part
-        the token that decides? (Under a condition with `each`, every token does.)"""
+        """One part of a request's steering, with its condition or the phase in which it acts.
+
+        Args:
+            steer: the part, without its condition or phase.
+            spec: the spec of the request.
+            decides: whether the token that decides is in this part. (Under a condition with `each`, every token
+                decides.)
+            phase: the phase in which the part acts, None if it acts at all its tokens.
+        """
         if phase is not None:
             return replace(steer, decision=Decision(UNCONDITIONAL), phase=phase)
         if (condition := spec.condition) is None:
@@ -283,10 +333,10 @@ class DirectionBank:
         return replace(steer, decision=decision, probe=probe_of(condition) if decides else None)
 
     def _steer(self, spec: Spec) -> RequestSteer | None:
-        """For a spec that acts at all tokens, whatever it says of them."""
+        """The index entries for `spec` as if it acted at all tokens and had no condition; None if it is empty."""
         if not spec:
             return None
-        entries = sorted(spec.entries, key=lambda entry: entry.mode not in TURNING)  # pairs begin at even places
+        entries = sorted(spec.entries, key=lambda entry: entry.mode not in TURNING)  # pairs must begin at even places
         pairs = [
             (slot(row, entry.mode), entry.strength, bounds_of(entry.range if entry.layers else None), entry.shift or 0)
             for entry in entries
@@ -301,8 +351,11 @@ class DirectionBank:
         return replace(out, bounds=limited, shifts=shifts if shifts.any() else None)
 
     def _combination(self, entries: Sequence[Entry]) -> Combination | None:
-        """What makes `entries` act together; None where each acts as if it were alone. It is known by the contents of
-        the files, so that no row's next direction can find it, for as long as a request or a slot has it."""
+        """The combination by which `entries` act together; None if each acts as if it were alone.
+
+        Its key is made of the digests of the files, so a direction that is loaded into the same rows later cannot find
+        it. It is kept as long as a request or a slot refers to it.
+        """
         acting = [entry for entry in entries if _acts(entry)]
         if self.combinations is None or sum(len(self._resident[e.digest].acting(e.mode)) for e in acting) < 2:
             return None
@@ -315,8 +368,11 @@ class DirectionBank:
         return self._combined.setdefault(key, Combination(matrices, self.combinations))
 
     def _matrices(self, entries: Sequence[Entry]) -> Tensor:
-        """M of each hook point, `[hook points, rank, rank]` float32, on the host. What acts together there is told by a
-        few sets of entries, however many ranges of layers are asked for: each is computed once."""
+        """M of each hook point, `[hook points, rank, rank]` float32, on the host.
+
+        Hook points at which the same entries act share one computation, so M is computed once for each such set of
+        entries.
+        """
         together: dict[tuple[bool, ...], list[int]] = {}
         for i, point in enumerate(self.slices):
             together.setdefault(tuple(_acts(e) and _reaches(e, point) for e in entries), []).append(i)
@@ -341,13 +397,13 @@ class LocalPlacement:
         self.bank.unload(digest)
 
 
-#: Of each entry of a request: digest, mode, whether it acts, and at which layers.
+#: For each entry of a request: its digest, its mode, whether it acts, and at which layers.
 _Key: TypeAlias = tuple[tuple[str, str, bool, str | None], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Values:
-    """The coefficients of one mode at all hook points, those of layers by term."""
+    """The coefficients of one mode at all hook points; those of the layers are stored by term."""
 
     layers: tuple[Tensor, Tensor]
     embedding: Tensor
@@ -358,7 +414,7 @@ class _Values:
         return cls(of_terms, op.embedding_coefficients(direction, mode))
 
     def at(self, point: HookPoint) -> Tensor:
-        """`[k, 6]`"""
+        """The coefficients at `point`, `[k, 6]`."""
         return self.embedding if point.layer == EMBEDDING else self.layers[point.term][point.layer]
 
 
@@ -369,7 +425,8 @@ def _joined(
     d_model: int,
     entries: tuple[tuple[str, Mode, bool], ...],
 ) -> Tensor:
-    """M of each of `points` where those of `entries` (digest, mode, does it act) that act do so at all layers."""
+    """M of each of `points`, `[points, rank, rank]`, if each entry that acts does so at all layers. entries: the
+    digest, the mode, and whether the entry acts."""
     vectors = torch.zeros(len(points), rank, d_model, dtype=torch.float32)
     weights = torch.zeros(len(points), rank, dtype=torch.float32)
     at = 0
@@ -385,17 +442,21 @@ def _joined(
 
 
 def _acts(entry: Entry) -> bool:
-    """Is its strength not zero in float32?"""
+    """Whether the strength of `entry` is not zero in float32."""
     return bool(np.float32(entry.strength))
 
 
 def _reaches(entry: Entry, point: HookPoint) -> bool:
+    """Whether the layers of `entry` include the layer of `point`."""
     return entry.layers is None or entry.range[0] <= point.layer <= entry.range[1]
 
 
 def _vectors(direction: Direction, point: HookPoint, count: int) -> Tensor | None:
-    """`count` rows `[count, d_model]` of `direction` at `point`, the last of them its axis where that are more than it
-    has itself; None where it has none. Before block 0 nothing is turned."""
+    """The first `count` rows of `direction` at `point`, `[count, d_model]`; None if it has none there.
+
+    If `count` is larger than the direction's own number of rows, the last row is its axis. Before block 0 the axis is
+    zero, because nothing is turned there.
+    """
     if point.site not in direction.meta.sites:
         return None
     if (own := direction.embedding if point.layer == EMBEDDING else direction.directions[point.layer]) is None:
@@ -409,10 +470,16 @@ def _vectors(direction: Direction, point: HookPoint, count: int) -> Tensor | Non
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """What acts on the stream at one hook point, one rank of it. vectors `[..., d_model]`, coefficients (of `op`, one
-    tensor each, shifted) and strengths `[...]` broadcast to the stream; steered `[..., 1]` tells which of it is, None
-    for all; shares `[..., rank]` is the row of `op`'s M, None for the identity's; turned tells which of it is turned by
-    this rank and the next, None where none can be."""
+    """One of the `rank` entries that act on the stream at one hook point. All shapes broadcast to the stream.
+
+    Attributes:
+        vectors: the row of each token, `[..., d_model]`.
+        coefficients: the coefficients of `op`, with shifted gates, one tensor `[...]` each.
+        strengths: `[...]`.
+        steered: which tokens are steered, `[..., 1]` bool; None for all.
+        shares: this entry's row of `op`'s M, `[..., rank]`; None for the identity.
+        turned: which tokens are turned by this entry and the next one, `[...]` bool; None if no token can be.
+    """
 
     vectors: Tensor
     coefficients: tuple[Tensor, ...]
@@ -433,8 +500,15 @@ def gather(
     everywhere: bool = False,
     turning: bool = True,
 ) -> list[Operands]:
-    """Of each rank. rows, slots, strengths, bounds, shifts: `[rank, ...]`, combinations `[...]`; `everywhere`: none of
-    the strengths is zero; not `turning`: no slot is of a mode that turns."""
+    """The operands of each of the `rank` entries at the hook point of `bank_slice`.
+
+    Args:
+        bank_slice: the rows of the hook point.
+        rows, slots, strengths, bounds, shifts: `[rank, ...]`, as in `Acts`.
+        combinations: `[...]`, as in `Acts`.
+        everywhere: whether no strength is zero.
+        turning: whether a slot may be of a mode that turns.
+    """
     count = rows.shape[0]
     if bounds is not None:
         strengths = op.within(strengths, bounds, bank_slice.number)
@@ -458,9 +532,17 @@ def gather(
 
 
 def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """x `[..., d_model]` after the operation of all ranks together, in the dtype of `x`, and which of it is lost (see
-    `op.settled`), `[...]` bool; arithmetic in float32. What is not steered keeps the same bits. `dtype`: the stream's,
-    where x has more bits."""
+    """Apply the operation of all operands together. The arithmetic is in float32. Tokens that are not steered keep the
+    same bits.
+
+    Args:
+        x: the stream, `[..., d_model]`.
+        operands: the entries that act.
+        dtype: the dtype of the model's stream if x has more bits than it; None for the dtype of x.
+
+    Returns:
+        The stream after the operation, in the dtype of x; and which tokens are lost (see `op.settled`), `[...]` bool.
+    """
     before = x if x.dtype in (torch.float32, torch.float64) else x.float()
     moved, _, _ = _displaced(before, operands)
     square = torch.linalg.vector_norm(moved.detach(), dim=-1, keepdim=True).square()
@@ -469,8 +551,20 @@ def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None =
 
 
 def operate_before_norm(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for x in float32, and the mean square of what comes, `[..., 1]`, for a norm that reads it next. Of one
-    entry it is told by sums over x and the row (`op.growth`): compiled code then makes no pass over x' to have it."""
+    """Apply the operation as `operate` does to x in float32, for a norm that reads the result next.
+
+    For a single entry the mean square of the result is computed from sums over x and the row (`op.growth`), so that
+    compiled code needs no further pass over x' for it.
+
+    Args:
+        x: the stream, `[..., d_model]` float32.
+        operands: the entries that act.
+        dtype: the dtype of the model's stream.
+
+    Returns:
+        The stream after the operation; which tokens are lost, `[...]` bool; and the mean square of the stream after the
+        operation, `[..., 1]`.
+    """
     before, d_model = x.square().mean(-1, keepdim=True), x.shape[-1]
     moved, found, added = _displaced(x, operands)
     if len(operands) == 1:
@@ -482,13 +576,13 @@ def operate_before_norm(x: Tensor, operands: Sequence[Operands], dtype: torch.dt
     y, lost = op.settled(x, moved, after * d_model, steered, dtype)
     if steered is not None:
         after = torch.where(steered, after, before)
-    # of one that is lost, which may be NaN, too large a number: a norm makes 0 of it
+    # For a lost token it is the mean square of x, or ∞ if that is not finite: a norm then makes 0 of the token.
     return y, lost.squeeze(-1), torch.where(lost, torch.nan_to_num(before, torch.inf, torch.inf), after)
 
 
 def _displaced(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """x', which may be out of range, and of each entry the component of x along its row and what is added along it,
-    `[...]`."""
+    """Return x', which may be out of range; and for each entry the component of x along its row, and the amount that is
+    added along this row, `[...]` each."""
     found = [op.component(x, by.vectors) for by in operands]
     asked = [op.amount(c, by.coefficients, by.strengths) for c, by in zip(found, operands, strict=True)]
     for j, by in enumerate(operands):
@@ -498,13 +592,13 @@ def _displaced(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, list[Te
     added = [own if by.shares is None else op.shared(asked, by.shares) for own, by in zip(asked, operands, strict=True)]
     for a, by in zip(added, operands, strict=True):
         moved = torch.addcmul(x, a.unsqueeze(-1), by.vectors)
-        # chosen, not added: x + 0 turns −0 into 0, and 0·∞ is NaN
+        # `where`, because adding zero is not enough for plain tokens: x + 0 turns −0 into 0, and 0·∞ is NaN
         x = moved if by.steered is None else torch.where(by.steered, moved, x)
     return x, found, added
 
 
 def _steered(operands: Sequence[Operands]) -> Tensor | None:
-    """Which of the stream is steered by any of them, `[..., 1]`; None for all of it."""
+    """Which tokens are steered by any of the operands, `[..., 1]` bool; None for all."""
     found = None
     for by in operands:
         if by.steered is None:
@@ -514,13 +608,19 @@ def _steered(operands: Sequence[Operands]) -> Tensor | None:
 
 
 def probe_of(condition: Condition) -> Probe:
-    """How the tokens that decide it do so."""
+    """The probe for `condition`: how the tokens that decide it compare their component."""
     point, number, each = condition.layer - EMBEDDING, condition.above, bool(condition.each)
     return Probe(-point, condition.below or 0.0, each) if number is None else Probe(point, number, each)
 
 
 def decide(x: Tensor, bank_slice: BankSlice, rows: Tensor, conditional: Conditional) -> None:
-    """Write into `conditional` what tokens of x `[tokens, d_model]` decide here, by the last of their rows `[rank,
-    tokens]`."""
+    """Write into `conditional.opened` what tokens decide at the hook point of `bank_slice`.
+
+    Args:
+        x: the stream, `[tokens, d_model]`.
+        bank_slice: the rows of the hook point.
+        rows: the bank rows of each token, `[rank, tokens]`. A token decides by the last of them.
+        conditional: how the tokens decide.
+    """
     c = op.component(x.float(), bank_slice.vectors[rows[-1]])
     conditional.opened.copy_(op.decided(c, *conditional, bank_slice.number))

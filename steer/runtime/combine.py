@@ -37,8 +37,8 @@ class Combination:
 
     Attributes:
         matrices: `[hook points, rank, rank]` float32, on the host.
-        home: The slots into which the matrices are written.
-        number: Unique in this process, so that a slot can record which combination it holds.
+        home: the slots into which the matrices are written.
+        number: unique in this process, so that a slot can record which combination it holds.
     """
 
     matrices: Tensor
@@ -50,10 +50,10 @@ class Combinations:
     """The slots of all hook points of one bank.
 
     Args:
-        points: The hook points. Their `joint` is allocated here.
-        rank: The most rows that one request can use.
-        device: Where the slots are.
-        capacity: The number of slots beside ALONE, fixed for ever, because compiled code reads the tensors in place.
+        points: the hook points. Their `joint` is allocated here.
+        rank: the most rows that one request can use.
+        device: where the slots are.
+        capacity: the number of slots beside ALONE, fixed for ever, because compiled code reads the tensors in place.
             If None, more slots are made when a step needs them; this is for passes that look the tensors up each time.
     """
 

@@ -142,15 +142,15 @@ def find_writers(
     """For each block the children that write to the stream, found by a probe pass with recording hooks.
 
     Args:
-        blocks: The blocks.
-        run: Makes the probe pass.
-        entering: Returns the stream in the arguments and keywords of a block.
-        leaving: Returns the stream in the output of a block.
-        eps: The rounding of the model's dtype; if None, the rounding of the stream's dtype.
-        first: The number of the first of these blocks in the model.
+        blocks: the blocks.
+        run: makes the probe pass.
+        entering: returns the stream in the arguments and keywords of a block.
+        leaving: returns the stream in the output of a block.
+        eps: the rounding of the model's dtype; if None, the rounding of the stream's dtype.
+        first: the number of the first of these blocks in the model.
 
     Raises:
-        UnsupportedModel: The change that a block makes is not the sum of one or two of its children's outputs, each
+        UnsupportedModel: the change that a block makes is not the sum of one or two of its children's outputs, each
             multiplied by a number.
     """
     entered: dict[int, Tensor] = {}
@@ -205,10 +205,10 @@ def summands(entered: Tensor, left: Tensor, wrote: dict[str, Tensor], eps: float
     not hide a wrong sum.
 
     Args:
-        entered: The stream that entered the block.
-        left: The stream that left the block.
-        wrote: The output of each child by its name, in the order in which the children ran.
-        eps: The rounding of the stream's dtype.
+        entered: the stream that entered the block.
+        left: the stream that left the block.
+        wrote: the output of each child by its name, in the order in which the children ran.
+        eps: the rounding of the stream's dtype.
 
     Returns:
         The names, or None if no sum is within rounding.
@@ -246,8 +246,8 @@ def scales(total: Tensor, terms: Tensor) -> Tensor | None:
     """The numbers by which the terms must be multiplied so that they sum to `total`, by least squares.
 
     Args:
-        total: The sum, `[…, d_model]`.
-        terms: The terms, `[count, …, d_model]`, the stream first.
+        total: the sum, `[…, d_model]`.
+        terms: the terms, `[count, …, d_model]`, the stream first.
 
     Returns:
         The numbers, `[count]` float64. None if a term is not a part of the sum, for example the stream if a child has

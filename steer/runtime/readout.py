@@ -39,10 +39,10 @@ class Reading:
     """The values read at one token, or at all tokens of a pass (`[rows, positions, …]`): float32, on the host.
 
     Attributes:
-        before: The components before the operation, `[…, layers, k]`.
-        after: The components after the operation, `[…, layers, k]`.
-        norms: The norms before the operation, `[…, layers]`.
-        angles: The angles before and after the operation, `[2, …, layers, k]`, in degrees; NaN at a layer that is not
+        before: the components before the operation, `[…, layers, k]`.
+        after: the components after the operation, `[…, layers, k]`.
+        norms: the norms before the operation, `[…, layers]`.
+        angles: the angles before and after the operation, `[2, …, layers, k]`, in degrees; NaN at a layer that is not
             steered. None if the read-out does not ask for angles.
     """
 
@@ -56,8 +56,8 @@ class Reading:
         """Return the reading for `read`.
 
         Args:
-            read: The read-out.
-            values: What `measured` returned at the layers of `read`, `[…, layers, 2k + 1]`. k may be larger than the
+            read: the read-out.
+            values: what `measured` returned at the layers of `read`, `[…, layers, 2k + 1]`. k may be larger than the
                 number of rows of `read`, whose rows come first.
         """
         most = values.shape[-1] // 2
@@ -80,9 +80,9 @@ def measured(before: Tensor, after: Tensor, vectors: Tensor) -> Tensor:
     """Return ⟨x, v⟩, ⟨x', v⟩ and ‖x‖ in one tensor, `[reads, 2k + 1]` float32.
 
     Args:
-        before: The stream at some tokens before the operation, `[reads, d_model]`.
-        after: The stream at the same tokens after the operation, `[reads, d_model]`.
-        vectors: The rows v, `[reads, k, d_model]`.
+        before: the stream at some tokens before the operation, `[reads, d_model]`.
+        after: the stream at the same tokens after the operation, `[reads, d_model]`.
+        vectors: the rows v, `[reads, k, d_model]`.
     """
     norms = torch.linalg.vector_norm(before.float(), dim=-1, keepdim=True)
     return torch.cat([components(before, vectors), components(after, vectors), norms], -1)
@@ -95,8 +95,8 @@ class ReadIndex:
     nothing is read, a hook only looks at `layers`.
 
     Args:
-        device: The device of the stream.
-        rows_of: Returns the bank rows `[k]` int64 of resident digests, with or without their axes
+        device: the device of the stream.
+        rows_of: returns the bank rows `[k]` int64 of resident digests, with or without their axes
             (`DirectionBank.rows_of`).
     """
 
@@ -139,10 +139,10 @@ class ReadIndex:
         """Measure the stream at `layer`. The hook of the layer calls this.
 
         Args:
-            layer: The layer.
-            before: The stream of all tokens before the operation, `[tokens, d_model]`.
-            after: The stream of all tokens after the operation, `[tokens, d_model]`.
-            vectors: The rows of the hook point, `[rows, d_model]`.
+            layer: the layer.
+            before: the stream of all tokens before the operation, `[tokens, d_model]`.
+            after: the stream of all tokens after the operation, `[tokens, d_model]`.
+            vectors: the rows of the hook point, `[rows, d_model]`.
         """
         self._found[layer] = measured(before[self._at], after[self._at], vectors[self._rows])
 
@@ -165,8 +165,8 @@ class Recorder:
     """Reads all tokens of every forward pass of an attached model. The values stay on the device until `collect`.
 
     Args:
-        rows: The bank rows of `read`, `[k]` int64.
-        read: The read-out.
+        rows: the bank rows of `read`, `[k]` int64.
+        read: the read-out.
     """
 
     def __init__(self, rows: NDArray[np.int64], read: Readout) -> None:
@@ -183,10 +183,10 @@ class Recorder:
         """Measure the output of block `layer`.
 
         Args:
-            layer: The layer.
-            before: The output before the operation, `[..., d_model]`.
-            after: The output after the operation, `[..., d_model]`.
-            vectors: The bank rows of the hook point, `[rows, d_model]`.
+            layer: the layer.
+            before: the output before the operation, `[..., d_model]`.
+            after: the output after the operation, `[..., d_model]`.
+            vectors: the bank rows of the hook point, `[rows, d_model]`.
         """
         if layer not in self._read.layers:
             return

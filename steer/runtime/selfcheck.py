@@ -1,10 +1,13 @@
-"""The self-check by eager passes: is it the stream that is acted on? Nothing is measured where it was changed.
+"""The self-check by eager passes: whether the operation acts on the stream.
 
-What a hook point changes is looked at where the next module takes it: what enters the next block, after the last block
-the first module after it, and what the model returns where no module takes it (a rank of a pipeline). One pass has
-plain tokens beside tokens from which all of a random vector is taken, half of it, to which some is added, on which a
-mode acts only because its gate is shifted, and, where a request can use two rows, which are turned half the way in a
-random plane: an operation that acts twice, or not at all, or on a part of what is handed on, is seen in one of them.
+A change is never measured at the hook point that made it. It is measured where the next module takes the stream: at the
+input of the next block; after the last block, at the input of the first module that follows; and if no module takes it
+(a rank of a pipeline), in what the model returns.
+
+One pass has plain tokens beside steered ones: tokens from which all of a random vector is removed, or half of it;
+tokens to which some of it is added; tokens on which a mode acts only because its gate is shifted; and, if a request can
+use two rows, tokens that are turned half the way in a random plane. If the operation acts twice, or not at all, or on
+a part of what the block hands on, one of these shows it.
 """
 
 from __future__ import annotations
@@ -27,9 +30,9 @@ from steer.runtime.hook_points import hooks, scales
 from steer.runtime.op import amount, component, shifted, turn
 from steer.runtime.token_index import RequestSteer, slot
 
-#: The row that the self-check uses, and the next one, where there is one for an axis.
+#: The row that the self-check uses, and the next row, which it uses for an axis if the bank has it.
 ROW, AXIS = 1, 2
-#: What the tokens of the pass get, in equal parts one after the other: (how a problem calls it, mode, strength, shift).
+#: How the tokens of the pass are steered, in equal parts one after the other: (name, mode, strength, shift).
 CASES: tuple[tuple[str, Mode, float, float], ...] = (
     ("plain", "ablate", 0.0, 0.0),
     ("strength 1", "ablate", 1.0, 0.0),
@@ -40,10 +43,11 @@ CASES: tuple[tuple[str, Mode, float, float], ...] = (
 )
 #: The coefficients of `ablate` at weight 1 (see `op`).
 ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0, -torch.inf, 0.0], dtype=torch.float32)
-#: How many standard deviations of the rounding of what is handed on may be off.
+#: The largest error of what is handed on, in standard deviations of its rounding.
 ROUNDINGS = 16
-#: The error of a norm's output that is allowed, by its length: times the rounding of the dtype, in which the stream is
-#: handed on, and of float32, as the mean square comes from other sums (`bank.operate_before_norm`; 3 were seen).
+#: The largest error of a norm's output, relative to its length: NORMED times the rounding of the dtype in which the
+#: stream is handed on, plus SUMMED times the rounding of float32, because the mean square comes from other sums
+#: (`bank.operate_before_norm`; an error of 3 such roundings was seen).
 NORMED, SUMMED = 2, 32
 
 Steers = Sequence[RequestSteer | None]
@@ -51,9 +55,17 @@ Steers = Sequence[RequestSteer | None]
 
 @dataclass(frozen=True, slots=True)
 class HookedModule:
-    """A module whose output is acted on, or whose input where `before`; `read` gives the stream in what it returned, or
-    in the pair of its arguments and keywords. Or a norm that acts itself on what it is given, and returns what it makes
-    of the stream and the stream: `norm` gives the first of another stream, on which it does not act."""
+    """A module at which the operation acts: on its output or, with `before`, on its input. The module may also be a
+    norm that applies the operation to its input itself, and returns the normed stream and the stream.
+
+    Attributes:
+        point: the hook point.
+        module: the module.
+        read: returns the stream in the module's output or, with `before`, in the pair of its arguments and keywords.
+        before: whether the operation acts on the input.
+        norm: for a norm that applies the operation: returns the normed form of another stream, on which it does not
+            act.
+    """
 
     point: HookPoint
     module: nn.Module
@@ -64,8 +76,13 @@ class HookedModule:
 
 @dataclass(slots=True)
 class Handed:
-    """What one pass showed of one block: tensors it was given, its stream before anything acted, what it returned, and
-    what the next module was given."""
+    """The tensors of one block in one pass.
+
+    Attributes:
+        given: the tensors that the block was given.
+        returned: the tensors that the block returned.
+        taken: the tensors that the next module was given; None if no module took any.
+    """
 
     given: list[Tensor] = field(default_factory=list)
     returned: list[Tensor] = field(default_factory=list)
@@ -73,22 +90,23 @@ class Handed:
 
 
 class Watch:
-    """The record of one pass over `model`, whose blocks on this rank are `blocks`."""
+    """The record of one pass over `model`. `blocks` are its blocks on this rank, by layer."""
 
     def __init__(
         self, model: nn.Module, blocks: Mapping[int, nn.Module], hooked: Sequence[HookedModule], d_model: int
     ) -> None:
         self.model, self.blocks, self.hooked, self.d_model = model, blocks, hooked, d_model
         self.handed: dict[int, Handed] = {}
-        #: By point: the stream before anything acted there, and what the module handed on in the end.
+        #: By the number of the hooked module: the stream before the operation, and the stream that is handed on.
         self.raw: dict[int, Tensor] = {}
         self.acted: dict[int, Tensor] = {}
-        #: What norms that act themselves have made of the stream.
+        #: By the number of the hooked module: the normed stream of norms that apply the operation themselves.
         self.normed: dict[int, Tensor] = {}
         self._pending: int | None = None
 
     @contextmanager
     def watching(self) -> Iterator[Watch]:
+        """Record the pass that is made inside."""
         handles: list[RemovableHandle] = []
         last, inside = max(self.blocks), {id(m) for block in self.blocks.values() for m in block.modules()}
         for n, hooked in enumerate(self.hooked):
@@ -110,7 +128,8 @@ class Watch:
     def _read(
         self, n: int, hooked: HookedModule, store: dict[int, Tensor], first: bool, _module: nn.Module, *given: object
     ) -> None:
-        """`given`: arguments and keywords, and of a module that has run its output."""
+        """Store the stream of a hooked module. first: whether only the first call counts. given: the arguments and
+        keywords of the module, followed by its output if it has run."""
         if not (first and n in store):
             store[n] = hooked.read(given[2] if given[2:] else given).detach().double().flatten(0, -2).clone()
 
@@ -136,12 +155,12 @@ class Watch:
             self.handed[self._pending].taken, self._pending = taken, None
 
     def _wide(self, value: object) -> list[Tensor]:
-        """Copies of the float tensors in `value` that are made of vectors of the stream's width."""
+        """Copies of the float tensors in `value` that consist of vectors of the stream's width."""
         return [t.detach().clone() for t in tensors_in(value) if t.shape[-1] % self.d_model == 0]
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The float tensors in arguments or outputs, in order; also in vLLM's IntermediateTensors."""
+    """The float tensors in arguments or outputs, in order, including those in vLLM's IntermediateTensors."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.dim() and value.numel():
             yield value
@@ -157,9 +176,19 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class EagerCheck:
-    """How a backend is checked. `run` makes a pass of `tokens` tokens, of which equal parts are steered by what it is
-    given; `summed`: the stream is the sum of what is handed on; `dead`: what blocks return beside their first tensor is
-    not read by anything."""
+    """The check of one backend.
+
+    Attributes:
+        model: the model.
+        blocks: its blocks on this rank, by layer.
+        hooked: its hooked modules.
+        bank: the direction bank that the hooks read.
+        run: makes a pass whose tokens are steered, in equal parts, by the given steerings.
+        tokens: the number of tokens of the pass.
+        eps: the rounding of the stream's dtype.
+        summed: whether the stream is the sum of the tensors that a block hands on.
+        dead: whether nothing reads what blocks return after their first tensor.
+    """
 
     model: nn.Module
     blocks: Mapping[int, nn.Module]
@@ -173,7 +202,7 @@ class EagerCheck:
 
     @property
     def cases(self) -> tuple[tuple[str, Mode, float, float], ...]:
-        """`CASES`, of which those that turn are plain where no request can have the rows for it."""
+        """`CASES`, with strength 0 for modes that turn if no request can use the two rows that they need."""
         turning = self.bank.rank > 1 and self.bank.rows > 1
         return tuple(
             (name, mode, strength if turning or mode not in TURNING else 0.0, shift)
@@ -181,12 +210,13 @@ class EagerCheck:
         )
 
     def watched(self, steers: Steers) -> Watch:
+        """Make a pass with these steerings. Returns its record."""
         with Watch(self.model, self.blocks, self.hooked, self.bank.d_model).watching() as watch:
             self.run(steers)
         return watch
 
     def problems(self) -> tuple[list[str], Watch]:
-        """What is wrong at which hook point, none where all is right; and the record of a plain pass."""
+        """The problems, each with its hook point (none if all is right), and the record of a plain pass."""
         plain = self.watched([None] * len(CASES))
         bad = self._wider(plain)
         if not bad:
@@ -195,23 +225,24 @@ class EagerCheck:
         return bad, plain
 
     def _wider(self, watch: Watch) -> list[str]:
-        """Blocks that hand on more than one vector for each token: the stream is not what one operation can act on."""
+        """The first problem with a block that does not hand on one vector for each token. One operation cannot act on
+        such a stream."""
         tokens, d_model, bad = self.tokens, self.bank.d_model, []
         for i, handed in watch.handed.items():
             new = handed.returned[: 1 if self.dead else None]
             for t in (t for t in new if not _among(t, handed.given)):
                 if (rows := t.numel() // d_model) != tokens:
                     what = f"{rows} vectors of the width {d_model} for {tokens} tokens ({list(t.shape)})"
-                    why = (
+                    reason = (
                         "a stream that is wider than one vector a token (hyper-connections, AltUp) cannot be steered"
                         if rows > tokens
                         else "a part of the tokens cannot be steered"
                     )
-                    bad.append(f"block {i} hands on {what}: {why}")
+                    bad.append(f"block {i} hands on {what}: {reason}")
         return bad[:1]
 
     def _at(self, site: Site, plain: Watch) -> list[str]:
-        """Prove the hook points of one site, each with its own vector."""
+        """The problems at the hook points of one site. Each hook point is checked with its own vector."""
         generator = torch.Generator().manual_seed(0)
         for n, hooked in enumerate(self.hooked):
             if hooked.point.site == site and n in plain.raw:
@@ -222,7 +253,7 @@ class EagerCheck:
                 size = float(plain.raw[n].norm(dim=-1).mean()) if whole else self._stream_size(plain, n)
                 gamma = 4 * max(size, 1e-3) / self.bank.d_model**0.5
                 adding = torch.tensor([0.0, -torch.inf, 0.0, gamma, -torch.inf, 0.0], dtype=torch.float32)
-                # a gate that few components pass, and nearly all when it is shifted to the other side of 0
+                # few components pass this gate, and nearly all do once it is shifted to the other side of 0
                 gated = torch.tensor([0.0, gamma, 1.0, 0.0, -torch.inf, 2 * gamma], dtype=torch.float32)
                 own = dict.fromkeys(MODES, ABLATE) | {"add": adding, "one_sided": gated}
                 self.bank.slices[hooked.point].write(ROW, v, own)
@@ -249,14 +280,17 @@ class EagerCheck:
                 bank_slice.clear(range(ROW, min(AXIS, self.bank.rows) + 1))
 
     def _stream_size(self, plain: Watch, n: int) -> float:
-        """Of the stream that the block of a writer is given, so that what is added to a small term shows."""
+        """The mean norm of the stream that the block of a writer is given. The amount that `add` adds is a multiple of
+        it, so that the change shows even if the writer's term is small."""
         layer = max(self.hooked[n].point.layer, min(self.blocks))
         return float(self._whole(plain.handed[layer].given[: 2 if self.summed else 1]).norm(dim=-1).mean())
 
     def _whole(self, parts: Sequence[Tensor]) -> Tensor:
+        """The sum of `parts`, `[tokens, d_model]` float64."""
         return torch.stack([p.double().reshape(-1, self.bank.d_model) for p in parts]).sum(0)
 
     def _at_stream(self, n: int, hooked: HookedModule, watch: Watch, plain: Watch) -> str | None:
+        """The problem at a hook point of the whole stream, None if there is none. n: the hooked module's number."""
         if n not in watch.raw:
             return "not reached"
         layer = hooked.point.layer
@@ -282,7 +316,7 @@ class EagerCheck:
         return next((problem for problem in found if problem), None)
 
     def _at_writers(self, site: Site, watch: Watch, plain: Watch) -> list[str]:
-        """Each writer's own output, and that the block hands on the sum of them."""
+        """The problems at writers: each writer's own output is checked, and that the block hands on their sum."""
         bad: list[str] = []
         for layer in dict.fromkeys(p.point.layer for p in self.hooked if p.point.site == site):
             at = [n for n, p in enumerate(self.hooked) if (p.point.site, p.point.layer) == (site, layer)]
@@ -301,8 +335,8 @@ class EagerCheck:
         return bad
 
     def _adds_up(self, handed: Handed, acted: Sequence[Tensor]) -> str | None:
-        """Does the next module get what the block was given and what its writers wrote, each times one number, and
-        nothing else?"""
+        """Check that the next module gets exactly the sum of what the block was given and what its writers wrote, each
+        multiplied by one number. Returns the problem, None if there is none."""
         taken = handed.taken or []
         if not self.summed:
             taken = [t for t in taken if not _among(t, handed.given)][:1]
@@ -319,7 +353,17 @@ class EagerCheck:
         return "the block hands on more than its writers wrote"
 
     def _compare(self, point: HookPoint, raw: Tensor, now: Tensor, parts: Sequence[Tensor]) -> str | None:
-        """`now` `[tokens, d_model]`, made of `parts`, against the one operation on `raw`."""
+        """Check that the change from `raw` to `now` is that of the operation applied once.
+
+        Args:
+            point: the hook point.
+            raw: the stream before the operation, `[tokens, d_model]`.
+            now: the stream that the next module got, `[tokens, d_model]`.
+            parts: the tensors that sum to `now`.
+
+        Returns:
+            The problem, None if there is none.
+        """
         bank_slice = self.bank.slices[point]
         v, axis = bank_slice.vectors[[ROW, min(AXIS, self.bank.rows)]].double()
         each = raw.shape[0] // len(CASES)
@@ -354,23 +398,25 @@ class EagerCheck:
 
 
 def same_norm(found: Tensor, due: Tensor, eps: float) -> bool:
-    """Are outputs `[tokens, d_model]` of a norm those that are due, to the rounding of a stream with this `eps`?"""
+    """Whether the outputs `[tokens, d_model]` of a norm are as due, to the rounding of a stream with this `eps`."""
     allowed = NORMED * eps + SUMMED * torch.finfo(torch.float32).eps
     return bool(((found - due).norm(dim=-1) <= allowed * due.norm(dim=-1)).all())
 
 
 def _among(t: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether `t` is equal to one of `others`."""
     return any(t.shape == other.shape and torch.equal(t, other.to(t.device)) for other in others)
 
 
 def _size(parts: Sequence[Tensor], d_model: int) -> Tensor:
+    """The root of the sum of the squared norms of `parts` at each token, `[tokens]` float64."""
     return torch.stack([p.double().reshape(-1, d_model).square().sum(-1) for p in parts]).sum(0).sqrt()
 
 
 @contextmanager
 def vector(bank: DirectionBank) -> Iterator[RequestSteer]:
-    """A request that steers by random unit vectors, another at each hook point, strongly enough to show in any
-    dtype."""
+    """Lend the steering of a request that steers by random unit vectors, a different one at each hook point, strongly
+    enough for the change to show in any dtype."""
     generator, made = torch.Generator().manual_seed(1), RequestSteer.plain(bank.rank)
     with bank.borrowed() as row:
         for bank_slice in bank.slices.values():
@@ -381,8 +427,14 @@ def vector(bank: DirectionBank) -> Iterator[RequestSteer]:
 
 
 def rest_is_dead(blocks: Sequence[nn.Module], run: Callable[[], Tensor], plain: Tensor, again: Tensor) -> bool:
-    """Is a pass the same where the blocks hand on zeros in place of everything after their first tensor? `plain` and
-    `again` are two passes as they are."""
+    """Whether a pass gives the same result when blocks hand on zeros in place of everything after their first tensor.
+
+    Args:
+        blocks: the blocks.
+        run: makes a pass, and returns its result.
+        plain: the result of an unchanged pass.
+        again: the result of another unchanged pass.
+    """
 
     def alone(_module: nn.Module, _args: object, output: object) -> object:
         if not isinstance(output, tuple):
@@ -400,7 +452,8 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def same(now: Tensor, plain: Tensor, again: Tensor) -> bool:
-    """Is `now` the plain pass? As exactly as two plain passes, `plain` and `again`, are the same on this hardware."""
+    """Whether `now` is equal to the plain pass, as exactly as two plain passes, `plain` and `again`, are equal to each
+    other on this hardware."""
     if torch.equal(plain, again):
         return torch.equal(now, plain)
     return min(distance(now, plain), distance(now, again)) <= 4 * distance(again, plain)

@@ -1,8 +1,8 @@
-"""The token index: for each token of the running batch which rows act on it and how strongly, on the device.
+"""The token index: which rows act on each token of the running batch, and how strongly. It is on the device.
 
-`fill` is called once for each step, on the thread that runs the model, just before the forward pass is enqueued, with
-the stream current that the pass will run on: its copies go to that stream, so they are ordered after the passes
-before it and in front of this one. A caller whose pass runs on another stream must make that one current.
+`fill` is called once for each step, on the thread that runs the model, just before the forward pass is enqueued. It
+enqueues its copies on the current stream, which must be the stream of the pass, so that the copies come after the
+earlier passes and before this one. A caller whose pass runs on another stream must make that stream current.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from steer.spec import END
 from steer.tokenization import Phase
 
 T = TypeVar("T", bound="RequestSteer | None")
-#: Sets of pinned memory used in turn: steps overlap, so the one before may still be read by its copy.
+#: The number of sets of pinned memory, which steps use in turn. Steps overlap, so the copy of an earlier step may still
+#: read its set.
 STAGES = 3
-#: The entry of plain requests.
+#: The number of the entry of plain requests.
 PLAIN = 0
-#: Of the tokens of a step, on the device: their ids, and their positions in their requests, integers `[tokens]` each.
+#: The ids of the tokens of a step and their positions in their requests: integers `[tokens]` each, on the device.
 Tokens: TypeAlias = "tuple[Tensor, Tensor]"
-#: Places in the table of decisions, more than an engine runs requests at once. The first is of tokens without a
-#: condition, the second of tokens that decide each for itself.
+#: The number of places in the table of decisions, more than the requests that an engine runs at once; the place of
+#: tokens without a condition; and the place of tokens that each decide for themselves.
 DECISIONS, UNCONDITIONAL, EACH = 2**14, 0, 1
 
 
@@ -46,26 +47,37 @@ def slots_of(row: int) -> slice:
 
 
 def turns(slots: Tensor) -> Tensor:
-    """Which of these slots are of modes that turn, bool."""
+    """Whether each of these slots is of a mode that turns, bool."""
     return slots % len(MODES) >= len(MODES) - len(TURNING)
 
 
 def bounds_of(span: tuple[int, int] | None) -> int:
-    """One number for the hook points from the first to the last layer of `span`; None for all, that before block 0
-    (layer −1) too. They are counted from there."""
+    """A range of layers as one number, in which layers are counted from 0 for the hook point before block 0 (layer −1).
+
+    Args:
+        span: the first and the last layer; None for all hook points, including the one before block 0.
+    """
     first, last = (0, 2**15 - 1) if span is None else (span[0] + 1, span[1] + 1)
     return first | last << 16
 
 
-#: Of what acts at all layers.
+#: The bounds of entries that act at all layers.
 ANYWHERE = bounds_of(None)
 
 
 class Acts(NamedTuple):
-    """What acts on some tokens: rows, slots and strengths `[rank, tokens]`; bounds `[rank, tokens]` int32, at which
-    layers (`bounds_of`), None where all act at all; shifts `[rank, tokens]`, None where there are none; combinations
-    `[tokens]`, the slot of the matrix by which they act together, None where each acts alone (always, where the rank is
-    1)."""
+    """The entries that act on some tokens.
+
+    Attributes:
+        rows: the bank rows, `[rank, tokens]`.
+        slots: the slots, `[rank, tokens]`.
+        strengths: the strengths, `[rank, tokens]`.
+        bounds: the layers at which each entry acts (`bounds_of`), `[rank, tokens]` int32; None if all entries act at
+            all layers.
+        shifts: the shifts of the gates, `[rank, tokens]`; None if there are none.
+        combinations: the slot of the matrix by which the entries act together (`combine`), `[tokens]`; None if each
+            entry acts alone, as is always the case if the rank is 1.
+    """
 
     rows: Tensor
     slots: Tensor
@@ -76,8 +88,14 @@ class Acts(NamedTuple):
 
 
 class Conditional(NamedTuple):
-    """Of some tokens `[tokens]` each: opened, bool, in place: where it is False nothing acts; deciding, int32, and
-    thresholds, float32: how those decide (`op.decided`) that do, by their last row."""
+    """The conditions of some tokens, `[tokens]` each.
+
+    Attributes:
+        opened: whether the entries of the token act, bool. It is a view, written in place.
+        deciding: where the token decides (`op.decided`), by the component along its last row, int32; 0 for tokens that
+            do not decide.
+        thresholds: the threshold by which the token decides, float32.
+    """
 
     opened: Tensor
     deciding: Tensor
@@ -85,21 +103,27 @@ class Conditional(NamedTuple):
 
 
 def layout(rank: int) -> np.dtype[np.void]:
-    """What the index has for a token, 4 bytes each: where the rank is above 1 also the slot of its combination, the
-    place of its decision, how it decides, and its threshold (`Probe`)."""
+    """The fields of the index for one token, 4 bytes each. If the rank is above 1, they include the slot of its
+    combination, the place of its decision, how it decides, and its threshold (`Probe`)."""
     acts = [("slots", np.int32), ("strengths", np.float32), ("bounds", np.int32), ("shifts", np.float32)]
     more = [("combination", np.int32), ("decision", np.int32), ("deciding", np.int32), ("threshold", np.float32)]
     return np.dtype([*((name, kind, (rank,)) for name, kind in acts), *(more if rank > 1 else ())])
 
 
 def fields(rank: int) -> int:
-    """How many int32 that is on the device."""
+    """The number of int32 that `layout` takes for one token on the device."""
     return layout(rank).itemsize // 4
 
 
 def unpacked(packed: Tensor, rank: int, opened: Tensor | None = None) -> Acts:
-    """What acts on tokens, of `packed` `[tokens, fields]` int32 (`layout`): all but the rows are views of it. `opened`
-    `[tokens]` bool: where it is False all strengths are 0."""
+    """The entries that act on tokens. All tensors are views of `packed`, except the rows, and except the strengths if
+    `opened` is given.
+
+    Args:
+        packed: the fields of the tokens (`layout`), `[tokens, fields]` int32.
+        rank: the rank of the index.
+        opened: `[tokens]` bool. The strengths of a token are 0 if its value is False.
+    """
     slots, strengths, bounds, shifts = (packed[:, part * rank : (part + 1) * rank].T for part in range(4))
     strengths, shifts = strengths.view(torch.float32), shifts.view(torch.float32)
     if opened is not None:
@@ -109,20 +133,20 @@ def unpacked(packed: Tensor, rank: int, opened: Tensor | None = None) -> Acts:
 
 
 def conditions(packed: Tensor, rank: int, opened: Tensor) -> Conditional:
-    """How tokens decide, of the same `packed`, where the rank is above 1."""
+    """The conditions of tokens, from the same `packed` as in `unpacked`. The rank must be above 1."""
     return Conditional(opened, packed[:, 4 * rank + 2], packed[:, 4 * rank + 3].view(torch.float32))
 
 
 class Acting(NamedTuple):
-    """What a step's entries do."""
+    """A summary of the entries of a step."""
 
-    #: How many of the rank act on any token.
+    #: How many of the `rank` entries of a token are needed, at most.
     depth: int
-    #: Do these act on every token?
+    #: Whether all of these act on every token.
     everywhere: bool
-    #: Are all entries alike?
+    #: Whether all tokens have the same entries.
     same: bool
-    #: Does any entry combine directions, act at some layers alone, shift a gate, turn, or have a condition?
+    #: Whether any entry combines directions, acts at some layers only, shifts a gate, turns, or has a condition.
     combined: bool
     bounded: bool
     shifting: bool
@@ -132,9 +156,13 @@ class Acting(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Decision:
-    """The one decision of a request with a condition: its place in `Decisions`, whether a pass has made it, and whether
-    the condition holds, None while the host does not know. Of a request that acts in a phase: its place, and whether
-    that is laid out."""
+    """The one decision of a request with a condition, or the place of a request that acts in a phase.
+
+    Attributes:
+        number: its place in `Decisions`.
+        made: whether a pass has made the decision; for a phase, whether the place has its first values.
+        holds: whether the condition holds; None while the host does not know.
+    """
 
     number: int
     made: bool = False
@@ -143,8 +171,13 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """How a token decides, by the component along the row in its last slot: see `op.decided`. With `each` all tokens do
-    so, each for itself."""
+    """How a token decides, by the component along the row in its last slot.
+
+    Attributes:
+        deciding: the layer at which it decides, and on which side (`op.decided`).
+        threshold: the threshold of the component.
+        each: whether every token decides for itself.
+    """
 
     deciding: int
     threshold: float
@@ -152,10 +185,15 @@ class Probe:
 
 
 class Decisions:
-    """What requests have decided, on the device: `opened` `[DECISIONS]` bool, the first of it for those without a
-    condition, the second, which is never open, for those whose tokens decide. `windows` `[4, DECISIONS]` int64 are the
-    positions of phases: the first, and the first after them, as far as they are known (END), and the ids of the tokens
-    that tell them, −1 for none. It outlives every index."""
+    """The decisions that requests have made, on the device. This table outlives every index.
+
+    Attributes:
+        opened: whether the request at each place acts, `[DECISIONS]` bool. The first place is for requests without a
+            condition; the second, which is never open, is for requests whose tokens each decide.
+        windows: the positions of phases, `[4, DECISIONS]` int64: the first position of the phase, the first position
+            after it (both END while they are not known), and the ids of the tokens that begin and end the phase (−1 for
+            none).
+    """
 
     def __init__(self, device: torch.device | str) -> None:
         with lasting():
@@ -165,8 +203,8 @@ class Decisions:
         self._free = list(range(DECISIONS - 1, EACH, -1))
 
     def take(self, steer: T) -> T:
-        """The same steering for one request, with a decision of its own where it has a condition or acts in a phase,
-        until `give`."""
+        """Return the steering for one request. If it has a condition or acts in a phase, it gets a decision of its own,
+        which is reserved until `give`. Raises NoRoom if no place is free."""
         if steer is None or not steer.decides:
             return steer
         if not self._free:
@@ -178,12 +216,12 @@ class Decisions:
         return replace(steer, decision=steer.decision and decision, then=then)
 
     def give(self, steer: RequestSteer | None) -> None:
-        """The request of a taken decision has ended."""
+        """Free the decision of a request that has ended. `steer`: what `take` returned for it."""
         if steer is not None and (decision := steer.decides):
             self._free.append(decision.number)
 
     def lay(self, number: int, phase: Phase | None) -> None:
-        """What a place begins with. Only enqueued."""
+        """Write the first values of a place. The writes are only enqueued."""
         if phase is not None:
             self.opened[number].fill_(True)
         began, begins, ends = (True, -1, -1) if phase is None else (phase.begun, phase.begins, phase.ends)
@@ -191,12 +229,19 @@ class Decisions:
             window[number].fill_(value)
 
     def followed(self, places: Tensor) -> Tensor:
-        """Of which of these places tokens tell, bool."""
+        """Whether a token begins or ends the phase of each of these places, bool."""
         return (self.windows[2:, places] >= 0).any(0)
 
     def follow(self, places: Tensor, tokens: Tokens) -> Tensor:
-        """Which of some tokens are in the phases of these places, `[tokens]` each; bool. Signs among them are kept. One
-        that was a draft and not taken has another token at its position when that comes again."""
+        """Whether each token is in the phase of its place, `[tokens]` bool.
+
+        The positions of tokens that begin or end a phase are recorded in `windows`. If such a token was a draft that
+        was not accepted, its position comes again with another token, and the record is removed.
+
+        Args:
+            places: the place of each token, `[tokens]`.
+            tokens: the ids and positions of the tokens, `[tokens]` each.
+        """
         ids, positions = tokens[0], tokens[1].long()
         at, signs = self.windows[:, places].split(2)
         known = signs >= 0
@@ -210,13 +255,22 @@ class Decisions:
 
 @dataclass(frozen=True, slots=True)
 class RequestSteer:
-    """One request's part of the index: slots `[rank]` int64 and strengths `[rank]` float32, zeros after its own, and in
-    front those that turn, each with its axis after it; bounds `[rank]` int32 (`bounds_of`), None where all act at all
-    layers; shifts `[rank]` float32, None where there are none; and what makes them act together, None where they are
-    orthogonal or one. A request with a condition, or with a part that acts in a `phase` only, has a decision, which
-    `Decisions.take` gives; the part in which a condition is decided has a probe.
+    """The entries of one request in the index.
 
-    `then`: the positions, ascending, from which on something else acts, and what; none where these are for all tokens.
+    Attributes:
+        slots: `[rank]` int64. The slots of modes that turn come first, each followed by the slot of its axis. Zeros
+            follow the request's own slots.
+        strengths: `[rank]` float32, in the same order.
+        combination: the matrices by which the entries act together; None if there is only one entry, or the directions
+            are orthogonal.
+        bounds: the layers at which each entry acts (`bounds_of`), `[rank]` int32; None if all act at all layers.
+        then: the positions, ascending, from which other entries act, each with these entries; empty if the entries here
+            act on all tokens.
+        decision: the decision of a request with a condition, or of a part that acts in a `phase` only. `Decisions.take`
+            assigns it.
+        probe: how the tokens decide, for a part in which the condition is decided.
+        phase: the phase in which the entries act, if they act in a phase only.
+        shifts: the shifts of the gates, `[rank]` float32; None if there are none.
     """
 
     slots: NDArray[np.int64]
@@ -236,6 +290,7 @@ class RequestSteer:
 
     @property
     def decides(self) -> Decision | None:
+        """The decision of the last part, which is the decision of the request."""
         return self.acting.decision
 
     @classmethod
@@ -244,19 +299,20 @@ class RequestSteer:
 
 
 def applied(steer: RequestSteer | None) -> bool | None:
-    """Does the condition of a request hold, as far as the host knows? None for one without."""
+    """Whether the condition of a request holds. None if it has no condition, or the host does not know yet."""
     return None if steer is None or steer.decision is None else steer.decision.holds
 
 
-#: What the host knows of an entry: where it ends, the entry that goes on there, the one that acts (PLAIN for none) and
-#: the one that acts in the last part, with the position from which on that is so; the number of its combination, or 0.
+#: What the host knows of an entry: the position at which it ends; the entry that follows there; the entry that acts
+#: (itself, or PLAIN if its strengths are 0); the entry that acts in the last part of the request, and the position from
+#: which it acts; and the number of its combination, or 0.
 PART = np.dtype([(name, np.int64) for name in ("stop", "next", "acting", "last", "since", "combined")])
-#: How many tokens each request of a step has, and where they begin.
+#: One number for each request of a step: how many tokens it has, or the position of the first of them.
 Counts: TypeAlias = NDArray[np.int64] | NDArray[np.int32]
 
 
 class _Stages:
-    """The host's side of an index in a device's own memory: sets that steps take in turn."""
+    """The host's copies of an index that is in a device's own memory: STAGES sets, which steps use in turn."""
 
     def __init__(self, like: Tensor, queue: CopyQueue) -> None:
         self._queue, self._turn = queue, 0
@@ -265,19 +321,22 @@ class _Stages:
         self._copied: list[CopyEvent | None] = [None] * STAGES
 
     def next(self) -> Tensor:
+        """The next set, once the copy that read it last is done."""
         self._turn = (self._turn + 1) % STAGES
         if copied := self._copied[self._turn]:
-            copied.synchronize()  # done long ago, unless steps run further ahead than there are stages
+            copied.synchronize()  # waits only if steps run ahead by more than STAGES
         return self._sets[self._turn]
 
     def send(self, to: Tensor, end: int) -> None:
+        """Enqueue a copy of the first `end` tokens of the current set to `to`."""
         self._queue.copy(to[:end], self._sets[self._turn][:end])
         self._copied[self._turn] = self._queue.record_event()
 
 
 @dataclass(slots=True)
 class Losses:
-    """Which tokens of one pass are lost, and what those that decide have decided, on their way to the host."""
+    """Which tokens of one pass are lost, and the decisions that were made in it. The values are being copied to the
+    host."""
 
     _flags: Tensor
     _copied: CopyEvent | None
@@ -285,8 +344,15 @@ class Losses:
     _deciders: Sequence[tuple[Decision, int]] = ()
 
     def first(self, lengths: Sequence[int] | NDArray[np.int32]) -> dict[int, int]:
-        """By the number of a request, in batch order, with lost tokens: which of its `lengths[i]` tokens in the pass is
-        the first of them. Also tells the decisions that were made in the pass what they are. Waits for its end."""
+        """The first lost token of each request that has lost tokens. Waits for the end of the pass, and stores the
+        decisions that were made in it.
+
+        Args:
+            lengths: the number of tokens of each request in the pass, in batch order.
+
+        Returns:
+            By the index of a request in the batch: which of its tokens in the pass is its first lost token.
+        """
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
@@ -302,7 +368,7 @@ class Losses:
         return dict(zip(requests.tolist(), (found[firsts] - starts).tolist(), strict=True))
 
     def decided(self, lengths: NDArray[np.int32]) -> dict[int, bool]:
-        """After `first`: of the same requests those that decided in the pass, and whether their conditions hold."""
+        """By the index of each request that decided in the pass: whether its condition holds. Call `first` before."""
         if not self._deciders:
             return {}
         requests = np.searchsorted(np.cumsum(lengths), [at for _, at in self._deciders], side="right")
@@ -310,13 +376,25 @@ class Losses:
 
 
 class TokenIndex:
-    """`packed` `[max_tokens, fields]` int32 is what acts on each token (`unpacked`), written in place for ever, on a
-    device by one copy; `lost` `[max_tokens]` bool is what the hook points write, and so is `opened`, where the rank has
-    a row for conditions.
+    """The rows and strengths for each token of the running batch.
 
-    A request that steers *enters* once and gets a number; a step names its requests by number, so that filling is a few
-    numpy calls whatever the size of the batch. `queue` is the queue of copies to the device, None where the host writes
-    its memory.
+    A request that steers *enters* once and gets a number. A step names its requests by number, so that `fill` makes a
+    few numpy calls whatever the size of the batch.
+
+    Args:
+        rank: the most rows that one request can use.
+        max_tokens: the most tokens of one step.
+        device: where the index is.
+        queue: the queue of copies to the device; by default the queue of `device`, which is None if the host writes its
+            memory directly.
+        decisions: the table of decisions; by default a new one.
+
+    Attributes:
+        packed: the entries that act on each token (`unpacked`), `[max_tokens, fields]` int32. It is always written in
+            place, on a device by one copy.
+        lost: which tokens are lost, `[max_tokens]` bool. Hook points write it.
+        opened: whether the entries of each token act, `[max_tokens]` bool. Hook points write it. None if the rank is 1,
+            which has no row for conditions.
     """
 
     def __init__(
@@ -341,7 +419,7 @@ class TokenIndex:
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], Counts] | None = None
         self._acting = Acting(0, False, False, False, False, False, False, False)
-        #: What has entered, by number; what a token of it has in the index; and what the host knows of it.
+        #: The steering that has entered, by number; its fields in the index; and what the host knows of it.
         self._steers: dict[int, RequestSteer] = {}
         self._entries, self._parts = np.zeros(0, layout(rank)), np.zeros(0, PART)
         self._free = list[int]()
@@ -349,35 +427,36 @@ class TokenIndex:
         self._free.remove(PLAIN)
         self._parts["stop"][PLAIN] = END
         self._home: Combinations | None = None
-        #: Where the buffers have the place of a decision.
+        #: The column of `packed` that has the place of the decision.
         self._decision = 4 * rank + 1
-        #: How many entries have a decision (and do the buffers speak of any), act in a phase, and have tokens that each
-        #: decide.
+        #: How many entries have a condition or a phase, and whether any entry in the buffers does; how many entries act
+        #: in a phase; and how many have tokens that each decide.
         self._conditional, self._speaks_of_conditions = 0, False
         self._in_phase, self._each = 0, 0
-        #: Who decides in this step: entry, decision and token; and at which layers.
+        #: The decisions that are made in this step: entry, decision and token; and the layers at which tokens decide.
         self._deciders: list[tuple[int, Decision, int]] = []
         self.deciding: frozenset[int] = frozenset()
-        #: Requests that have entered and whose steering is not the same at all tokens.
+        #: How many requests have entered whose steering is not the same at all tokens.
         self.phased = 0
 
     @property
     def active(self) -> bool:
-        """Is any token of this step steered?"""
+        """Whether any token of this step is steered."""
         return self._used > 0
 
     @property
     def used(self) -> int:
-        """Tokens of this step, where any is steered."""
+        """The number of tokens of this step, 0 if none is steered."""
         return self._used
 
     def first(self, tokens: int, conditional: bool = False) -> Acts:
-        """What acts on the first `tokens` of the batch; `conditional`: where their conditions hold."""
+        """The entries that act on the first `tokens` of the batch. With `conditional` the strengths are 0 where the
+        condition of a token does not hold."""
         opened = self.opened[:tokens] if conditional and self.opened is not None else None
         return unpacked(self.packed[:tokens], self.rank, opened)
 
     def enter(self, steer: RequestSteer) -> int:
-        """The number under which steps name a request with this steering, until it `leave`s."""
+        """Add a request with this steering. Returns the number by which steps name it until it `leave`s."""
         number = self._enter(steer)
         self.phased += bool(steer.then)
         last = number
@@ -389,7 +468,7 @@ class TokenIndex:
         return number
 
     def _grow(self, more: int) -> None:
-        """Have so many more entries."""
+        """Make room for `more` entries."""
         size = len(self._entries)
         self._free += range(size + more - 1, size - 1, -1)
         self._entries = np.concatenate([self._entries, np.zeros(more, self._entries.dtype)])
@@ -416,7 +495,7 @@ class TokenIndex:
             deciding, threshold = probe.deciding, probe.threshold
         bounds = ANYWHERE if steer.bounds is None else steer.bounds
         shifts = 0.0 if steer.shifts is None else steer.shifts
-        # no slot yet of what combines: the one of those that combine nothing is never its own
+        # A combination has no slot yet. ALONE marks this, because it is never the slot of a combination.
         more = (ALONE, place, deciding, threshold) if self.rank > 1 else ()
         self._entries[number] = (steer.slots, steer.strengths, bounds, shifts, *more)
         acting, combined = number if steer.strengths.any() else PLAIN, 0
@@ -433,7 +512,7 @@ class TokenIndex:
         self._each += by * each
 
     def leave(self, number: int) -> RequestSteer:
-        """What had entered."""
+        """Remove a request. Returns its steering."""
         steer = self._steers[number]
         self.phased -= bool(steer.then)
         for _ in (steer, *steer.then):
@@ -443,7 +522,8 @@ class TokenIndex:
         return steer
 
     def reset(self) -> None:
-        """Make every token plain, whatever the buffers hold now: they may have been lost or overwritten."""
+        """Make every token plain, whatever the buffers hold. This is for buffers whose content was lost or
+        overwritten."""
         self.packed.zero_()
         self.lost.zero_()
         if self.opened is not None:
@@ -457,12 +537,19 @@ class TokenIndex:
         starts: Counts | None = None,
         tokens: Tokens | None = None,
     ) -> int:
-        """Give `lengths[i]` tokens, in batch order, the steering that entered as `numbers[i]` (PLAIN for none); tokens
-        after the last get none. `starts[i]` is the position of the first of them in its request, which must be given
-        where any is `phased`; `tokens`, of the step or more, where any acts in a `Phase`. Returns how many tokens are
-        steered.
+        """Write which entries act on each token of the next pass.
 
-        Nothing is copied where the step before was the same and no request has entered since (steady decode)."""
+        Nothing is copied if the step before was the same and no request has entered since (steady decode).
+
+        Args:
+            numbers: the number under which each request entered, in batch order; PLAIN for plain requests.
+            lengths: how many tokens each request has in the step. Tokens after the last of them are plain.
+            starts: the position of the first of these tokens in its request. Needed if any request is `phased`.
+            tokens: the tokens of the step, and perhaps more after them. Needed if any request acts in a `Phase`.
+
+        Returns:
+            How many tokens are steered.
+        """
         if self.phased and numbers.any():
             assert starts is not None, "what acts depends on the position"
             if (starts >= self._parts["since"][numbers]).all():  # steady decode: all are in their last parts
@@ -477,7 +564,7 @@ class TokenIndex:
         assert total <= self.max_tokens, f"a step of {total} tokens in an index of {self.max_tokens}"
         end = max(total, self._used)
         if not end:
-            return 0  # plain after plain: the buffers are zero already
+            return 0  # this step and the one before are plain: the buffers are zero already
         self.lost.zero_()
         moved = bool(total) and self._combine(numbers)
         if moved or not (self._filled and all(map(np.array_equal, self._filled, (numbers, lengths)))):
@@ -502,7 +589,8 @@ class TokenIndex:
         return steered
 
     def _open(self, numbers: NDArray[np.int64], lengths: Counts, end: int) -> None:
-        """Lay what was decided before beside the tokens of a step, and note who decides in it: the last of a part."""
+        """Write earlier decisions into `opened` for the tokens of a step, and note the decisions that are made in it.
+        The last token of a part makes the decision."""
         assert self.opened is not None
         torch.index_select(self.decisions.opened, 0, self.packed[:end, self._decision], out=self.opened[:end])
         how, places = self._entries["deciding"][numbers], self._entries["decision"][numbers]
@@ -516,12 +604,13 @@ class TokenIndex:
         self._speaks_of_conditions = bool(places.any())
 
     def keep(self) -> list[tuple[Decision, int]]:
-        """After the pass is enqueued: what was decided in it is kept. Whose decisions, and by which tokens."""
+        """Store the decisions that the pass makes. Call this after the pass is enqueued. Returns the decisions, each
+        with the token that makes it."""
         if not (decisions := self._deciders):
             return []
         opened, deciding, _ = self.conditional_of(self._used)
         places = self.packed[: self._used, self._decision].long()
-        decided = (deciding != 0) & (places != EACH)  # others write what is there
+        decided = (deciding != 0) & (places != EACH)  # all other tokens write True to UNCONDITIONAL
         places = torch.where(decided, places, UNCONDITIONAL)
         self.decisions.opened.scatter_(0, places, torch.where(decided, opened, True))
         self._deciders, self._filled = [], None
@@ -530,12 +619,14 @@ class TokenIndex:
         return [(decision, at) for _, decision, at in decisions]
 
     def found(self) -> Tensor:
-        """What a pass has found of each token up to here, uint8, for whoever goes on with it elsewhere."""
+        """The state of each token after the hook points so far, `[tokens]` uint8, for the rank of a pipeline that
+        continues the pass: bit 0 for lost, bit 1 for opened."""
         lost = self.lost[: self._used].to(torch.uint8)
         return lost if self.opened is None else lost + 2 * self.opened[: self._used].to(torch.uint8)
 
     def go_on(self, found: Tensor) -> None:
-        """Take over what the pass has `found` elsewhere, of tokens that were lost, have decided or were followed."""
+        """Take over the state that `found` returned on the rank before: which tokens were lost, and for tokens that
+        decide or whose phase is followed, whether they are opened."""
         self.lost[: self._used].copy_(found & 1)
         if self._deciders or self._in_phase or self._each:
             opened, deciding, _ = self.conditional_of(self._used)
@@ -543,14 +634,15 @@ class TokenIndex:
             opened.copy_(torch.where((deciding != 0) | followed, (found & 2) != 0, opened))
 
     def conditional_of(self, tokens: int) -> Conditional:
-        """Of the first `tokens` of the batch, as views of the buffers."""
+        """The conditions of the first `tokens` of the batch, as views of the buffers."""
         assert self.opened is not None
         return conditions(self.packed[:tokens], self.rank, self.opened[:tokens])
 
     def _parted(
         self, numbers: NDArray[np.int64], lengths: Counts, starts: Counts
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The same tokens with a number for each part of a request, one after the other."""
+        """The numbers and lengths of the same tokens, with an item for each part of a request in place of one for each
+        request."""
         at, ends = starts, starts + lengths
         parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
         while True:
@@ -564,8 +656,11 @@ class TokenIndex:
         return flat[counts > 0], counts[counts > 0]
 
     def losses(self) -> Losses | None:
-        """What the pass that was enqueued last has lost; None where nothing of it was steered. The copy to the host is
-        enqueued after it: whoever reads it with the pass's outputs does not wait for it."""
+        """The losses of the pass that was enqueued last; None if none of its tokens was steered.
+
+        The copy to the host is enqueued after the pass, so a caller that reads it with the outputs of the pass does not
+        wait longer.
+        """
         if not self._used:
             return None
         decisions = self.keep()
@@ -576,7 +671,7 @@ class TokenIndex:
         return Losses(found[0], copied, found[1], decisions)
 
     def _fetched(self, here: Tensor) -> Tensor:
-        """A copy that is on its way to the host."""
+        """A copy of `here` on the host, which is complete once the queue has reached it."""
         if self._queue is None:
             return here.clone()
         flags = torch.empty(len(here), dtype=torch.bool, pin_memory=self._queue.pinned)
@@ -590,7 +685,7 @@ class TokenIndex:
         starts: Sequence[int] | None = None,
         tokens: Tokens | None = None,
     ) -> int:
-        """The same for requests that have not entered, None for a plain one."""
+        """Fill the index as `fill` does, for requests that have not entered. steers: None for a plain request."""
         entered = [PLAIN if steer is None else self.enter(steer) for steer in steers]
         try:
             numbers, counts = np.array(entered, np.int64), np.array(lengths, np.int64)
@@ -618,10 +713,14 @@ class TokenIndex:
                     self.leave(number)
 
     def acting(self, count: int) -> tuple[Acts, bool, bool]:
-        """What acts on the first `count` entries: `[depth, count, 1]` and combinations `[count, 1]`, or `[depth, 1]`
-        and `[1]` where it is the same for all; whether it acts on every one of them, and whether any of it turns.
-        `depth` is how many of the rank act on any. For an eager pass after `fill_with`: what is compiled reads the
-        buffers themselves."""
+        """The entries that act on the first `count` tokens or rows that `fill_with` was called for.
+
+        This is for eager passes. Compiled code reads the buffers themselves.
+
+        Returns:
+            The entries, `[depth, count, 1]` with combinations `[count, 1]`, or `[depth, 1]` and `[1]` if they are the
+            same for all, with `depth` as in `Acting`; whether they act on every token; and whether any of them turns.
+        """
         depth, everywhere, same, combined, bounded, shifting, turning, conditional = self._acting
         whole = self._used == count
         part = np.s_[:depth,] if same and whole else np.s_[:depth, :, None]
@@ -630,13 +729,16 @@ class TokenIndex:
         combinations = combinations[part[1:]] if combined and combinations is not None else None
         bounds = bounds[part] if bounded and bounds is not None else None
         shifts = shifts[part] if shifting and shifts is not None else None
-        # int64 is what indexing takes outside of compiled code
+        # indexing outside of compiled code takes int64
         acts = Acts(rows[part].long(), slots[part].long(), strengths[part], bounds, shifts, combinations)
         return acts, everywhere and whole, turning
 
     def _combine(self, numbers: NDArray[np.int64]) -> bool:
-        """Have the combinations of this step in slots of the device. In a steady step these are two looks at arrays.
-        Returns whether any of them was put into another slot."""
+        """Put the combinations of this step into slots of the device. In a steady step this only compares two arrays.
+
+        Returns:
+            Whether any combination was put into another slot.
+        """
         if self._home is None:
             return False
         combined = numbers[self._parts["combined"][numbers] != 0]

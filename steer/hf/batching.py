@@ -1,5 +1,5 @@
-"""The engine on transformers' continuous batching, and the choice of engine for a model. `internals` lists what this
-needs from transformers."""
+"""The engine on transformers' continuous batching, and the choice of the engine for a model. `internals` lists the
+parts of transformers that this engine needs."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching.requests import GenerationOutput
 
 log = logging.getLogger("steer")
-#: Seconds without a pass, while requests wait, after which the engine is taken to stand still. No pass takes as long.
+#: Seconds without a pass, while requests wait, after which the engine counts as stuck. No pass takes as long.
 STUCK = 300.0
-#: On a CPU the manager would otherwise take all memory for its cache.
+#: The page size, cache size and batch size on a CPU, in tokens. Without these limits the manager would take all memory
+#: for its cache.
 CPU_PAGE, CPU_CACHE_TOKENS, CPU_BATCH_TOKENS = 32, 16384, 512
 
 
 @dataclass(slots=True)
 class _Running:
-    """A request inside the manager. Written by the model's thread, read by the event loop after each delivery."""
+    """A request inside the manager. The model's thread writes it, and the event loop reads it after each delivery."""
 
     steer: RequestSteer | None
     read: Readout | None
@@ -49,11 +50,12 @@ class _Running:
     failed: RequestFailed | None = None
 
     def fail(self, error: RequestFailed) -> None:
+        """End the request with `error`, unless it has failed already."""
         self.failed = self.failed or error
 
 
 class BatchingEngine(Engine):
-    """Plain and steered requests mixed in one continuous batch."""
+    """Serves plain and steered requests together in one continuous batch."""
 
     def __init__(
         self,
@@ -68,12 +70,12 @@ class BatchingEngine(Engine):
         self._numbers = itertools.count()
         self._requests: dict[str, _Running] = {}
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="steer-score")
-        self._fault: BaseException | None = None  # what ended the model's thread
-        self._moved = time.monotonic()  # when there was a pass last, or no request that waits for one
-        self._left = False  # has a request been cancelled since the last pass
-        self._rest = 0.0  # until when scoring leaves the model to others
-        self._holds: set[object] = set()  # the pauses in which somebody uses the model
-        #: The requests of the running pass in its order, each with its tokens, and those of them that are read.
+        self._fault: BaseException | None = None  # the error that ended the model's thread
+        self._moved = time.monotonic()  # the last time at which there was a pass, or no waiting request
+        self._left = False  # whether a request was cancelled since the last pass
+        self._rest = 0.0  # the time until which scoring leaves the model to other requests
+        self._holds: set[object] = set()  # the pauses of the manager that have not ended
+        #: The requests of the running pass in its order, each with its number of tokens; and those that are read.
         self._passing: list[tuple[_Running | None, int]] = []
         self._readers: list[_Running] = []
         anatomy = steering.anatomy
@@ -115,8 +117,8 @@ class BatchingEngine(Engine):
 
     @property
     def healthy(self) -> bool:
-        """Not where the model's thread has ended, nor where requests have waited for STUCK seconds without a pass, and
-        nobody holds the model."""
+        """Whether the engine works. False if the model's thread has ended, or if requests have waited for STUCK seconds
+        without a pass while nobody holds the model."""
         running = bool(self.manager.is_running()) and self.manager.background_thread_status.fatal_error is None
         idle = not self._requests or bool(self._holds)
         return running and (idle or time.monotonic() - self._moved < STUCK)
@@ -159,7 +161,7 @@ class BatchingEngine(Engine):
 
     async def _scored(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
         def scored() -> list[Token]:
-            if self._requests:  # which have as much of the time as scoring, however much there is to score
+            if self._requests:  # they get as much time as scoring, however much there is to score
                 time.sleep(max(0.0, self._rest - time.monotonic()))
             begun = time.monotonic()
             try:
@@ -168,7 +170,7 @@ class BatchingEngine(Engine):
             finally:
                 self._rest = 2 * time.monotonic() - begun
 
-        # One thread: several may hold the pause at once, and there is one index.
+        # One thread only: several callers may hold the pause at once, but there is only one index.
         return await asyncio.get_running_loop().run_in_executor(self._scorer, scored)
 
     @contextmanager
@@ -192,7 +194,8 @@ class BatchingEngine(Engine):
             yield
 
     def _prepare(self) -> bool:
-        """Model thread, before each forward pass: the token index follows the packed order of the batch."""
+        """Prepare each forward pass, on the model's thread: fill the token index in the packed order of the batch.
+        Returns whether there is a pass."""
         if self._left:
             self._left = False
             internals.let_in(self._processor)
@@ -217,7 +220,7 @@ class BatchingEngine(Engine):
 
     @contextmanager
     def _read_out(self) -> Iterator[None]:
-        """What goes wrong inside is the end of the requests that are read, and of no other."""
+        """Let an error inside fail the requests that are read, and no others."""
         try:
             yield
         except Exception as error:
@@ -227,7 +230,8 @@ class BatchingEngine(Engine):
             self.steering.reads.clear()
 
     def _stepping(self, model: PreTrainedModel) -> None:
-        """Model thread, the forward pass: its requests are told before transformers says why its thread ended."""
+        """Make the forward pass, on the model's thread. An error is stored before transformers ends its thread, so that
+        requests can raise from it."""
         try:
             self._step(model)
         except BaseException as error:
@@ -235,7 +239,8 @@ class BatchingEngine(Engine):
             raise
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
-        """Model thread, after each forward pass: one token for each request whose prompt is read to its end."""
+        """Sample after each forward pass, on the model's thread: one token for each request whose prompt has been read
+        completely."""
         losses = self.steering.index.losses()
         batch = [e for e in self._processor.inputs_and_outputs.requests_in_batch if e.has_new_token]
         running = [self._requests.get(entry.state.request_id) for entry in batch]
@@ -261,8 +266,11 @@ class BatchingEngine(Engine):
 def start_engine(
     steering: Steering, eos_ids: Sequence[int], *, context: int, capacity: int, cache_tokens: int | None = None
 ) -> Engine:
-    """A started engine whose answers were checked to be those of `generate`: batching where transformers can batch the
-    model, else one request at a time. Raises UnsupportedModel where neither passes; any other failure is one."""
+    """Start an engine, and check that its answers are those of `generate`.
+
+    The engine is the batching one if transformers can batch the model and the check passes, else the one that serves
+    one request at a time. Raises UnsupportedModel if neither passes. Other errors are raised as they are.
+    """
     try:
         _check_lengths(steering, context)
         return _checked(
@@ -270,11 +278,12 @@ def start_engine(
         )
     except (internals.CannotBatch, SelfCheckFailed) as reason:
         log.warning("this model cannot be batched (%s): requests are served one at a time", reason)
-    gc.collect()  # the cache of the attempt, which on an accelerator is most of its memory
+    gc.collect()  # frees the cache of the attempt, which takes most of an accelerator's memory
     return _checked(SequentialEngine(steering, eos_ids, context=context, capacity=capacity))
 
 
 def _checked(engine: Engine) -> Engine:
+    """Start `engine` and check it. The engine is stopped if this raises."""
     try:
         engine.start()
         self_check(engine)
@@ -285,7 +294,7 @@ def _checked(engine: Engine) -> Engine:
 
 
 def _check_lengths(steering: Steering, context: int) -> None:
-    """Raises CannotBatch where the answer to a short request would depend on how long others of its batch are."""
+    """Raise CannotBatch if the answer to a short request would depend on the lengths of other requests in its batch."""
     found = internals.length_dependent(steering.anatomy.model.config)
     if found and context > found[1]:
         kind, limit = found

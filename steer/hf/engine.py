@@ -1,6 +1,6 @@
 """The interface between the server and an engine: the tokens of one request as an async stream.
 
-`SequentialEngine` serves one request at a time as `generate` would, for models that cannot be batched;
+`SequentialEngine` serves one request at a time, as `generate` would, for models that cannot be batched.
 `steer.hf.batching` has the engine on transformers' continuous batching.
 """
 
@@ -23,14 +23,18 @@ from steer.hf.steering import Steering
 from steer.runtime.token_index import RequestSteer, applied
 from steer.spec import Readout
 
-#: Tokens of a scored prompt whose logits, each as long as the vocabulary, are there at once.
+#: The most tokens of a scored prompt whose logits, each as long as the vocabulary, are in memory at once.
 SCORED_AT_ONCE = 512
 
 
 class Engine(abc.ABC):
-    """Generates with a steered model. Prompt ids in, tokens out, one index entry a request.
+    """Generates with a steered model: takes the ids of prompts, and returns tokens. Each request has one index entry.
 
-    `context` is the most tokens that prompt and answer have together; `capacity` the most requests in flight.
+    Args:
+        steering: the steering of the model.
+        eos_ids: the ids of end-of-sequence tokens.
+        context: the most tokens that a prompt and its answer may have together.
+        capacity: the most requests in flight.
     """
 
     description: str
@@ -49,11 +53,20 @@ class Engine(abc.ABC):
         read: Readout | None = None,
         turns: AbstractAsyncContextManager[object] | None = None,
     ) -> AsyncGenerator[Token, None]:
-        """Tokens as they come, the end-of-sequence token included, each with its reading where there is `read`. Closing
-        the iterator cancels the request, which has its place at once and begins when `turns` lets it.
+        """Yield the tokens of the answer as they come, the end-of-sequence token included. Closing the iterator cancels
+        the request.
 
-        Raises NoRoom when the queue is full (before anything is queued), RequestFailed (NotFinite where steering is
-        the reason) when this request cannot be answered, EngineFailed when the engine fails.
+        Args:
+            prompt: the ids of the prompt.
+            sampling: how tokens are sampled.
+            steer: the steering of the request, None for a plain request.
+            read: the read-out. If given, each token has its reading.
+            turns: entered before the request begins. The request takes its place in the queue before that.
+
+        Raises:
+            NoRoom: the queue is full; nothing was queued.
+            RequestFailed: this request cannot be answered (NotFinite if steering is the reason).
+            EngineFailed: the engine fails.
         """
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place())
@@ -77,10 +90,11 @@ class Engine(abc.ABC):
     def answer(
         self, prompt: Sequence[int], sampling: Sampling, steer: RequestSteer | None, read: Readout | None = None
     ) -> AsyncGenerator[Token, None]:
-        """As `generate`, whatever the capacity: the self-check at start takes as many requests as it needs."""
+        """Answer as `generate` does, without a check of the capacity: the self-check at start makes as many requests as
+        it needs."""
 
     def admit(self, count: int) -> None:
-        """Raise NoRoom if `count` more requests would not find a place."""
+        """Raise NoRoom if there is no place for `count` more requests."""
         if self.in_flight + count > self.capacity:
             raise NoRoom(
                 f"{self.in_flight} requests are running or waiting and {count} more came; at most {self.capacity} can "
@@ -98,17 +112,17 @@ class Engine(abc.ABC):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """What is asked for while it lasts begins when it ends."""
+        """Hold requests back: those that arrive inside begin when it ends."""
         yield
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While it lasts, the calling thread has the model for itself, as it is outside of any engine."""
+        """Give the calling thread the model for itself, in the state that it has outside of any engine."""
         yield
 
     async def score(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
-        """`ids[1:]` with the log-probabilities that the steered model gives them. Cancelled before its turn, it costs
-        nothing. Raises as `generate`."""
+        """Return `ids[1:]` with the log-probabilities that the steered model gives them. If the call is cancelled
+        before its turn, it costs nothing. Raises as `generate` does."""
         with self._place():
             return await self._scored(ids, steer, top)
 
@@ -127,7 +141,7 @@ class Engine(abc.ABC):
 
     @torch.inference_mode()
     def score_alone(self, ids: Sequence[int], steer: RequestSteer | None, top: int) -> list[Token]:
-        """The forward pass of `score`, inside `alone`. The logits are there for SCORED_AT_ONCE tokens at a time."""
+        """Make the forward pass of `score`, inside `alone`. It holds the logits of SCORED_AT_ONCE tokens at once."""
         model = self.steering.anatomy.model
         tensor = torch.tensor([list(ids)], device=self.steering.anatomy.device)
         with self.steering.batch([None]):
@@ -149,7 +163,7 @@ class Engine(abc.ABC):
 
 
 class SequentialEngine(Engine):
-    """One request at a time, in order of arrival."""
+    """Serves one request at a time, in order of arrival."""
 
     def __init__(self, steering: Steering, eos_ids: Sequence[int], *, context: int, capacity: int) -> None:
         super().__init__(steering, eos_ids, context=context, capacity=capacity)
@@ -160,7 +174,8 @@ class SequentialEngine(Engine):
 
     @property
     def _turn(self) -> asyncio.Lock:
-        """Of the running loop: the self-check has a loop of its own, and a lock that was waited for stays with it."""
+        """The lock of the running event loop. The self-check has a loop of its own, and a lock stays bound to the loop
+        in which it was waited for."""
         return self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
     async def answer(
@@ -194,7 +209,7 @@ class SequentialEngine(Engine):
             readings = self.steering.reads.collect()
             token = sample(logits, [sampler])[0]
             if losses := self.steering.index.losses():
-                losses.first([length])  # what is lost, the end of the batch tells
+                losses.first([length])  # stores decisions; the end of the batch raises for lost tokens
         if isinstance(token, RequestFailed):
             raise token
         decoding.append(token.id)
@@ -218,6 +233,7 @@ class SequentialEngine(Engine):
 
 @contextmanager
 def _failing() -> Iterator[None]:
+    """Raise EngineFailed for errors inside that are not Steer's own."""
     try:
         yield
     except SteerError:

@@ -1,24 +1,24 @@
-"""Everything that knows the internals of transformers is in this file, checked at start.
+"""The only file that knows the internals of transformers. They are checked at start.
 
-Tested with transformers 5.19.0 and 5.24.0. What is relied on:
+Tested with transformers 5.19.0 and 5.24.0. Steer relies on these parts:
 
-* continuous batching: what `_MANAGER` and `_PROCESSOR` name, and of an output `generated_tokens`, `error` and
-  `is_finished`. `prepare_next_batch()` fills `inputs_and_outputs.requests_in_batch`, in whose order tokens are packed,
-  each entry with `.state.request_id`, `.query_length` and `.has_new_token`: wrapped, to fill the index and the
+* Continuous batching: the names in `_MANAGER` and `_PROCESSOR`, and `generated_tokens`, `error` and `is_finished` of an
+  output. `prepare_next_batch()` fills `inputs_and_outputs.requests_in_batch`, in whose order tokens are packed. Each
+  entry has `.state.request_id`, `.query_length` and `.has_new_token`. Steer wraps this method to fill the index and the
   read-out on the stream of the pass. `model_runner._sample(scores, output_ids)` picks tokens from
-  `[1, requests, vocabulary]`: replaced by our sampler, since its own has no per-request seed, min-p or top
-  log-probabilities;
-* loading: `get_model_conversion_mapping`, `rename_source_key` and `convert_and_load_state_dict_in_model` say which
-  parameter a tensor of a file becomes, and make it of it, also where the files hold experts one by one;
-* the hooks that record `output_hidden_states` are of the module `_RECORDERS`. A model that was asked for these once has
-  such hooks for good;
-* a pass of continuous batching is called with its `cache`, whose `use_prefix_sharing` tells of shared blocks; a manager
-  that is kept for later calls is the model's `_cached_continuous_batching_manager`;
-* `generate(custom_generate=...)` hands over the cache and the inputs as it prepared them, whatever the model calls
-  them; `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation` go on from there.
+  `[1, requests, vocabulary]`. Steer replaces it by its own sampler, because the one of transformers has no per-request
+  seed, min-p or top log-probabilities.
+* Loading: `get_model_conversion_mapping`, `rename_source_key` and `convert_and_load_state_dict_in_model` tell which
+  parameter a tensor of a file becomes, and make the parameter, also if the files hold experts one by one.
+* The hooks that record `output_hidden_states` are defined in the module `_RECORDERS`. A model that was once asked for
+  hidden states keeps these hooks for good.
+* A pass of continuous batching is called with its `cache`, whose `use_prefix_sharing` tells whether blocks are shared.
+  A manager that is kept for later calls is the model's `_cached_continuous_batching_manager`.
+* `generate(custom_generate=...)` hands over the cache and the inputs that it has prepared, whatever their names in the
+  model. `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation` continue from there.
 
-Prefix sharing hashes prompt tokens only, so it would hand a plain request the blocks of a steered one: it is off. CUDA
-graphs and asynchronous steps are off too, since index and sampler change between steps on the host.
+Prefix sharing hashes prompt tokens only, so it would give a plain request the blocks of a steered one. It is therefore
+off. CUDA graphs and asynchronous steps are off too, because the index and the sampler change between steps on the host.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ if TYPE_CHECKING:
     from transformers.generation.continuous_batching import ContinuousBatchingManager
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 
-#: Kinds of rotary embedding whose frequencies depend on the longest request of a pass, once that is beyond the context
-#: the model was first trained with.
+#: Kinds of rotary embedding whose frequencies depend on the longest request of a pass, once that request is longer than
+#: the context with which the model was first trained.
 LENGTH_DEPENDENT = ("longrope", "dynamic")
-#: What transformers raises for a model that it cannot batch: attention it does not support, layers without a paged
-#: cache, a configuration without what the cache is made from, or with another of it at each layer (Gemma 4), a cache
-#: that finds no memory statistics.
+#: The errors that transformers raises for a model that it cannot batch: because it does not support the attention, a
+#: layer has no paged cache, the configuration lacks a number from which the cache is made or has a different one for
+#: each layer (Gemma 4), or the cache finds no memory statistics.
 _REFUSALS = (ValueError, KeyError, AttributeError, NotImplementedError, AmbiguousGlobalPerLayerAttributeError)
 
 _MANAGER = (
@@ -90,16 +90,17 @@ _PROCESSOR = (
 )
 _OUTPUT = ("error", "generated_tokens", "is_finished")
 _RECORDERS = "transformers.utils.output_capturing"
-#: Called by `generate` with the keywords `expand_size` and `input_ids` `[prompts, positions]`, of no positions where
-#: there are embeddings.
+#: The method that `generate` calls with the keywords `expand_size` and `input_ids` `[prompts, positions]`. If
+#: embeddings are given, `input_ids` has no positions.
 _EXPAND = "_expand_inputs_for_generation"
 _GENERATE = "generate"
 _MODEL = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
 class _Discard(queue.Queue[object]):
-    """The queue for results that no handler waits for. Every request here has one until it is cancelled, so what comes
-    later is for nobody; transformers would keep it for as long as the process lives."""
+    """A queue that drops its items, for results without a handler. Every request of Steer has a handler until it is
+    cancelled, so nobody waits for a result that comes later; transformers would keep it as long as the process lives.
+    """
 
     def _put(self, item: object) -> None:
         pass
@@ -112,8 +113,18 @@ class CannotBatch(SteerError):
 def start_manager(
     model: PreTrainedModel, *, context: int, page: int | None, cache_tokens: int | None, batch_tokens: int | None
 ) -> ContinuousBatchingManager:
-    """A warmed-up `ContinuousBatchingManager` with its processor; what is None is transformers' choice. Raises
-    CannotBatch, and then has changed nothing."""
+    """Return a warmed-up `ContinuousBatchingManager` with its processor.
+
+    Args:
+        model: the model.
+        context: the most tokens of a prompt and its answer.
+        page: the page size of the cache in tokens; None for the choice of transformers.
+        cache_tokens: the size of the cache in tokens; None for the choice of transformers.
+        batch_tokens: the most tokens of a pass; None for the choice of transformers.
+
+    Raises:
+        CannotBatch: transformers cannot batch the model. Nothing has changed then.
+    """
     if not hasattr(model, "init_continuous_batching"):
         raise CannotBatch(f"{type(model).__name__} has no continuous batching in transformers")
     config = ContinuousBatchingConfig(
@@ -137,7 +148,8 @@ def start_manager(
 
 
 def check_seams(manager: ContinuousBatchingManager) -> None:
-    """Raises UnsupportedModel naming everything of the manager that is used here and that this version has not."""
+    """Raise UnsupportedModel if the manager of this version lacks attributes that Steer uses. The error names them
+    all."""
     processor = getattr(manager, "batch_processor", None)
     missing = [f"ContinuousBatchingManager.{name}" for name in _MANAGER if not _has(manager, name)]
     missing += [f"ContinuousBatchProcessor.{name}" for name in _PROCESSOR if not _has(processor, name)]
@@ -148,18 +160,19 @@ def check_seams(manager: ContinuousBatchingManager) -> None:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raises UnsupportedModel where the model cannot be decoded as `generate` does."""
+    """Raise UnsupportedModel if Steer cannot decode the model in the way `generate` does."""
     missing = [name for name in _MODEL if not _has(model, name)]
     if missing:
         raise UnsupportedModel(f"{type(model).__name__} lacks {', '.join(missing)}, which Steer decodes with")
 
 
 def short(error: BaseException) -> str:
-    """Its kind and the beginning of its message, which may hold a whole configuration."""
+    """The type of `error` and the beginning of its message, which may contain a whole configuration."""
     return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
 def _has(thing: object, path: str) -> bool:
+    """Whether `thing` has the dotted attribute `path`."""
     try:
         attrgetter(path)(thing)
     except AttributeError:
@@ -168,19 +181,19 @@ def _has(thing: object, path: str) -> bool:
 
 
 def pass_stream(processor: ContinuousBatchProcessor) -> AbstractContextManager[object]:
-    """What is enqueued inside goes to the stream that the batch's pass runs on, so it is ordered before the pass."""
+    """Make the stream of the batch's pass current, so that work which is enqueued inside comes before the pass."""
     return stream_context(processor.inputs_and_outputs.compute_stream)
 
 
 def let_in(processor: ContinuousBatchProcessor) -> None:
-    """Have waiting requests taken again after the cache was full. transformers does so when a request has finished,
-    which one that was cancelled never does."""
+    """Let the scheduler take waiting requests again after the cache was full. transformers does this when a request
+    finishes, but a cancelled request never finishes."""
     processor.scheduler.block_new_requests = False
 
 
 class Attention:
-    """The attention implementations that a model's configuration and those of its parts name, to be put back: a plain
-    pass fails, or is wrong, under those of a paged cache."""
+    """The attention implementations named by a model's configuration and by those of its parts. They must be put back,
+    because a plain pass fails, or is wrong, under the implementations for a paged cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -201,7 +214,7 @@ class Attention:
 
     @contextmanager
     def back(self) -> Iterator[None]:
-        """What was there at first, while it lasts."""
+        """Put the first implementations back for the code inside."""
         now = self._now()
         self._put(self._kept)
         try:
@@ -211,18 +224,18 @@ class Attention:
 
 
 def whole_cache(model: Any, cache: Any = None) -> bool:
-    """Return whether the model's cache (by its configuration where none is given) is the keys and values of all tokens
-    at every layer, and nothing else: no window, no running state."""
+    """Whether the model's cache consists of the keys and values of all tokens at every layer and nothing else: no
+    window, no running state. If `cache` is None, the configuration tells the kind of cache."""
     try:
         cache = DynamicCache(config=model.config) if cache is None else cache
-    except (AttributeError, KeyError, TypeError, ValueError):  # a kind of layer that it does not know
+    except (AttributeError, KeyError, TypeError, ValueError):  # a kind of layer that DynamicCache does not know
         return False
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def move_back(cache: DynamicCache, by: Sequence[int]) -> None:
-    """Move the keys and values of each row `by[row]` positions back in a whole cache, in which as many of them are lost
-    at the end. What then stands in front is nothing, and must be masked."""
+    """Move the keys and values of each row `by[row]` positions towards the end of a whole cache. The last `by[row]` of
+    them are lost. The first `by[row]` positions then hold no valid values, and must be masked."""
     for layer in cache.layers:
         count = layer.keys.shape[-2]
         at = torch.arange(count, device=layer.keys.device) - torch.tensor(by, device=layer.keys.device)[:, None]
@@ -232,27 +245,30 @@ def move_back(cache: DynamicCache, by: Sequence[int]) -> None:
 
 
 def shared_cache(cache: object) -> object | None:
-    """`cache`, where it is paged and requests find in it what others have computed of the same first tokens."""
+    """Return `cache` if it is paged and shares blocks between requests that begin with the same tokens, else None."""
     return cache if getattr(cache, "use_prefix_sharing", False) else None
 
 
 def past_of(given: Mapping[str, object]) -> Cache | None:
-    """The cache that a pass goes on from, among what its decoder is called with."""
+    """The cache from which a pass continues, among the keyword arguments of its decoder."""
     found = (given.get(name) for name in ("past_key_values", "cache_params"))
     return next((cache for cache in found if isinstance(cache, Cache)), None)
 
 
 def forget_manager(model: PreTrainedModel) -> None:
-    """Have the next `generate_batch` begin with an empty cache, also where `persistent_manager=True` has left one. A
-    manager that runs is not touched."""
+    """Make the next `generate_batch` begin with an empty cache, also if `persistent_manager=True` has left a manager. A
+    running manager is not touched."""
     manager = vars(model).get("_cached_continuous_batching_manager")
     if manager is not None and not manager.is_running():
         model.destroy_cached_continuous_batching_manager()
 
 
 def logits_in_pieces(model: Any, ids: Tensor, size: int) -> Generator[Tensor]:
-    """The logits `[tokens, vocabulary]` at all of `ids` (`[1, tokens]`) but the last, for `size` tokens at a time: once
-    through the decoder, and through the head for each piece, where the model can be asked for some of its logits."""
+    """Yield the logits at all of `ids` (`[1, tokens]`) but the last, `[tokens, vocabulary]` for `size` tokens at once.
+
+    If the model can return a part of its logits, the pass goes through the decoder once and through the head for each
+    piece. Else all logits are computed at once.
+    """
     decoder, whole = model.get_decoder(), ids.shape[1] - 1
     inside = model.get_output_embeddings() in decoder.modules()
     if inside or "logits_to_keep" not in inspect.signature(model.forward).parameters:
@@ -279,15 +295,15 @@ def logits_in_pieces(model: Any, ids: Tensor, size: int) -> Generator[Tensor]:
 
 
 def _rotary_embeddings(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """What a configuration says of its rotary embedding, and of that of each kind of layer where there are several."""
+    """The settings of a configuration's rotary embedding, and those of each kind of layer if there are several."""
     given = (getattr(config, name, None) for name in ("rope_parameters", "rope_scaling"))
     whole = [each for each in given if isinstance(each, dict)]
     return [one for each in whole for one in (each, *each.values()) if isinstance(one, dict)]
 
 
 def length_dependent(config: PreTrainedConfig) -> tuple[str, int] | None:
-    """The kind of rotary embedding whose frequencies depend on the longest request of a pass, and up to which length
-    they do not; the least of several."""
+    """The kind of the rotary embedding whose frequencies depend on the longest request of a pass, and the length in
+    tokens up to which they do not. Of several, the one with the smallest length. None if there is none."""
     found = []
     for source in (config, config.get_text_config()):
         for rotary in _rotary_embeddings(source):
@@ -300,13 +316,14 @@ def length_dependent(config: PreTrainedConfig) -> tuple[str, int] | None:
 
 
 def longest_beside(config: PreTrainedConfig) -> float:
-    """Tokens that a text may have beside others in a pass; with more its figures, or theirs, would be others."""
+    """The most tokens of a text that shares a pass with other texts. With more tokens its results, or those of the
+    other texts, would change."""
     found = length_dependent(config)
     return found[1] if found else math.inf
 
 
 def everywhere(config: PreTrainedConfig, name: str) -> int | None:
-    """A number of the configuration that holds of all layers; None where it has none, or one of its own for each."""
+    """The number `name` of the configuration; None if it has none, or a separate number for each layer."""
     try:
         found: int | None = getattr(config, name, None)
     except AmbiguousGlobalPerLayerAttributeError:
@@ -315,7 +332,7 @@ def everywhere(config: PreTrainedConfig, name: str) -> int | None:
 
 
 def lengths(config: PreTrainedConfig) -> list[int]:
-    """Lengths beyond which the model treats a request in another way: original context, windows, chunks."""
+    """The lengths in tokens above which the model treats a request differently: original context, windows, chunks."""
     text = config.get_text_config()
     names = ("original_max_position_embeddings", "sliding_window", "attention_chunk_size", "max_position_embeddings")
     given = [getattr(text, name, None) for name in names]
@@ -323,12 +340,13 @@ def lengths(config: PreTrainedConfig) -> list[int]:
     return sorted({int(length) for length in given if isinstance(length, int | float) and length > 0})
 
 
-#: What goes around a call of a model's method with these keywords.
+#: Makes a context for a call of a model's method from the keywords of the call.
 Around: TypeAlias = Callable[[Mapping[str, Any]], AbstractContextManager[None]]
 
 
 def record_last(module: nn.Module) -> None:
-    """Have what transformers records of the module's output stand behind all other hooks, which may change it."""
+    """Move the hooks by which transformers records the module's output behind all other hooks, because these may change
+    the output."""
     hooks = module._forward_hooks
     for number in [number for number, hook in hooks.items() if getattr(hook, "__module__", None) == _RECORDERS]:
         hooks[number] = hooks.pop(number)
@@ -336,14 +354,14 @@ def record_last(module: nn.Module) -> None:
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Call:
-    """One of a model's `generate`, and the thread that made it."""
+    """A call of a model's `generate`, with the identifier of the thread that made it."""
 
     thread: int
 
 
 class Generations:
-    """Until `remove`, knows which calls of the model's `generate` are under way, in all threads, and calls
-    `check(prompts, each)` before one makes several rows of each prompt."""
+    """Records which calls of the model's `generate` are running, in all threads, until `remove`. It also calls
+    `check(prompts, each)` before a call makes `each` > 1 rows of every prompt."""
 
     def __init__(self, model: PreTrainedModel, check: Callable[[int, int], None]) -> None:
         self.check = check
@@ -351,7 +369,7 @@ class Generations:
         self._running: set[Call] = set()
         self._watched: list[tuple[_Watched, Around]] = []
         watching = ((_EXPAND, self._expanding), (_GENERATE, self._generating))
-        for name, around in watching if hasattr(model, _EXPAND) else ():  # or it does not generate
+        for name, around in watching if hasattr(model, _EXPAND) else ():  # else the model cannot generate
             if not isinstance(method := getattr(model, name), _Watched):
                 method = _Watched(model, name, method)
             method.watchers.append(around)
@@ -383,21 +401,21 @@ class Generations:
 
 
 class _Watched:
-    """In the place of a model's method `name`, with what `watchers` put around each call. A copy of the model has its
-    own method there, which nobody watches."""
+    """Replaces a model's method `name`, and enters the contexts of `watchers` around each call. A copy of the model has
+    its own method there, without watchers."""
 
     def __init__(self, model: PreTrainedModel, name: str, method: Callable[..., object]) -> None:
         functools.update_wrapper(self, method)
         self.watchers: list[Around] = []
         self._method, self._place, self._name = method, vars(model), name
-        # what a copy of the model has in the place of what was watched is the method of its class
+        # in a copy of a watched model, the attribute is only the method of its class
         of_class = getattr(method, "__func__", None) is getattr(type(model), name, None)
         self._own = {name: method} if name in self._place and not of_class else {}
         self._place[name] = self
 
     def leave(self, around: Around) -> None:
-        """Without the last of its watchers the model has the method as it was. Where another was put around this since,
-        it stays inside of that, and does nothing."""
+        """Remove a watcher. After the last one, the model gets its original method back. If another wrapper was put
+        around this object meanwhile, it stays inside of that wrapper, and does nothing."""
         self.watchers.remove(around)
         if not self.watchers and self._place.get(self._name) is self:
             del self._place[self._name]
@@ -414,11 +432,11 @@ class _Watched:
 
 
 class Decoding:
-    """One request decoded as `generate` does it, a token at a time, by the cache and the inputs that it would make."""
+    """Decodes one request as `generate` does, a token at a time, with the cache and inputs that `generate` makes."""
 
     def __init__(self, model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> None:
         def take(_model: PreTrainedModel, input_ids: Tensor, **prepared: object) -> tuple[Tensor, dict[str, object]]:
-            """In place of the loop of `generate`."""
+            """Replaces the loop of `generate`: returns the prepared inputs."""
             for name in ("logits_processor", "stopping_criteria", "generation_config"):
                 prepared.pop(name, None)
             return input_ids, prepared
@@ -430,11 +448,11 @@ class Decoding:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and answer so far."""
+        """The number of tokens of the prompt and the answer so far."""
         return int(self._ids.shape[1])
 
     def inputs(self) -> dict[str, Tensor]:
-        """Of the next forward pass: what the model has not seen, or all of it again where its cache ends."""
+        """The inputs of the next forward pass: the new tokens, or all again if the model drops its cache."""
         new = None if self._first else 1
         made = self._model.prepare_inputs_for_generation(
             self._ids, next_sequence_length=new, is_first_iteration=self._first, **self._kept
@@ -443,7 +461,7 @@ class Decoding:
         return made
 
     def logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Of the next token, `[1, vocabulary]` float32: the forward pass."""
+        """Make the forward pass. Returns the logits of the next token, `[1, vocabulary]` float32."""
         out = self._model(**inputs, return_dict=True)
         self._kept = self._model._update_model_kwargs_for_generation(out, self._kept)
         return out.logits[:, -1].float()
@@ -453,7 +471,7 @@ class Decoding:
 
 
 class _Forced(LogitsProcessor):
-    """Makes `generate` choose given tokens, whatever its configuration forbids."""
+    """Makes `generate` choose given tokens, even if its configuration forbids them."""
 
     def __init__(self, prompt: int, tokens: Sequence[int]) -> None:
         self._prompt, self._tokens = prompt, tokens
@@ -465,7 +483,7 @@ class _Forced(LogitsProcessor):
 
 
 def teacher_forced_logprobs(model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
-    """Log-probabilities `[tokens, vocabulary]` float32 that `generate` has where it is made to choose `tokens`."""
+    """The log-probabilities of `generate` when it is made to choose `tokens`, `[tokens, vocabulary]` float32."""
     out = model.generate(
         **_whole(model, prompt),
         generation_config=_greedy(len(tokens), output_logits=True, return_dict_in_generate=True),
@@ -475,21 +493,21 @@ def teacher_forced_logprobs(model: PreTrainedModel, prompt: Sequence[int], token
 
 
 def _whole(model: PreTrainedModel, prompt: Sequence[int]) -> dict[str, Tensor]:
-    """A prompt none of whose tokens is padding, whatever its id."""
+    """The inputs for a prompt in which no token counts as padding, whatever its id."""
     ids = torch.tensor([list(prompt)], device=model.device)
     masked = "attention_mask" in inspect.signature(model.forward).parameters
     return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if masked else {})
 
 
 def _greedy(count: int, **more: object) -> GenerationConfig:
-    """For `count` tokens, whichever they are."""
+    """A greedy configuration for exactly `count` tokens: no token ends the answer."""
     return GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=count, eos_token_id=[], pad_token_id=0, use_cache=True, **more
     )
 
 
 class WeightLoading:
-    """How transformers makes the parameters of `model` (on the meta device) of the tensors in its files."""
+    """How transformers makes the parameters of `model` (on the meta device) from the tensors in its files."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._mapping = model, get_model_conversion_mapping(model)
@@ -498,8 +516,8 @@ class WeightLoading:
         self._known = model.state_dict()
 
     def parameter(self, name: str) -> tuple[str, list[object]] | None:
-        """The parameter that the tensor `name` of a file becomes, or the first of several, and what is done to it; None
-        where the model has none."""
+        """The parameter that the tensor `name` of a file becomes (of several, the first), and the operations that make
+        it from the tensor. None if the model has no such parameter."""
         prefix = self._model.base_model_prefix
         found, pattern = core_model_loading.rename_source_key(
             name, self._renamings, self._converters, prefix, self._known
@@ -512,7 +530,7 @@ class WeightLoading:
         return found, list(operations[0]) if operations else []
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put what `tensors` of the files become into the model, in the dtype that it has there."""
+        """Load `tensors` of the files into the parameters that they become, in the dtypes of the model."""
         shown = hf_logging.is_progress_bar_enabled()
         hf_logging.disable_progress_bar()
         try:
@@ -525,12 +543,21 @@ class WeightLoading:
 
 
 def axis_in_file(operations: Sequence[object], axis: int, parameter: Sequence[int], file: Sequence[int]) -> int | None:
-    """Which dimension of a tensor of the shape `file`, counted from the end, is the dimension `axis` (likewise) of the
-    parameter of the shape `parameter` that is made of it by `operations`; None where that is not known."""
+    """Which dimension of a tensor in a file becomes the dimension `axis` of the parameter that is made from the tensor.
+
+    Args:
+        operations: the operations that make the parameter.
+        axis: the dimension of the parameter, counted from the end.
+        parameter: the shape of the parameter.
+        file: the shape of the tensor in the file.
+
+    Returns:
+        The dimension of the tensor, counted from the end; None if it is not known.
+    """
     dimensions = len(parameter)
     for operation in reversed(operations):
         if isinstance(operation, core_model_loading.MergeModulelist) and operation.dim == 0:
-            dimensions -= 1  # experts one by one
+            dimensions -= 1  # the file holds experts one by one
         elif isinstance(operation, core_model_loading.Transpose):
             if operation.check_dims and tuple(file) == tuple(parameter):
                 continue

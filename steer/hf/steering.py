@@ -1,5 +1,5 @@
-"""Steering hooks on a loaded transformers model: one at each hook point, checked by a probe pass, reading the token
-index."""
+"""Steering hooks on a loaded transformers model. There is one at each hook point; it reads the token index, and probe
+passes check it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-#: Length of the probe prompt: long enough to be more than one token, short enough for any context.
+#: The length of the probe prompt in tokens: more than one, and short enough for the context of any model.
 PROBE_TOKENS = 8
 
-#: Rows of a batch up to which their vectors are kept at all hook points: at most 1 / (6 · d_model) of the weights for
-#: each.
+#: The most rows of a batch whose vectors are kept at all hook points. For each row they take at most 1 / (6 · d_model)
+#: of the size of the weights.
 KEPT = 64
 
 
@@ -63,15 +63,17 @@ class Anatomy:
 
     @property
     def device(self) -> torch.device:
-        """Where the blocks compute. Weights that accelerate keeps elsewhere are on `meta` between passes."""
+        """The device on which the blocks compute. Weights that accelerate keeps elsewhere are on `meta` between
+        passes."""
         for module in self.model.modules():
             if (computes_on := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
-                return torch.zeros(0, device=computes_on).device  # it may be the number of a GPU
+                return torch.zeros(0, device=computes_on).device  # `computes_on` may be the number of a GPU
         return next(self.model.parameters()).device
 
     @cached_property
     def _streams(self) -> list[torch.dtype]:
-        """What block 0 is given and what it hands on, as a probe pass has them: packed weights are of other dtypes."""
+        """The dtypes of the stream that enters block 0 and of the stream that leaves it, found by a probe pass, because
+        packed weights have other dtypes."""
         seen, ways = list[torch.dtype](), (hook_points.on_input, hook_points.on_output)
         with hook_points.hooks([watch(self.blocks[0], lambda x: seen.append(x.dtype)) for watch in ways]):
             self.probe()
@@ -79,34 +81,44 @@ class Anatomy:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stream."""
+        """The dtype of the stream."""
         return self._streams[-1]
 
     @property
     def eps(self) -> float:
-        """The rounding of the stream where it is coarsest, and at least the bank's: what a model adds up in float32 may
-        begin in 16 bits."""
+        """The coarsest rounding of the stream, and at least the rounding of float32, which the bank has. A stream that
+        a model sums in float32 may begin in 16 bits."""
         return max(torch.finfo(dtype).eps for dtype in (torch.float32, *self._streams))
 
     @torch.no_grad()
     def probe(self, rows: int = 1, apart: Sequence[int] = ()) -> CausalLMOutputWithPast:
-        """A short forward pass over fixed token ids, the same in each row; the model's output. `apart`: a row for each
-        of these numbers below PROBE_TOKENS, by which its ids are larger and its length smaller. Raises UnsupportedModel
-        for a model that token ids alone do not make run."""
+        """Make a short forward pass over fixed token ids.
+
+        Args:
+            rows: the number of rows, all with the same ids.
+            apart: makes rows that differ, one for each of these numbers below PROBE_TOKENS. The ids of the row are
+                larger by the number, and its length is smaller by it.
+
+        Returns:
+            The model's output.
+
+        Raises:
+            UnsupportedModel: the model does not run on token ids alone.
+        """
         at = torch.arange(PROBE_TOKENS, device=self.device)
         by = torch.tensor(apart or [0] * rows, device=self.device)[:, None]
         given = {"input_ids": (at * 7 + 11 + by) % self.vocabulary}
         if apart and "attention_mask" in inspect.signature(self.model.forward).parameters:
             mask = (at < PROBE_TOKENS - by).long()
-            with suppress(UnsupportedModel):  # positions that are made of one may need more than tokens
+            with suppress(UnsupportedModel):  # such positions may need more than tokens
                 return self._run(**given, attention_mask=mask)
         return self._run(**given)
 
     def _run(self, **given: Tensor) -> CausalLMOutputWithPast:
         try:
-            with torch.compiler.set_stance("force_eager"):  # what is compiled would go on without hooks that are new
+            with torch.compiler.set_stance("force_eager"):  # compiled code would run without new hooks
                 return self.model(**given, use_cache=False)
-        except InvalidInput:  # of ours
+        except InvalidInput:  # raised by a hook of ours
             raise
         except (TypeError, ValueError, AttributeError) as error:
             raise UnsupportedModel(
@@ -114,17 +126,29 @@ class Anatomy:
             ) from error
 
     def forget_lengths(self) -> None:
-        """Have the model forget how long what it has read was, by a short pass: a dynamic rotary embedding keeps the
-        frequencies of the longest text until then."""
+        """Make a short pass so that the model forgets the length of the texts that it has read: until a short pass, a
+        dynamic rotary embedding keeps the frequencies of the longest text."""
         if internals.longest_beside(self.model.config) < math.inf:
             self.probe()
 
 
 class Steering:
-    """Hooks on every hook point of one model, reading one bank through one token index.
+    """Hooks on every hook point of one model. They read one bank through one token index.
 
-    `index` says what acts on each token of the running forward pass, in the order in which the model sees them,
-    `reads` which of them are read, and `watchers` see all of them.
+    Args:
+        model: the model.
+        sites: the sites at which the operation can act.
+        rows: the number of usable rows of the bank.
+        rank: the most rows that one request can use.
+
+    Attributes:
+        index: the entries that act on each token of the running forward pass, in the order in which the model sees the
+            tokens.
+        reads: the tokens that are read.
+        watchers: the recorders that read all tokens.
+
+    Raises:
+        UnsupportedModel: the model cannot be steered.
     """
 
     def __init__(
@@ -145,35 +169,36 @@ class Steering:
         )
         self.index = TokenIndex(rank, 1, self.anatomy.device)
         self.reads = ReadIndex(self.anatomy.device, self.bank.rows_of)
-        #: The hooks, each with the module that it is on, and the way from the model to each of these: whose child of
-        #: which name is what.
+        #: The hooks, each with its module; and the path from the model to each of these modules, as (parent, name,
+        #: child).
         self._handles: list[tuple[nn.Module, RemovableHandle]] = []
         self._ways: list[tuple[nn.Module, str, nn.Module]] = []
-        #: What holds the blocks, and what it held when that was last found to be right.
+        #: The list that holds the blocks, and its content when it was last found to be right.
         self._list, self._held = nn.ModuleList(), list[nn.Module]()
-        #: What is open of the blocks in which no pass may go without hooks, and what was made for a `with` that is
-        #: still owed: alone it would leave passes plain.
+        #: The open `with` blocks in which every pass must go through the hooks; and objects that were made for a `with`
+        #: block that has not begun. A call without `with` would leave passes plain.
         self.blocks: list[object] = []
         self.owed: list[object] = []
         self._generations: internals.Generations | None = None
         self._batch = _Batch(())
-        #: The rows of which the index speaks, none where it speaks of packed tokens one by one.
+        #: The steering of each row that the index describes; empty if the index describes packed tokens one by one.
         self._rows: Sequence[RequestSteer | None] = ()
-        #: Under which of them the graphs of passes were made.
+        #: For each autograd graph of a pass: the rows under which the pass ran.
         self._graphs = Passes()
-        #: Rows and positions of the pass that runs, as its decoder was called.
+        #: The rows and positions of the running pass, from the arguments of its decoder.
         self._tokens: tuple[int, int] | None = None
         self._pass = _Pass()
-        #: Whether who calls the model may bring a cache along; ours go from one steering to another on purpose.
+        #: Whether a stale cache causes a warning, because the user may call the model with a cache of their own. Calls
+        #: by Steer itself change the steering of a cache on purpose.
         self.warns_of_stale_caches = False
-        #: What was asked for when caches were filled last.
+        #: For each cache the steering (`_Batch.asked`) under which it was filled last.
         self._filled = WeakKeyDictionary[object, tuple[object, ...]]()
-        #: How many passes went through the hooks.
+        #: How many passes of the decoder began with the hooks on.
         self.passes = 0
         self.watchers: list[Recorder] = []
-        #: What acts at each hook point, until the next `fill`: a batch is many passes.
+        #: The operands at each hook point. They are kept until the next `fill`, because a batch has many passes.
         self._kept: dict[HookPoint, list[Operands]] = {}
-        #: Every batch that has not ended, the last of which is in force, and whose they are.
+        #: All batches that have not ended, of which the last is in force; and the thread and task that own them.
         self._batches: list[_Batch] = []
         self._owner: _Owner | None = None
         self._turn = threading.Lock()
@@ -184,14 +209,15 @@ class Steering:
         return bool(self._handles)
 
     def placement(self, thinking: Thinking | None = None) -> LocalPlacement:
-        """Where a registry makes directions resident for this model, whose thinking these tokens begin and end."""
+        """The placement by which a registry makes directions resident for this model. thinking: the tokens that begin
+        and end the model's thinking."""
         a, bank = self.anatomy, self.bank
         shape = Shape(a.architecture, a.layers, a.d_model, bank.sites, bank.rank, a.dtype, thinking)
         return LocalPlacement(shape, bank)
 
     def attach(self) -> None:
-        """Put the hooks on, if they are not on yet. The caller must discard what `torch.compile` made before: it would
-        run without them."""
+        """Put the hooks on, if they are not on yet. The caller must discard code that `torch.compile` made before,
+        because it would run without the hooks."""
         if not self._handles:
             decoder = self.anatomy.decoder
             begin, end = (_Hung(self, self._hook(each)) for each in (self._begin, self._end))
@@ -213,20 +239,20 @@ class Steering:
 
     @property
     def generating(self) -> frozenset[internals.Call]:
-        """The calls of the model's `generate` that are under way, in all threads."""
+        """The calls of the model's `generate` that are running, in all threads."""
         return self._generations.running if self._generations else frozenset()
 
     @property
     def intact(self) -> bool:
-        """Are all hooks still on modules of the model, and its blocks those that have hooks, in their order? Not where
-        a block was replaced by another, added or moved."""
+        """Whether all hooks are still on modules of the model, and the model's blocks are those that have hooks, in the
+        same order. False if a block was replaced, added or moved."""
         if any(h.id not in m._forward_hooks and h.id not in m._forward_pre_hooks for m, h in self._handles):
             return False
         ways, held = self._ways, self._held
         if all(parent._modules.get(name) is child for parent, name, child in ways) and held == list(
             self._list._modules.values()
         ):
-            return True  # each pass asks
+            return True  # the fast way, because each pass checks this
         modules = [module for module, _ in self._handles]
         if not set(modules) <= set(self.anatomy.model.modules()):
             return False
@@ -234,10 +260,10 @@ class Steering:
             self._list = hook_points.find_list(self.anatomy.decoder, self.anatomy.layers)
         except UnsupportedModel:
             return False
-        # some may have another around them now
-        if not all(mine in set(now.modules()) for mine, now in zip(self.anatomy.blocks, self._list, strict=True)):
+        # a block may now be inside of another module in the list
+        if not all(block in set(now.modules()) for block, now in zip(self.anatomy.blocks, self._list, strict=True)):
             return False
-        # around a writer it would add to what that wrote, behind its hook
+        # a module around a writer would add to the writer's output after its hook
         acting = [(self.anatomy.blocks[h.point.layer], h.module) for h in self._targets if not h.before]
         if not all(module is block or module in block.children() for block, module in acting):
             return False
@@ -273,14 +299,22 @@ class Steering:
         starts: Sequence[int] | None = None,
         tokens: Tokens | None = None,
     ) -> Iterator[None]:
-        """While it lasts the rows of every `[rows, positions]` forward pass are steered in as many equal groups as
-        there are specs, the first by the first spec. A batch inside a batch ends with the outer one in force again.
-        With `lengths` the `tokens` of a pass are, in their order, `lengths[0]` by the first spec, the first of them at
-        the position `starts[0]` of its request, and so on.
+        """Steer the forward passes inside. A batch may be inside another: after it the outer one is in force again.
 
-        A pass raises InvalidInput where its rows are no multiple of the specs. The end raises NotFinite where a result
-        would have left the range of the model's numbers, and was not taken. Raises RuntimeError while a batch of
-        another thread or task lasts: a model has one index, and would steer each by the other's.
+        Args:
+            specs: the steering of each group of rows, None for plain. The rows of every `[rows, positions]` pass are
+                divided into as many equal groups as there are specs, and the first group is steered by the first spec.
+            lengths: for packed passes: how many tokens of the pass are steered by each spec, in their order. The specs
+                then apply to tokens in place of rows.
+            starts: for packed passes: the position of the first of these tokens in its request.
+            tokens: for packed passes: the tokens of the pass.
+
+        Raises:
+            InvalidInput: raised by a pass whose number of rows is not a multiple of the number of specs.
+            NotFinite: raised at the end if a result would have left the range of the model's numbers and was therefore
+                not used.
+            RuntimeError: another thread or task has a batch on this model. A model has one index, so each batch would
+                steer by the other's entries.
         """
         rows = [self.bank.steer(spec) if isinstance(spec, Spec) else spec for spec in specs]
         owner = _owner()
@@ -297,7 +331,7 @@ class Steering:
         try:
             yield
         finally:
-            with self._turn:  # not always the last that began: blocks of two generators end in any order
+            with self._turn:  # this is not always the last batch that began: blocks of two generators end in any order
                 self._batches = [other for other in self._batches if other is not own]
                 self._lay(self._batches[-1] if self._batches else _Batch(()))
                 self._owner = self._owner if self._batches else None
@@ -310,8 +344,14 @@ class Steering:
     def padded_batch(
         self, steers: Sequence[RequestSteer | None], spans: Sequence[range], ids: Tensor, left: bool = False
     ) -> AbstractContextManager[None]:
-        """A `batch` for a pass over `ids` `[rows, positions]`, a row for each of `steers`, of the positions `spans` of
-        its request; shorter rows are padded, in front if `left`."""
+        """A `batch` for one pass over padded rows.
+
+        Args:
+            steers: the steering of each row.
+            spans: the positions of each row in its request.
+            ids: the token ids of the pass, `[rows, positions]`. Rows that are shorter are padded.
+            left: whether the padding is in front.
+        """
         if not any(steer is not None and (steer.then or steer.probe or steer.phase) for steer in steers):
             return self.batch(steers)
         width = max(map(len, spans))
@@ -330,15 +370,18 @@ class Steering:
         starts: Sequence[int] | None = None,
         tokens: Tokens | None = None,
     ) -> None:
-        """Steer the `lengths[i]` tokens of the next pass that are request i's by `steers[i]`, in batch order; see
+        """Steer the `lengths[i]` tokens of request i in the next pass by `steers[i]`, in batch order; see
         `TokenIndex.fill`."""
         self._kept.clear()
         self.index.fill_with(steers, lengths, starts, tokens)
 
     def _hook(self, hook: Callable[..., T]) -> Callable[..., T]:
-        """`hook`, run as it stands also from compiled code: traced, its graph would be made again for every change of
-        what is steered, and a replayed one would not ask. An error on another thread than the batch's is also the
-        batch's: what runs passes there, as `generate_batch`, may go on without the answers that it cost."""
+        """Return `hook` in a form that compiled code calls without tracing it.
+
+        If it were traced, its graph would be compiled again for every change of the steering, and a replayed graph
+        would not call it. An error on a thread other than the batch's is also stored as the batch's error, because the
+        code that runs passes there, such as `generate_batch`, may continue without the answers that the error cost.
+        """
 
         def kept(*given: Any) -> T:
             try:
@@ -352,8 +395,9 @@ class Steering:
         return lambda *given: apart(*given) if torch.compiler.is_compiling() else kept(*given)
 
     def _begin(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Before each pass of the decoder: its rows are known here, whatever shape the blocks will see."""
-        if torch.is_grad_enabled():  # or nothing is made that autograd could go back through
+        """Prepare for a pass of the decoder, before it begins. Its rows are known here, whatever shape the blocks will
+        see."""
+        if torch.is_grad_enabled():  # else there is no graph through which autograd could go back
             if going_backward():
                 self._check_again()
                 return
@@ -382,8 +426,8 @@ class Steering:
             watcher.begin(tokens)
 
     def _check_cache(self, given: dict[str, object]) -> None:
-        """Raise InvalidInput, or warn where it is one request's own, for a cache that was filled under another steering
-        than the pass has: what is in it is not computed again."""
+        """Check that the cache of a pass was filled under the steering of the pass, because its content is not computed
+        again. Raise InvalidInput for a cache that requests share, and warn for the cache of a single request."""
         acting = self._batch.asked
         cache = internals.shared_cache(given.get("cache"))
         if cache is not None and self._filled.setdefault(cache, acting) != acting:
@@ -402,13 +446,13 @@ class Steering:
             self._filled[past] = acting
 
     def _end(self, _args: object, output: object) -> None:
-        """After each pass of the decoder, whole or broken off by an error, which has no output."""
+        """Check a pass of the decoder after its end. output: None if an error ended the pass."""
         if torch.is_grad_enabled():
             if going_backward():
                 return
             self._graphs.ended(self._rows)
         reached = self._pass.reached
-        # the last layers may be left out (an assistant's early exit), and in training any (LayerDrop)
+        # a pass may leave out the last layers (an assistant's early exit), and in training any layers (LayerDrop)
         right = reached and not reached & (reached + 1)
         if right or not self.blocks or output is None or self.anatomy.decoder.training:
             return
@@ -421,7 +465,8 @@ class Steering:
         )
 
     def _check_again(self) -> None:
-        """Before a part of a pass is computed again."""
+        """Check, before a part of a pass is computed again, that its steering is that of the pass. Raises
+        RuntimeError."""
         if not self._graphs.ran_under(self._rows):
             raise RuntimeError(
                 "gradient checkpointing computes a pass again under another steering than it had, or one that is no "
@@ -429,7 +474,8 @@ class Steering:
             )
 
     def _check_prompts(self, prompts: int, each: int) -> None:
-        """Before `generate` has `each` rows of every prompt: beams that exchange their caches, or several answers."""
+        """Check the number of specs before `generate` makes `each` rows of every prompt (beams that exchange their
+        caches, or several answers). Raises InvalidInput."""
         if prompts % len(self._rows or (None,)):
             raise InvalidInput(
                 f"{len(self._rows)} specs for {prompts} prompts of {each} beams or answers each: give one spec for all "
@@ -438,7 +484,7 @@ class Steering:
             )
 
     def _check_shape(self, x: Tensor, point: HookPoint) -> None:
-        """Raise UnsupportedModel unless the rows of the pass come first in x, also where x is `[tokens, d_model]`."""
+        """Raise UnsupportedModel unless the rows of the pass come first in x; x may also be `[tokens, d_model]`."""
         if self._tokens is None:
             if len(self._rows) == 1 and not self.watchers:
                 return
@@ -453,6 +499,7 @@ class Steering:
         )
 
     def _lay(self, batch: _Batch) -> None:
+        """Note what the batch in force has lost, and put `batch` in force."""
         if self._batch.rows and self.index.active:
             self._batch.lose(self.index.lost[: self.index.used])
             self.index.keep()
@@ -465,7 +512,7 @@ class Steering:
         self.reads.clear()
 
     def _transform(self, point: HookPoint, bit: int) -> hook_points.Transform:
-        """bit: of the hook point, in what a pass has reached."""
+        """The transform of the stream at `point`. bit: the bit of the hook point in `_Pass.reached`."""
         bank_slice, layer = self.bank.slices[point], point.layer
         readable = point.readable
 
@@ -474,10 +521,10 @@ class Steering:
                 self._check_again()
             self._pass.reached |= bit
             steered, read = self.index.active, readable and layer in self.reads.layers
-            watchers = self.watchers if readable and not again else ()  # they have seen this pass
+            watchers = self.watchers if readable and not again else ()  # they have already recorded this pass
             if not (steered or read or watchers):
                 return None
-            if (self._rows or watchers) and not again:  # another pass may have begun since
+            if (self._rows or watchers) and not again:  # later passes may have changed `_tokens`
                 self._check_shape(x, point)
             if readable and layer in self.index.deciding:
                 flat = x.flatten(0, -2)
@@ -502,14 +549,15 @@ class Steering:
         lost = lost.reshape(count, -1).any(-1)
         if not _transformed(lost):
             self.index.lost[:count].logical_or_(lost)
-        elif bool(torch.func.debug_unwrap(lost).any()):  # within a transform nothing outside of it is written to
+        elif bool(torch.func.debug_unwrap(lost).any()):  # inside a transform nothing outside of it can be written
             self._batch.error = NotFinite("")
         return moved.reshape(x.shape)
 
     def _gathered(self, point: HookPoint, count: int) -> list[Operands]:
+        """The operands at `point` for the first `count` entries of the index. Those of small batches are kept."""
         acting, everywhere, turning = self.index.acting(count)
-        with lasting():  # what is kept may serve a pass in another mode
-            if self._rows:  # a backward pass may come when the index, which is written in place, says other things
+        with lasting():  # operands that are kept may be used by a pass in another autograd mode
+            if self._rows:  # the index is written in place, and a backward pass may come after it has changed
                 acting = acting._replace(strengths=acting.strengths.clone())
             operands = gather(self.bank.slices[point], *acting, everywhere=everywhere, turning=turning)
         if acting.rows.shape[1] <= KEPT and not any(_transformed(each.vectors) for each in operands):
@@ -517,7 +565,7 @@ class Steering:
         return operands
 
     def _find_targets(self) -> list[selfcheck.HookedModule]:
-        """The module of each hook point."""
+        """The hooked module of each hook point."""
         anatomy, blocks = self.anatomy, self.anatomy.blocks
         targets: list[selfcheck.HookedModule] = []
         for site in self.sites:
@@ -540,8 +588,8 @@ class Steering:
         return targets
 
     def _verify(self) -> None:
-        """Check that what is acted on is the stream (`runtime.selfcheck`), with rows of a batch steered and plain ones,
-        and that a plain pass is unchanged. Raises UnsupportedModel naming the hook points that failed."""
+        """Check that the operation acts on the stream (`runtime.selfcheck`), in a batch of steered and plain rows, and
+        that a plain pass is unchanged. Raises UnsupportedModel, which names the hook points that failed."""
         anatomy = self.anatomy
         plain, again = anatomy.probe().logits, anatomy.probe().logits
 
@@ -549,7 +597,7 @@ class Steering:
             with self.batch(steers):
                 try:
                     anatomy.probe(len(steers))
-                except InvalidInput as error:  # its decoder is called with other rows than the model
+                except InvalidInput as error:  # the decoder is called with other rows than the model
                     raise UnsupportedModel(
                         f"{anatomy.architecture}: which rows of a batch the stream belongs to is not known: its "
                         f"decoder is called with {list(self._tokens or ())} tokens for {len(steers)} rows of "
@@ -575,8 +623,8 @@ class Steering:
             raise UnsupportedModel(f"{anatomy.architecture} cannot be steered: {'; '.join(bad)}")
 
     def _rows_stay(self) -> bool:
-        """Does what steers a row act on that row, also where a decoder sorts rows by their tokens or lengths?"""
-        order = (3, 0, 5, 1, 4, 2)  # the first is in the middle
+        """Whether the steering of a row acts on that row, even if a decoder sorts rows by their tokens or lengths."""
+        order = (3, 0, 5, 1, 4, 2)  # sorting would move the first row to the middle
         plain = self.anatomy.probe(apart=order).logits
         with selfcheck.vector(self.bank) as steer, self.batch([steer] + [None] * (len(order) - 1)):
             steered = self.anatomy.probe(apart=order).logits
@@ -585,13 +633,14 @@ class Steering:
 
 
 class _Pass(threading.local):
-    """The pass that runs on a thread: the hook points that it has reached, a bit each, in the order of layers."""
+    """The pass that runs on a thread. `reached` has a bit for each hook point that it has reached, in the order of
+    layers."""
 
     reached = 0
 
 
 class _Hung(hook_points.Hung):
-    """A hook on a decoder, by which a model knows who steers it."""
+    """A hook on a decoder, by which the steering of a model can be found."""
 
     def __init__(self, steering: Steering, hook: Callable[..., None]) -> None:
         super().__init__(steering.anatomy.decoder, hook)
@@ -599,7 +648,7 @@ class _Hung(hook_points.Hung):
 
 
 def _check_free(decoder: nn.Module) -> None:
-    """Raise RuntimeError in a block of another steering, whose passes are not those of the model alone."""
+    """Raise RuntimeError inside a `with` block of another steering, because the model's passes are steered there."""
     others = (hook for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Hung))
     if blocks := [block for hook in others if hook.module is decoder for block in hook.steering.blocks]:
         raise RuntimeError(
@@ -610,9 +659,17 @@ def _check_free(decoder: nn.Module) -> None:
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """Rows of passes, or, with `lengths`, requests of a packed one, where they start and its tokens; and which rows or
-    tokens are lost, `[…]` bool on the device, None before any is looked at; and an
-    error for the end of the batch: of another thread, or a lost row inside a transform of torch.func."""
+    """The steering of the passes of one batch.
+
+    Attributes:
+        rows: the steering of each group of rows or, with `lengths`, of each request of a packed pass.
+        lengths: how many tokens each request has in a packed pass; None for passes of rows.
+        starts: the position of the first of these tokens in its request.
+        tokens: the tokens of the packed pass.
+        lost: which rows or tokens are lost, `[…]` bool on the device; None until the first look.
+        error: an error to raise at the end of the batch: from another thread, or for a row that was lost inside a
+            transform of torch.func.
+    """
 
     rows: Sequence[RequestSteer | None]
     lengths: Sequence[int] | None = None
@@ -620,7 +677,7 @@ class _Batch:
     tokens: Tokens | None = None
     lost: Tensor | None = None
     error: Exception | None = None
-    #: Equal for batches that steer alike; empty where all is plain, and for packed ones.
+    #: Equal for batches that steer alike; empty for plain and for packed batches.
     asked: tuple[object, ...] = ()
 
     def lose(self, flags: Tensor) -> None:
@@ -640,7 +697,8 @@ def _owner() -> _Owner:
 
 
 def _check_places(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModel for a model on several devices, as there is one bank, and for one without numbers."""
+    """Raise UnsupportedModel for a model on several devices, because there is one bank, and for a model whose weights
+    are not loaded."""
     offloaded = getattr(model, "hf_device_map", None) or hasattr(model, "_hf_hook")
     if not offloaded and all(each.is_meta for each in model.parameters()):
         raise UnsupportedModel(f"{type(model).__name__} is on the device meta, without its weights: load them first")
@@ -653,7 +711,8 @@ def _check_places(model: PreTrainedModel) -> None:
 
 
 def _check_repeats(anatomy: Anatomy) -> None:
-    """A model whose passes differ by themselves (dropout) would fail the self-check without saying why."""
+    """Raise UnsupportedModel for a model whose equal passes differ (dropout). It would fail the self-check, whose
+    message would not say why."""
     training = any(m.training for m in anatomy.model.modules() if not list(m.children()))
     if training and not torch.equal(anatomy.probe().logits, anatomy.probe().logits):
         raise UnsupportedModel(
@@ -663,7 +722,7 @@ def _check_repeats(anatomy: Anatomy) -> None:
 
 
 def _ways(model: nn.Module, to: Iterable[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Which child of which name of which module is on the way from the model to these."""
+    """The path from the model to each of the modules `to`, as (parent, name, child), without repetitions."""
     names, found = {module: name for name, module in model.named_modules()}, {}
     for module in to:
         parent = model
@@ -675,7 +734,8 @@ def _ways(model: nn.Module, to: Iterable[nn.Module]) -> list[tuple[nn.Module, st
 
 
 def _tokens_of(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int, int] | None:
-    """Rows and positions of what a decoder is called with: token ids, or embeddings in place of them."""
+    """The rows and positions of a decoder's arguments: of token ids, or of embeddings in place of them. None if there
+    are neither."""
     for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
         if isinstance(given, Tensor) and given.dim() >= 2:
             return int(given.shape[0]), int(given.shape[1])
@@ -683,5 +743,6 @@ def _tokens_of(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[int
 
 
 def _transformed(tensor: Tensor) -> bool:
-    """Is it of a transform of torch.func (`grad`, `vjp`, `jvp`, `vmap`), beyond which it has no value?"""
+    """Whether the tensor belongs to a transform of torch.func (`grad`, `vjp`, `jvp`, `vmap`), outside of which it has
+    no value."""
     return torch.func.debug_unwrap(tensor) is not tensor

@@ -33,7 +33,7 @@ class Halfway(Method):
 RECIPES: dict[str, list[tuple[str, str | None, str]]] = {
     "method": [
         ("steer/lab/methods/means.py", None, METHOD),
-        ("steer/lab/methods/__init__.py", '    "means.Linear",\n', '    "means.Halfway",\n'),
+        ("steer/lab/methods/__init__.py", '    "linear": "means.Linear",\n', '    "halfway": "means.Halfway",\n'),
     ],
     "mode": [
         (
@@ -128,7 +128,7 @@ def test_what_the_recipes_make_is_listed_derived_and_served(tiny_folder: Path, t
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert told["file"] == str(tmp_path / "steer/__init__.py")
     assert "halfway: The harmful mean, less half of the harmless one." in " ".join(told["help"].split())
-    assert "clamp, reflect, one_sided" in " ".join(told["help"].split())
+    assert "clamp|reflect|one_sided" in " ".join(told["help"].split())
     assert "Pitfalls: it is an example." in told["methods"]
     assert told["modes"]["reflect"] == "The component changes its sign."
     assert set(told["scales"]) == set(told["modes"])

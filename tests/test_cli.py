@@ -364,10 +364,11 @@ def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> Non
     assert all(option in told for option in (*wanted, "--answers: needs --report"))
     assert "'a' is not accepted: a number" in run("eval", str(tiny_folder), *options, "--strengths", "a", code=2).stderr
     assert "above 0" in run("eval", str(tiny_folder), *options, "--kl", "0.1,0", code=2).stderr
-    wrong = "--tokens last-2,all --layers , --text t.txt --strengths 1,2 --calibrate c.safetensors"
+    wrong = "--tokens last-2,all --layers , --mode , --text t.txt --strengths 1,2 --calibrate c.safetensors"
     told = run("eval", str(tiny_folder), *options, *wrong.split(), code=2).stderr
     for problem in ("--calibrate: is for what acts everywhere", "does not go with --text", "--layers: names none"):
         assert problem in told
+    assert "--mode: names none" in told
     nowhere = tmp_path / "nowhere"
     paths = [
         "--strengths",

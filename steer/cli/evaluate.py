@@ -264,6 +264,7 @@ def _checked(
         and (len(files) != 1 or not (several or kl)),
         "--calibrate: is for what acts everywhere: give it without --layers, --tokens, --shifts and --condition": placed
         and calibrated,
+        "--mode: names none: give one, or leave the option out": applied.mode is not None and not applied.mode,
         "--kl: names none: give one, or leave the option out": kl and not applied.kl,
         "--layers: names none: give one, or leave the option out": not applied.layers,
         "--tokens: names none: give one, or leave the option out": not applied.tokens,

@@ -137,7 +137,7 @@ class Access:
             return known
         else:
             refusal = f"{method} {path[:100]} needs a key with the managing role"
-            meant = (f"/v1{path}", path.removeprefix("/v1"))  # with a base URL that ends in /v1, and only once
+            meant = [f"/v1{path}", path.removeprefix("/v1") if path.startswith("/v1/v1/") else path]
             if any(ORDINARY.get(method, NO_PATH).fullmatch(one) for one in meant):
                 refusal += f"; {errors.BASE_URL}"
         raise forbidden("path", refusal)

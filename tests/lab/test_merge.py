@@ -158,6 +158,23 @@ def test_16_bits_are_stored_as_16_bits_and_verified_as_32_are(name: str, tmp_pat
     assert verdict is not None
     assert verdict.logits is not None
     assert verdict.logits <= 1e-4
+    assert "before the weights were rounded" in str(verdict)
+
+
+def test_weights_that_are_not_edited_may_be_anything(tmp_path: Path) -> None:
+    """NaN, or a dtype of which torch cannot compare two tensors."""
+    model = models.save("llama", tmp_path / "model", torch.bfloat16)
+    file = tmp_path / "model/model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][0, 0] = torch.nan
+    for name in [name for name in tensors if name.endswith("q_proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, file, {"format": "pt"})
+    written, verdict = bake(
+        Checkpoint(tmp_path / "model"), removal(at_writers(model)), tmp_path / "made", digest="d" * 64, verified=False
+    )
+    assert written
+    assert verdict is None
 
 
 def test_a_file_that_holds_something_else_than_was_written_is_found(

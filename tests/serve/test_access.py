@@ -112,6 +112,7 @@ def test_a_key_in_the_wrong_place_and_a_wrong_base_url_are_told_as_such(server: 
         ("POST", "/v1/v1/chat/completions", True),
         ("GET", "/models", True),
         ("POST", "/pause", False),
+        ("POST", "/v1/tokenize", False),
         ("PUT", "/v1/directions/x", False),
     ):
         answer = server.client.request(method, path, headers=bearer("reader"))

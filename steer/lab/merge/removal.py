@@ -188,9 +188,10 @@ def stream(
         names = list(names)
         exact = {} if unrounded is None else unrounded(names)
         for name, tensor in checkpoint.tensors(names):
-            if not torch.equal(exact.get(name, tensor).to(tensor.dtype), tensor):
+            written = exact.get(name)
+            if written is not None and not torch.equal(written.to(tensor.dtype).nan_to_num(), tensor.nan_to_num()):
                 raise UnsupportedModel(f"{checkpoint.folder}: {name} is not as it was written. Nothing was kept")
-            yield name, exact.get(name, tensor)
+            yield name, tensor if written is None else written
             progress.advance()
 
     return Streamed(checkpoint.folder, checkpoint.map, read, change, trust_remote_code=checkpoint.trust_remote_code)
@@ -215,11 +216,13 @@ class Verdict:
             module's docstring), else None.
         left: the largest share of the stream that is left along a removed direction; None if no direction was to be
             removed whole.
+        rounded: whether the files hold the verified weights rounded to 16 bits.
     """
 
     logits: float | None
     served: float | None
     left: float | None
+    rounded: bool = False
 
     @property
     def found(self) -> str:
@@ -241,6 +244,8 @@ class Verdict:
                 f"from what is served, which removes it after the norms, the logits differ by {self.served:.1e}, "
                 "since a norm scales what the weights leave"
             )
+        if self.rounded:
+            parts.append("all of it before the weights were rounded; the files hold exactly these, rounded to 16 bits")
         return "; ".join(parts)
 
 
@@ -270,11 +275,14 @@ def verify(
         originals = plan.checkpoint.tensors(name for name in names if name in writers)
         return {name: plan.edited(writers[name], tensor.float(), preserve_norms) for name, tensor in originals}
 
+    (_, stored), *_ = edited.tensors([plan.writers[0].name])
+    rounded = change is None and stored.dtype != torch.float32
     with progress.part(VERIFYING):
-        return _verdict(plan, stream(edited, progress, change, None if change else unrounded), preserve_norms)
+        streamed = stream(edited, progress, change, None if change else unrounded)
+        return _verdict(plan, streamed, preserve_norms, rounded)
 
 
-def _verdict(plan: RemovalPlan, edited: Streamed, preserve_norms: bool) -> Verdict:
+def _verdict(plan: RemovalPlan, edited: Streamed, preserve_norms: bool, rounded: bool) -> Verdict:
     got, left = _without(plan, edited)
     logits = served = None
     if not preserve_norms:
@@ -288,7 +296,7 @@ def _verdict(plan: RemovalPlan, edited: Streamed, preserve_norms: bool) -> Verdi
             "whole from all that is written; give --no-verify to write it unverified"
         )
     largest = float(torch.tensor(list(left.values())).max()) if left else None  # NaN if one of them is NaN
-    verdict = Verdict(logits, served, largest)
+    verdict = Verdict(logits, served, largest, rounded)
     if not ((logits or 0.0) <= MOST_LOGITS and (largest or 0.0) <= MOST_LEFT):
         raise UnsupportedModel(
             f"what was made is not the original with the direction removed from what its weights write: {verdict.found}"

@@ -81,7 +81,10 @@ def unsafe_fields(config: VllmConfig, runner: str) -> dict[str, str]:
         )
     if config.device_config.device_type == "cpu" and config.speculative_config is not None:
         log.warning("on a CPU, vLLM's drafts give requests without a temperature wrong tokens beside sampled requests")
-        found["top_k"] = "with --speculative-config on a CPU it ends vLLM's engine"
+        found["top_k"] = (
+            "with --speculative-config on a CPU it ends vLLM's engine. Without it in the request, it is the model's "
+            "default: start the server with --generation-config vllm"
+        )
     if config.device_config.device_type == "cpu" and config.lora_config is not None:
         log.warning("on a CPU, vLLM can give requests the LoRA adapters of others in their batch")
         found["prompt_logprobs"] = "with --enable-lora on a CPU it ends vLLM's engine"

@@ -789,6 +789,15 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         assert says in line, (command, line)
 
 
+def test_an_option_of_vllm_is_not_called_a_mistyped_one() -> None:
+    """`--block-size` is near to `--batch-size`. With our engine, and a model of that name, a near miss is named."""
+    for backend in (["--backend", "vllm"], ["--backend=vllm"]):
+        told = run("measure", "m", "--harmful", "a", "-o", "b", *backend, "--block-size", "16", code=2).stderr
+        assert ("--harmless" in told, "not an option" in told) == (True, False)
+    told = run("measure", "my-vllm", "--harmful", "a", "-o", "b", "--harmles", "c", code=2).stderr
+    assert "--harmles: not an option of this command" in " ".join(told.split())
+
+
 FULL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

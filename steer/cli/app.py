@@ -50,7 +50,7 @@ class _Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            if not error.message and "vllm" not in " ".join(given):  # missing, and all options are our own
+            if not error.message and not {"vllm", "--backend=vllm"}.intersection(given):  # missing; no options of vLLM
                 near = ((one, nearest_option(ctx, one)) for one in given if one.startswith("--"))
                 error.message = next((f"{one}: not an option of this command{end}" for one, end in near if end), "")
             elif isinstance(error.__cause__, ValidationError):

@@ -14,10 +14,11 @@ from starlette.datastructures import Headers
 from benchmarks.results import Result, benchmark_parser, median_seconds
 from steer.registry import Registry
 from steer.runtime.bank import DirectionBank
-from steer.serve import carriers, keys
+from steer.serve import carriers
 from steer.serve.authorise import Caller, admit
 from steer.serve.body import parse_body
 from steer.serve.control import Control
+from steer.serve.policy import hash_of, new_secret
 from steer.settings import ControlSettings
 from steer.spec import Spec
 from steer.vllm.frontend import salt
@@ -40,9 +41,9 @@ def serving(count: int) -> tuple[Registry, DirectionBank]:
 
 def governed(folder: Path, registry: Registry) -> tuple[Control, Caller]:
     """A policy of a hundred keys, and the last of them."""
-    secrets = [keys.make() for _ in range(100)]
+    secrets = [new_secret() for _ in range(100)]
     rules = 'directions = ["d0"]\nmax_strength = 1.0\nrequests_per_minute = 1e8\n'
-    text = "".join(f'[keys.k{i}]\nhash = "{keys.stored(secret)}"\n{rules}' for i, secret in enumerate(secrets))
+    text = "".join(f'[keys.k{i}]\nhash = "{hash_of(secret)}"\n{rules}' for i, secret in enumerate(secrets))
     (folder / "policy.toml").write_text(text)
     control = Control(ControlSettings(policy=folder / "policy.toml"))
     control.start(registry, "tiny")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.results import Ratio, Result, Table, benchmark_parser, interleave, rounds
-from steer.serve import keys
+from steer.serve.policy import hash_of, new_secret
 from tests.serve.inside import Inside, engine, post
 
 KEYS, REQUESTS = 100, 200
@@ -28,9 +28,9 @@ HEADERS = {
 
 def measure(rounds: int = 40) -> tuple[dict[str, Ratio], float]:
     """Ratios, and the milliseconds that a plain request has on top of the bare app's: of medians of whole runs."""
-    secrets = [keys.make() for _ in range(KEYS)]
+    secrets = [new_secret() for _ in range(KEYS)]
     rules = 'directions = ["refusal"]\nmax_strength = 1.0\nrequests_per_minute = 1e8\ntokens_per_minute = 1e9\n'
-    text = "".join(f'[keys.k{i}]\nhash = "{keys.stored(secret)}"\n{rules}' for i, secret in enumerate(secrets))
+    text = "".join(f'[keys.k{i}]\nhash = "{hash_of(secret)}"\n{rules}' for i, secret in enumerate(secrets))
     headers = HEADERS | {"authorization": f"Bearer {secrets[-1]}"}
     loop = asyncio.new_event_loop()
     with tempfile.TemporaryDirectory() as folder:

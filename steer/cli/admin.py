@@ -39,12 +39,11 @@ def new_key(
     """Make an API key. Its secret is printed once and stored nowhere."""
 
     from steer.direction import write_file
-    from steer.serve import keys as secrets
-    from steer.serve.policy import PolicyError, fetch, read
+    from steer.serve.policy import PolicyError, fetch, hash_of, new_secret, read
 
-    secret = secrets.make()
+    secret = new_secret()
     head = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
-    block = f"[keys.{head}]\nhash = {json.dumps(secrets.stored(secret))}\n"
+    block = f"[keys.{head}]\nhash = {json.dumps(hash_of(secret))}\n"
     rights = {"readout": readout, "forms": forms, "metrics": metrics, "manage": manage}
     block += f"directions = {json.dumps(direction or [])}\n"
     block += "".join(f"{right} = true\n" for right, has in rights.items() if has)

@@ -15,12 +15,13 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.serve import errors, keys
+from steer.serve import errors
 from steer.serve.asgi import with_headers
 from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.control import Control, request_id
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.origin import ANY, foreign, header, is_preflight
+from steer.serve.policy import hash_of
 
 REQUEST_ID = "x-request-id"
 MAX_HEADERS = 64 * 2**10
@@ -116,7 +117,7 @@ class Access:
         method = "GET" if scope.get("method") == "HEAD" else scope.get("method", "websocket")
         path = route_path(scope)
         secret = api_key_of(Headers(scope=scope))
-        stored = keys.stored(secret or "")
+        stored = hash_of(secret or "")
         name = force.names.get(stored)
         known = Caller(name, force.policy.keys[name], stored) if name and secret else None
         if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):

@@ -1,6 +1,8 @@
 """Who may do what: the policy file (TOML), which is parsed and checked as a whole before any of it is in force.
 
-Every problem of a file is reported with its line. A file with a problem never takes effect, not even in part.
+Every problem of a file is reported with its line. A file with a problem never takes effect, not even in part. Of the
+secret of a key it has only the SHA-256: a secret has 256 random bits, so nobody finds it by trying, and a slow hash
+would only make every request slow.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import hashlib
 import math
 import os
 import re
+import secrets
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +37,6 @@ from typing_extensions import TypedDict
 from steer import spec
 from steer.errors import InvalidInput, brief, noted, problem_text, whole_ranges
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
-from steer.serve.keys import is_stored
 
 if TYPE_CHECKING:
     from steer.shape import Shape
@@ -53,10 +55,21 @@ CALIBRATED = "calibrated"
 #: How far a sum of strengths may exceed its limit.
 ROUNDING = 1e-9
 _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HASH = re.compile("sha256:[0-9a-f]{64}")
 
 
 class PolicyError(InvalidInput):
     """A policy file is not acceptable: `problems` has each with its line."""
+
+
+def new_secret() -> str:
+    """The secret of a new key, to be shown once and stored nowhere."""
+    return "sk-steer-" + secrets.token_urlsafe(32)
+
+
+def hash_of(secret: str) -> str:
+    """What a policy file keeps of `secret`, which may be any text."""
+    return "sha256:" + hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _strength(value: object) -> object:
@@ -232,7 +245,7 @@ class KeyRules(Limits):
     @classmethod
     def _is_a_hash(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         each = (value,) if isinstance(value, str) else value
-        if not each or not all(map(is_stored, each)):
+        if not each or not all(map(_HASH.fullmatch, each)):
             raise ValueError("not a hash: 'sha256:' and 64 hexadecimal digits, as `steer keys new` prints it")
         return value
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from steer.serve import keys
+from steer.serve.policy import hash_of, new_secret
 from tests.servers import receipt
 
 NAMES = (
@@ -25,8 +25,8 @@ NAMES = (
     "certain",
     "torn",
 )
-SECRETS = {name: keys.make() for name in NAMES}
-HASH = {name: keys.stored(secret) for name, secret in SECRETS.items()}
+SECRETS = {name: new_secret() for name in NAMES}
+HASH = {name: hash_of(secret) for name, secret in SECRETS.items()}
 
 #: `copy` is the file of `refusal` under another name.
 POLICY = f"""

@@ -24,13 +24,13 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 
 from steer import watch
-from steer.serve import control, keys
+from steer.serve import control
 from steer.serve.audit import verify
 from steer.serve.authorise import Caller, Refusal
 from steer.serve.body import tokens_of
 from steer.serve.operation import health
 from steer.serve.origin import is_loopback
-from steer.serve.policy import read
+from steer.serve.policy import hash_of, read
 from steer.shared import Shared
 from steer.watch import Follower
 from tests import models
@@ -370,10 +370,10 @@ def test_required_steering_that_is_not_there_is_never_left_out(tmp_path: Path) -
 
 
 def test_rates_are_held_and_say_when_to_come_again(tmp_path: Path) -> None:
-    text = POLICY + f'\n[keys.slow]\nhash = "{keys.stored("slow")}"\nrequests_per_minute = 3\n'
+    text = POLICY + f'\n[keys.slow]\nhash = "{hash_of("slow")}"\nrequests_per_minute = 3\n'
     one = tokens_of(BODY, len(json.dumps(BODY)), 2**15, COMPLETIONS)  # what is taken in advance
     enough = PROMPT + COMPLETION + one
-    text += f'\n[keys.short]\nhash = "{keys.stored("short")}"\ntokens_per_minute = {enough}\n'
+    text += f'\n[keys.short]\nhash = "{hash_of("short")}"\ntokens_per_minute = {enough}\n'
     inside = Inside(tmp_path, text)
     inside.start()
 
@@ -409,7 +409,7 @@ tokens_per_minute = 1000
 def gated(folder: Path, app: Any, on_kill: str = "finish", at_once: int = 3) -> Inside:
     """A policy with one key more, whose secret is `gated`, around an engine that waits."""
     inside = Inside(
-        folder, f'on_kill = "{on_kill}"\n{POLICY}{GATED.format(hash=keys.stored("gated"), at_once=at_once)}', app=app
+        folder, f'on_kill = "{on_kill}"\n{POLICY}{GATED.format(hash=hash_of("gated"), at_once=at_once)}', app=app
     )
     inside.start()
     return inside
@@ -512,7 +512,7 @@ def test_a_key_has_so_many_requests_at_once(tmp_path: Path) -> None:
     ids=range(7),
 )
 def test_a_request_that_fails_was_one_too(tmp_path: Path, body: Any) -> None:
-    text = POLICY + f'\n[keys.slow]\nhash = "{keys.stored("slow")}"\nrequests_per_minute = 3\ntokens_per_minute = 99\n'
+    text = POLICY + f'\n[keys.slow]\nhash = "{hash_of("slow")}"\nrequests_per_minute = 3\ntokens_per_minute = 99\n'
     inside = Inside(tmp_path, text, audited=False)
 
     async def run() -> None:
@@ -577,7 +577,7 @@ def test_what_runs_for_a_key_that_is_taken_away_ends_as_the_policy_says(
         asked = [asyncio.create_task(inside.post(BODY | {"steer": steer}, KEY)) for steer in ("off", "refusal")]
         other = asyncio.create_task(inside.post(BODY | {"steer": "refusal"}, bearer("all")))
         await asyncio.sleep(0.05)
-        more = GATED.format(hash=keys.stored("new"), at_once=3) if taken == "the secret" else ""
+        more = GATED.format(hash=hash_of("new"), at_once=3) if taken == "the secret" else ""
         inside.write(f'on_kill = "{on_kill}"\n{POLICY}{more}')
         await asyncio.sleep(0.05)
         assert all(task.done() == (on_kill == "abort") for task in asked)
@@ -617,9 +617,9 @@ def test_a_stream_that_ends_in_an_error_did_not_go_well(tmp_path: Path, event: b
     ("then", "steer", "status"),
     [
         (POLICY, "refusal", 401),
-        (POLICY + GATED.format(hash=keys.stored("new"), at_once=3), "off", 401),
-        (POLICY + GATED.format(hash=keys.stored("gated"), at_once=3) + 'required = "refusal:add=0.5"\n', "off", 200),
-        (POLICY + GATED.format(hash=keys.stored("gated"), at_once=3) + "max_strength = 0.1\n", "refusal", 403),
+        (POLICY + GATED.format(hash=hash_of("new"), at_once=3), "off", 401),
+        (POLICY + GATED.format(hash=hash_of("gated"), at_once=3) + 'required = "refusal:add=0.5"\n', "off", 200),
+        (POLICY + GATED.format(hash=hash_of("gated"), at_once=3) + "max_strength = 0.1\n", "refusal", 403),
     ],
 )
 def test_a_request_is_judged_by_the_policy_that_holds_when_it_is_whole(
@@ -675,7 +675,7 @@ def ask_manages(server: Server) -> int:
 
 def test_what_a_policy_can_never_apply_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """At the start, and of a policy that comes later."""
-    wrong = f'[keys.never]\nhash = "{keys.stored("never")}"\nrequired = "refusal@thinking"\n'
+    wrong = f'[keys.never]\nhash = "{hash_of("never")}"\nrequired = "refusal@thinking"\n'
     inside = Inside(tmp_path, POLICY + wrong, audited=False)
     inside.start()
     try:
@@ -1009,7 +1009,7 @@ def test_the_command_that_makes_keys(tmp_path: Path) -> None:
     assert "max_strength = 0.5  # no more" in path.read_text()
     assert first not in path.read_text()
     found = read(path.read_bytes())
-    assert (found.names[keys.stored(first)], found.names[keys.stored(second)]) == ("alice", "bob.b")
+    assert (found.names[hash_of(first)], found.names[hash_of(second)]) == ("alice", "bob.b")
     assert (found.policy.keys["alice"].directions, found.policy.keys["bob.b"].manage) == (("refusal",), True)
     assert "there is a key 'alice'" in run("new", "alice", "--policy", str(path), code=2).stderr
     assert run("new", "a b", code=2).stderr.startswith("error: 'a b' is not a key's name: 1 to 64")

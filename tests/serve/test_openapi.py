@@ -11,8 +11,8 @@ import httpx
 import jsonschema_rs
 import pytest
 
-from steer.serve import keys
 from steer.serve.errors import Code
+from steer.serve.policy import hash_of, new_secret
 from tests import models
 from tests.servers import Server
 
@@ -20,16 +20,16 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = {"messages": [{"role": "user", "content": "hello"}]}
 PROMPT = {"prompt": ["hello", "world"]}
 READ = {"steer": "refusal=0.7", "steer_readout": True}
-SECRETS = {"all": keys.make(), "nothing": keys.make()}
+SECRETS = {"all": new_secret(), "nothing": new_secret()}
 POLICY = f"""
 [keys.all]
-hash = "{keys.stored(SECRETS["all"])}"
+hash = "{hash_of(SECRETS["all"])}"
 directions = ["*"]
 readout = true
 manage = true
 
 [keys.nothing]
-hash = "{keys.stored(SECRETS["nothing"])}"
+hash = "{hash_of(SECRETS["nothing"])}"
 """
 FULL = READ | {"n": 2, "seed": 1, "temperature": 1, "max_tokens": 4}
 

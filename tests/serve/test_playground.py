@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 
 from steer.direction import Direction, digest
-from steer.serve import keys
 from steer.serve.html import PATHS
+from steer.serve.policy import hash_of, new_secret
 from tests import models
 from tests.browser import MISSING, browser
 from tests.servers import ROOT, Server
@@ -421,19 +421,19 @@ def test_a_refused_request_shows_the_servers_words_in_place(demo: Server, visit:
 
 #: By the options of `steer keys new` that the README shows, and what more a policy may say.
 SECRETS = {
-    name: keys.make() for name in ("guest", "alice", "boss", "plain", "mute", "narrow", "bound", "dosed", "capped")
+    name: new_secret() for name in ("guest", "alice", "boss", "plain", "mute", "narrow", "bound", "dosed", "capped")
 }
 MORE = f"""
 [keys.plain]
-hash = "{keys.stored(SECRETS["plain"])}"
+hash = "{hash_of(SECRETS["plain"])}"
 
 [keys.mute]
-hash = "{keys.stored(SECRETS["mute"])}"
+hash = "{hash_of(SECRETS["mute"])}"
 directions = ["*"]
 steer = false
 
 [keys.narrow]
-hash = "{keys.stored(SECRETS["narrow"])}"
+hash = "{hash_of(SECRETS["narrow"])}"
 directions = ["refusal"]
 modes = ["ablate"]
 max_strength = 0.5
@@ -441,7 +441,7 @@ tokens = ["last-8", "answer"]
 layers = "2-5"
 
 [keys.dosed]
-hash = "{keys.stored(SECRETS["dosed"])}"
+hash = "{hash_of(SECRETS["dosed"])}"
 directions = ["refusal"]
 max_strength = "calibrated"
 
@@ -451,12 +451,12 @@ tokens = ["answer"]
 layers = "1-4"
 
 [keys.capped]
-hash = "{keys.stored(SECRETS["capped"])}"
+hash = "{hash_of(SECRETS["capped"])}"
 directions = ["capped"]
 layers = "3-6"
 
 [keys.bound]
-hash = "{keys.stored(SECRETS["bound"])}"
+hash = "{hash_of(SECRETS["bound"])}"
 directions = ["refusal"]
 required = "refusal"
 """

@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
 from steer.registry import Registry
-from steer.serve import carriers, keys, policy
+from steer.serve import carriers, policy
 from steer.serve.authorise import Caller, Refusal, Rules, resolve
+from steer.serve.policy import KeyRules, hash_of, new_secret
 from steer.shape import Shape
 from steer.spec import Spec, parse, tokens_in_both, tokens_within
 from steer.tokenization import Thinking
 from tests import models
 from tests.serve.rules import NAMES, POLICY
 
-HASH = keys.stored("one")
-OTHER = keys.stored("two")
+HASH = hash_of("one")
+OTHER = hash_of("two")
 
 
 def problems(text: str) -> list[str]:
@@ -305,7 +306,7 @@ def test_problems_are_named(text: str, says: str) -> None:
 
 
 def test_a_secret_in_place_of_its_hash_is_not_repeated() -> None:
-    secret = keys.make()
+    secret = new_secret()
     assert secret not in " ".join(problems(f'[keys.a]\nhash = "{secret}"'))
 
 
@@ -323,24 +324,24 @@ def test_a_secret_may_be_replaced_while_both_hold() -> None:
     assert found.names == {HASH: "a", OTHER: "a"}
 
 
-SECRETS = [keys.make() for _ in range(20)]
+SECRETS = [new_secret() for _ in range(20)]
 
 
 def near(secret: str) -> st.SearchStrategy[str]:
-    return st.sampled_from([secret[:-1], f"{secret}=", secret.upper(), f" {secret}", keys.stored(secret)])
+    return st.sampled_from([secret[:-1], f"{secret}=", secret.upper(), f" {secret}", hash_of(secret)])
 
 
 def test_secrets_are_long_and_apart() -> None:
-    assert len({*map(keys.stored, SECRETS)}) == 20
+    assert len({*map(hash_of, SECRETS)}) == 20
     assert all(secret.startswith("sk-steer-") and len(secret) >= 50 for secret in SECRETS)
 
 
 @given(st.text(st.characters(exclude_categories=())) | st.sampled_from(SECRETS).flatmap(near))
 def test_only_equal_texts_are_stored_alike(candidate: str) -> None:
     """The hash of a secret is no secret either."""
-    known = {keys.stored(secret): secret for secret in SECRETS}
-    assert known.get(keys.stored(candidate), candidate) == candidate
-    assert keys.is_stored(keys.stored(candidate))
+    known = {hash_of(secret): secret for secret in SECRETS}
+    assert known.get(hash_of(candidate), candidate) == candidate
+    assert KeyRules(hash=hash_of(candidate)).hashes == (hash_of(candidate),)
 
 
 @pytest.mark.parametrize(

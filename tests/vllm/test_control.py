@@ -22,9 +22,9 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from steer.serve import keys
 from steer.serve.access import ORDINARY
 from steer.serve.audit import verify
+from steer.serve.policy import hash_of
 from steer.vllm.server import Middleware
 from tests.serve.rules import CASES, POLICY, bearer, carried, check, check_table
 from tests.servers import Server, receipt, stopped_under_streams
@@ -44,7 +44,7 @@ BODIES = {route: body | {"model": "tiny", "temperature": 0} for route, body in B
 PREFIX = "/api"
 SINGLE = f"""
 [keys.single]
-hash = "{keys.stored("single")}"
+hash = "{hash_of("single")}"
 requests_at_once = 1
 """
 ONE = {"Authorization": "Bearer single"}

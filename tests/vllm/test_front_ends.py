@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from steer.direction import digest, write_file
-from steer.serve import keys
 from steer.serve.audit import verify
+from steer.serve.policy import hash_of
 from tests import models
 from tests.servers import Client, Server, front_ends, receipt, stopped_under_streams, text
 from tests.vllm import device
@@ -28,7 +28,7 @@ from tests.waiting import eventually
 COUNT = 2
 ROWS = 6
 SECRETS = {name: f"sk-steer-{name}" for name in ("boss", "slow", "single", "visitor")}
-HASHES = {name: keys.stored(secret) for name, secret in SECRETS.items()}
+HASHES = {name: hash_of(secret) for name, secret in SECRETS.items()}
 POLICY = f"""
 on_kill = "abort"
 [keys.boss]

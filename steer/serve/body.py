@@ -25,7 +25,6 @@ from starlette.types import Message, Receive, Scope
 
 from steer.errors import RequestError, brief, first_duplicate
 from steer.serve import errors
-from steer.serve.structured import FIELDS, check_form
 
 T = TypeVar("T")
 
@@ -65,6 +64,21 @@ MEDIA = [
 ]
 #: Limit of prompts × n of one request, on any engine.
 MAX_ANSWERS = 16_384
+#: Limit in bytes, as JSON, of the forms of an answer that one request asks for: schemas, grammars, regular expressions
+#: and choices, which an engine compiles while all others wait. A small form can be expensive too, so a policy decides
+#: who may ask for one (`forms`).
+MAX_FORM = 32 * 1024
+#: The fields that have a form, in several APIs and in older versions of them, and the key under which it is there.
+FORMS: Mapping[str, str | None] = {
+    "structured_outputs": None,
+    "response_format": None,
+    "text": "format",
+    "output_config": "format",
+    "guided_json": None,
+    "guided_regex": None,
+    "guided_choice": None,
+    "guided_grammar": None,
+}
 
 
 class Gone(Exception):
@@ -188,8 +202,16 @@ def check_size(body: dict[str, object]) -> None:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
     if (prompts := prompt_count(body)) > 1 and answer_count(body) > MAX_ANSWERS:
         raise RequestError(f"prompt: {prompts} prompts × n are over {MAX_ANSWERS} answers", param="prompt")
-    if not body.keys().isdisjoint(FIELDS):
-        check_form(body)
+    size = 0
+    for name, key in FORMS.items():
+        form = body.get(name)
+        if key is not None:
+            form = form.get(key) if isinstance(form, dict) else None
+        if form is not None and (size := size + len(json.dumps(form, ensure_ascii=False).encode())) > MAX_FORM:
+            raise RequestError(
+                f"{name}: the form of an answer is {size} bytes of JSON or more, at most {MAX_FORM} are accepted",
+                param=name,
+            )
 
 
 def prompt_count(body: dict[str, object]) -> int:

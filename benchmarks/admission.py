@@ -48,7 +48,7 @@ def governed(folder: Path, registry: Registry) -> tuple[Control, Caller]:
     control = Control(ControlSettings(policy=folder / "policy.toml"))
     control.start(registry, "tiny")
     assert control.in_force
-    return control, Caller("k99", control.in_force.policy.keys["k99"])
+    return control, Caller("k99", control.in_force.keys["k99"])
 
 
 def parts(count: int, folder: Path) -> dict[str, float]:

@@ -11,7 +11,7 @@ import pytest
 
 from steer.serve import policy
 from steer.serve.access import ORDINARY
-from steer.serve.policy import DirectionRules, KeyRules, Policy
+from steer.serve.policy import KeyRules, Policy
 from tests.servers import ROOT
 from tests.test_readme import blocks_of
 
@@ -20,10 +20,10 @@ PAGE = (ROOT / "docs" / "operating.md").read_text()
 
 def test_the_example_is_a_policy_that_says_everything_there_is_to_say() -> None:
     [text] = blocks_of(PAGE, "toml")
-    found = policy.read(text.encode()).policy
+    found = policy.read(text.encode())
     said = found.model_fields_set | {name for rules in found.keys.values() for name in rules.model_fields_set}
     said |= {name for rules in found.directions.values() for name in rules.model_fields_set}
-    assert said == {*Policy.model_fields, *KeyRules.model_fields, *DirectionRules.model_fields}
+    assert said == {*Policy.model_fields, *KeyRules.model_fields}
 
 
 def test_the_commands_for_keys_run(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_the_commands_for_keys_run(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-euc", text], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sk-steer-") == 2
-    found = policy.load(tmp_path / "policy.toml").policy.keys
+    found = policy.load(tmp_path / "policy.toml").keys
     assert (found["alice"].directions, found["boss"].manage) == (("refusal",), True)
 
 

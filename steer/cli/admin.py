@@ -60,7 +60,7 @@ def new_key(
         if policy.exists():
             before, mode = fetch(policy), policy.stat().st_mode & 0o777
             with suppress(PolicyError):  # no key yet, or `read` below finds the problem in the whole too
-                if name in read(before).policy.keys:
+                if name in read(before).keys:
                     raise InvalidInput(f"{policy}: there is a key '{name}'; delete its table, or choose another name")
             # a table may stand anywhere in TOML: the new one is appended, and the rest stays as it is
             whole = b"\n\n".join(filter(None, (before.rstrip(), whole)))
@@ -76,7 +76,7 @@ def list_keys(policy: _Policy, as_json: Annotated[bool, typer.Option("--json", h
     from steer.serve.policy import load
     from steer.spec import text
 
-    found = load(policy).policy.keys
+    found = load(policy).keys
     if as_json:
         echo_json({name: rules.model_dump(mode="json", exclude={"hash"}) for name, rules in found.items()})
         return

@@ -119,8 +119,8 @@ class Access:
         secret = api_key_of(Headers(scope=scope))
         stored = hash_of(secret or "")
         name = force.names.get(stored)
-        known = Caller(name, force.policy.keys[name], stored) if name and secret else None
-        if method == "GET" and (path in self.public or (path == METRICS and force.policy.metrics_public)):
+        known = Caller(name, force.keys[name], stored) if name and secret else None
+        if method == "GET" and (path in self.public or (path == METRICS and force.metrics_public)):
             return known or NOBODY
         if known is None:
             message = "the API key is not known here"

@@ -28,7 +28,7 @@ from steer.serve.audit import Audit, AuditUnavailable
 from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, Rules, forbidden
 from steer.serve.errors import Code
 from steer.serve.origin import ANY, AllowedOrigins, hosts_of, is_loopback
-from steer.serve.policy import InForce, Policy, PolicyError
+from steer.serve.policy import Policy, PolicyError
 from steer.settings import ControlSettings
 from steer.shared import Shared
 from steer.spec import Spec
@@ -128,7 +128,7 @@ class Control:
         """Raises PolicyError for a policy file that is not acceptable, and AuditError for an audit log that cannot be
         written."""
         self.settings = settings
-        self.in_force: InForce | None = policy.load(settings.policy) if settings.policy else None
+        self.in_force: Policy | None = policy.load(settings.policy) if settings.policy else None
         self.audit = (
             Audit(settings.audit, max_bytes=settings.audit_max_bytes, fsync=settings.audit_fsync)
             if settings.audit
@@ -210,8 +210,8 @@ class Control:
         metrics.STEERING.set(self.steering)
         metrics.AUDIT_OK.set(self.audit is None or self.audit.failed is None)
         if self.in_force:
-            self._warn_of_what_cannot_be_applied(self.in_force.policy)
-            log.info("policy: %d keys", len(self.in_force.policy.keys))
+            self._warn_of_what_cannot_be_applied(self.in_force)
+            log.info("policy: %d keys", len(self.in_force.keys))
         if self.settings.policy:
             # the folder is watched, since editors and ConfigMaps replace the file
             folder = self.settings.policy.parent
@@ -261,7 +261,7 @@ class Control:
     @property
     def _aborts_steered(self) -> bool:
         """Whether steered requests that run are aborted, as switch and policy are now."""
-        return not self.steering and self.in_force is not None and self.in_force.policy.on_kill == "abort"
+        return not self.steering and self.in_force is not None and self.in_force.on_kill == "abort"
 
     def _abort_steered(self) -> None:
         """On the event loop."""
@@ -291,18 +291,18 @@ class Control:
         if fresh.digest != self.policy_digest:
             self.in_force = fresh
             metrics.POLICY_RELOADS.labels(result="ok").inc()
-            log.info("a new policy is in force: %d keys", len(fresh.policy.keys))
+            log.info("a new policy is in force: %d keys", len(fresh.keys))
             if self.registry is not None:
-                self._warn_of_what_cannot_be_applied(fresh.policy)
+                self._warn_of_what_cannot_be_applied(fresh)
             self._note("policy", outcome="ok", detail={"policy": fresh.digest})
             self.shared.ask()  # the other front ends read it too
-            if fresh.policy.on_kill == "abort" and self._loop is not None and not self._loop.is_closed():
+            if fresh.on_kill == "abort" and self._loop is not None and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._abort_removed)
 
     def _abort_removed(self) -> None:
         """On the event loop: abort the requests whose key was removed."""
         assert self.in_force is not None
-        keys = self.in_force.policy.keys
+        keys = self.in_force.keys
         for run in tuple(self.runs):
             rules = keys.get(run.caller.name or "")
             if run.caller.name is not None and (rules is None or run.caller.stored not in rules.hashes):
@@ -326,14 +326,14 @@ class Control:
             self.check_policy()
             if self.in_force.names.get(caller.stored or "") != caller.name:
                 raise Refusal(Code.INVALID_API_KEY, "key", TAKEN_AWAY)
-            caller = Caller(caller.name, self.in_force.policy.keys[caller.name], caller.stored)
+            caller = Caller(caller.name, self.in_force.keys[caller.name], caller.stored)
             scope[CALLER] = caller
         return caller
 
     @property
     def rules(self) -> Rules:
         """What holds for every caller now."""
-        return Rules(self.in_force.policy if self.in_force else None, None if self.steering else self.off)
+        return Rules(self.in_force, None if self.steering else self.off)
 
     def manager(self, scope: Scope) -> Caller:
         """Who makes this request, if they may manage directions and the kill switch. Raises Refusal if they may not."""

@@ -15,9 +15,8 @@ import secrets
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -102,12 +101,9 @@ AtOnce = Annotated[int, Field(strict=True, ge=1, le=10**6)]
 PerMinute = Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]
 
 
-class _Table(BaseModel, extra="forbid", frozen=True):
-    """A table of the policy file."""
-
-
-class Limits(_Table):
-    """What a spec may ask for. The strengths of one file add up."""
+class Limits(BaseModel, extra="forbid", frozen=True):
+    """What a spec may ask for: of one direction by every key, or (`KeyRules`) of all directions by one key. The
+    strengths of one file add up."""
 
     max_strength: Strength = Field(
         MAX_STRENGTH, description="largest strength, on either side of 0; 'calibrated': what a direction's file says"
@@ -273,11 +269,7 @@ class KeyRules(Limits):
         return self
 
 
-class DirectionRules(Limits):
-    """Limits on one direction, for every key."""
-
-
-class Policy(_Table):
+class Policy(BaseModel, extra="forbid", frozen=True):
     """The whole file."""
 
     metrics_public: Flag = Field(False, description="whether /metrics can be read without a key")
@@ -289,12 +281,25 @@ class Policy(_Table):
     required_when_off: Literal["refuse", "plain"] = Field(
         "refuse", description="while steering is off, what requests of a key with required directions get"
     )
-    directions: dict[str, DirectionRules] = Field({}, description="rules of single directions")
+    directions: dict[str, Limits] = Field({}, description="rules of single directions")
     keys: dict[str, KeyRules] = Field(description="keys by name", min_length=1)
+    _digest: str = ""
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the file."""
+        return self._digest
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The names of keys by the stored hashes of their secrets. The time of a look-up reveals nothing about the
+        stored hashes: Python's dict hashes strings with a random key of the process, and no other secret has the same
+        SHA-256."""
+        return {each: name for name, rules in self.keys.items() for each in rules.hashes}
 
     @field_validator("directions")
     @classmethod
-    def _are_names(cls, value: dict[str, DirectionRules]) -> dict[str, DirectionRules]:
+    def _are_names(cls, value: dict[str, Limits]) -> dict[str, Limits]:
         _raise(((name,), problem) for name in value for problem in _name_problems(name))
         return value
 
@@ -341,18 +346,7 @@ def _raise(problems: Iterable[tuple[tuple[str, ...], str]]) -> None:
         raise ValidationError.from_exception_data("policy", found)
 
 
-@dataclass(frozen=True, slots=True)
-class InForce:
-    """A policy in force, and the digest of its file."""
-
-    policy: Policy
-    digest: str
-    #: The names of keys by the stored hashes of their secrets. The time of a look-up reveals nothing about the stored
-    #: hashes: Python's dict hashes strings with a random key of the process, and no other secret has the same SHA-256.
-    names: dict[str, str]
-
-
-def load(path: Path) -> InForce:
+def load(path: Path) -> Policy:
     """Raises PolicyError with every problem, each with its line."""
     return read(fetch(path), path.name)
 
@@ -370,7 +364,7 @@ def fetch(path: Path) -> bytes:
         raise PolicyError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read(data: bytes, name: str = "policy") -> InForce:
+def read(data: bytes, name: str = "policy") -> Policy:
     """A policy from the bytes of its file. Raises PolicyError."""
     if len(data) > MAX_BYTES:
         raise PolicyError(f"{name}: over {MAX_BYTES} bytes")
@@ -396,8 +390,8 @@ def read(data: bytes, name: str = "policy") -> InForce:
         lines = dict(_lines(text))
         problems = sorted({_problem(item, lines) for item in error.errors(include_url=False)})
         raise PolicyError(f"{name}:{line}: {message}" for line, message in problems) from None
-    names = {each: key for key, rules in policy.keys.items() for each in rules.hashes}
-    return InForce(policy, hashlib.sha256(data).hexdigest(), names)
+    policy._digest = hashlib.sha256(data).hexdigest()
+    return policy
 
 
 def _problem(item: ErrorDetails, lines: dict[tuple[str, ...], int]) -> tuple[int, str]:
@@ -408,7 +402,7 @@ def _problem(item: ErrorDetails, lines: dict[tuple[str, ...], int]) -> tuple[int
     where = ".".join(str(part) for part in item["loc"] if part not in ("str", "tuple[str, ...]"))
     table: type[BaseModel] = Policy if len(item["loc"]) == 1 else KeyRules
     if len(item["loc"]) > 1 and item["loc"][0] == "directions":
-        table = DirectionRules
+        table = Limits
     message = problem_text(*whole_ranges([{**item, "loc": item["loc"][2:]}], table))
     if item["type"] == "extra_forbidden":
         near = get_close_matches(str(item["loc"][-1])[:40], table.model_fields, 1, 0.8)

@@ -854,7 +854,7 @@ def test_a_bucket_fills_evenly_and_holds_a_minute() -> None:
 
 
 def test_the_readout_is_a_right_where_there_is_a_policy() -> None:
-    rules = read(POLICY.encode()).policy.keys["reader"]
+    rules = read(POLICY.encode()).keys["reader"]
     Caller().check_readout()
     Caller("reader", rules.model_copy(update={"readout": True})).check_readout()
     with pytest.raises(Refusal, match="readout = true"):
@@ -1010,11 +1010,11 @@ def test_the_command_that_makes_keys(tmp_path: Path) -> None:
     assert first not in path.read_text()
     found = read(path.read_bytes())
     assert (found.names[hash_of(first)], found.names[hash_of(second)]) == ("alice", "bob.b")
-    assert (found.policy.keys["alice"].directions, found.policy.keys["bob.b"].manage) == (("refusal",), True)
+    assert (found.keys["alice"].directions, found.keys["bob.b"].manage) == (("refusal",), True)
     assert "there is a key 'alice'" in run("new", "alice", "--policy", str(path), code=2).stderr
     assert run("new", "a b", code=2).stderr.startswith("error: 'a b' is not a key's name: 1 to 64")
     run("new", "prometheus", "--policy", str(path), "--metrics")
-    watching = read(path.read_bytes()).policy.keys["prometheus"]
+    watching = read(path.read_bytes()).keys["prometheus"]
     assert (watching.metrics, watching.manage, watching.directions) == (True, False, ())
     shown = run("new", "carol").stderr
     assert "[keys.carol]\nhash = " in shown

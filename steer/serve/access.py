@@ -90,7 +90,7 @@ class Access:
             await self.app(scope, receive, send)
 
     async def _refuse(self, error: HTTPProblem, scope: Scope, receive: Receive, send: Send) -> None:
-        self.control.refused(error, scope.get(CALLER, NOBODY), scope)
+        self.control.refused(error, scope)
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": error.code.wire})
         else:
@@ -129,7 +129,6 @@ class Access:
                 if {"authorization", "x-api-key"} & set(Headers(scope=scope)):
                     message += "; the request has something else there, or more than one"
             raise Refusal(Code.INVALID_API_KEY, "key", message, WWW_Authenticate="Bearer")
-        assert known.rules is not None
         scope[CALLER] = known
         self.control.check_policy()
         if path == METRICS and not (known.rules.metrics or known.manages):

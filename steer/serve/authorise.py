@@ -15,12 +15,12 @@ from typing import TypeAlias
 from steer import readout
 from steer.direction import Dose
 from steer.errors import SpecError
-from steer.names import Mode
+from steer.names import MAX_SHIFT, Mode
 from steer.readout import RequestedReadout
 from steer.registry import Admission, Registry
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.policy import CALIBRATED, ROUNDING, KeyRules, Limits, Policy
+from steer.serve.policy import ANY, CALIBRATED, ROUNDING, KeyRules, Limits, Policy
 from steer.spec import Entry, RequestedDirection, Spec, shift_text, text
 
 #: Where `Access` leaves the caller in an ASGI scope.
@@ -51,25 +51,27 @@ def forbidden(rule: str, message: str, asked: Spec | None = None, param: str | N
     return Refusal(Code.STEERING_FORBIDDEN, rule, message, asked=asked, param=param)
 
 
+#: The rules of every caller where no policy is in force.
+EVERYTHING = KeyRules.model_construct(
+    hash="", directions=(ANY,), max_shift=MAX_SHIFT, manage=True, readout=True, forms=True, metrics=True
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes a request. Without rules (no policy is in force) everything is allowed."""
+    """Who makes a request, and what they may do."""
 
     name: str | None = None
-    rules: KeyRules | None = None
+    rules: KeyRules = EVERYTHING
     #: The hash of the secret that was sent, as the policy stores it.
     stored: str | None = None
 
     @property
     def manages(self) -> bool:
-        return self.rules is None or self.rules.manage
-
-    @property
-    def required(self) -> tuple[RequestedDirection, ...]:
-        return self.rules.required if self.rules else ()
+        return self.rules.manage
 
     def may_use(self, direction: str) -> bool:
-        return self.rules is None or (self.rules.steer and self.rules.allows(direction))
+        return self.rules.steer and self.rules.allows(direction)
 
     def may_know(self, direction: str) -> bool:
         """Whether the caller may learn that this direction exists."""
@@ -77,14 +79,9 @@ class Caller:
 
     def check_readout(self) -> None:
         """Raises Refusal for a caller that may not read components along directions."""
-        if self.rules is not None and not self.rules.readout:
+        if not self.rules.readout:
             message = f"this key may not use {readout.FIELD}: its policy does not say `readout = true`"
             raise forbidden("readout", message, param=readout.FIELD)
-
-    @property
-    def forms(self) -> bool:
-        """Whether the caller may constrain the form of an answer."""
-        return self.rules is None or self.rules.forms
 
 
 #: The caller where no policy is in force.
@@ -171,7 +168,7 @@ def resolve(
 
 def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
     """The spec that the carriers ask for."""
-    if any(carried.found.values()) and caller.rules is not None and not caller.rules.steer:
+    if any(carried.found.values()) and not caller.rules.steer:
         raise forbidden("steer", "this key may not steer: its policy says `steer = false`")
     meanings = {carrier: registry.resolve(wanted, caller.may_use) for carrier, wanted in carried.found.items()}
     if len(set(meanings.values())) > 1:
@@ -183,7 +180,7 @@ def _asked(carried: Carried, registry: Registry, caller: Caller) -> Spec:
 def _default(default: Sequence[RequestedDirection], registry: Registry, caller: Caller) -> Spec:
     """The default of a request without a carrier: the key's own, or else the server's; plain if the caller may not use
     one of its directions."""
-    if caller.rules is not None and caller.rules.default is not None:
+    if caller.rules.default is not None:
         default = caller.rules.default
     if not all(caller.may_use(name) for item in default for name in item.names):
         return Spec()
@@ -198,7 +195,7 @@ def _configured(
     try:
         return registry.resolve(wanted)
     except SpecError as error:
-        reason = f": {error}" if caller.rules is None else " now"
+        reason = f": {error}" if caller.rules is EVERYTHING else " now"
         raise HTTPProblem(code, f"{what} cannot be applied{reason}") from None
 
 
@@ -206,9 +203,9 @@ def _authorised(asked: Spec, carried: Carried, registry: Registry, caller: Calle
     """The spec to apply where `asked` is asked for. A default that a rule forbids is left out, since the request did
     not ask for it."""
     what, code = "steering that is required for this key", Code.REQUIRED_UNAVAILABLE
-    required = _configured(caller.required, registry, caller, what, code)
+    required = _configured(caller.rules.required, registry, caller, what, code)
     violations: list[Violation] = []
-    if caller.rules is not None and asked:
+    if caller.rules is not EVERYTHING and asked:
         violations = _violations(asked, carried.tools, caller.rules, registry, rules)
         violations += _changes_of_required(asked, required)
         if violations and not carried.found:
@@ -225,10 +222,10 @@ def _authorised(asked: Spec, carried: Carried, registry: Registry, caller: Calle
     except SpecError:
         if not carried.found:
             return required  # nobody asked for the default
-        if caller.rules is not None and len({e.condition for e in (*asked.entries, *required.entries)}) > 1:
+        if len({e.condition for e in (*asked.entries, *required.entries)}) > 1:
             message = "what is required for this key does not act under the condition that is asked for"
             raise forbidden("required", message, asked) from None
-        if caller.rules is not None and asked.phased != required.phased:
+        if asked.phased != required.phased:
             message = "what is required for this key acts at tokens that do not go together with those asked for"
             raise forbidden("required", message, asked) from None
         raise

@@ -345,7 +345,7 @@ class Control:
             raise forbidden("manage", "managing needs a key with the managing role")
         return self.caller(scope)
 
-    def refused(self, error: SteerError, caller: Caller, scope: Scope) -> None:
+    def refused(self, error: SteerError, scope: Scope) -> None:
         """Count a refusal by policy and write it to the audit log; other errors are not logged.
 
         Nobody can fill the disk with refusals: a request without a key is only counted, and in a minute REFUSALS_KEPT
@@ -354,7 +354,8 @@ class Control:
         if not isinstance(error, Refusal):
             return
         metrics.POLICY_REFUSED.labels(rule=error.rule).inc()
-        if self.audit is None or (caller.name is None and caller.rules is not None):
+        caller = self.caller(scope)
+        if self.audit is None or caller is NOBODY:
             return
         which = (caller.name, error.rule)
         bucket = f"{caller.name or ''}:{error.rule}"
@@ -394,13 +395,13 @@ class Control:
         """Charge one request to the caller's rates before it is read, so that a request that fails counts too. Every
         `enter` needs a `leave`. Raises Refusal (429)."""
         rules, name = caller.rules, caller.name
-        if rules is not None and name is not None:
+        if name is not None:
             with self.shared.lock():
                 limit = rules.requests_at_once
                 if limit is not None and self.shared.total(_at_once(name)) >= limit:
                     raise _over("requests_at_once", rules, 1)
-                self._check_rate("requests_per_minute", self._requests, caller, 1)
-                self._check_rate("tokens_per_minute", self._tokens, caller, 1)
+                _check_rate("requests_per_minute", self._requests, name, rules, 1)
+                _check_rate("tokens_per_minute", self._tokens, name, rules, 1)
                 self._requests.charge(name, rules.requests_per_minute, 1)
                 self.shared.count_own(_at_once(name), 1)
         return Run(caller)
@@ -415,7 +416,7 @@ class Control:
         """
         run.caller = self.renewed(scope)
         rules, name = run.caller.rules, run.caller.name
-        if rules is not None and name is not None and answers > 1 and (limit := rules.requests_at_once) is not None:
+        if name is not None and answers > 1 and (limit := rules.requests_at_once) is not None:
             if answers > limit:
                 raise RequestError(
                     f"n: prompts × n are {answers} answers, and this key may have {limit} at once", param="n"
@@ -425,25 +426,18 @@ class Control:
                     raise _over("requests_at_once", rules, 1)
                 self.shared.count_own(_at_once(name), answers - 1)
             run.answers = answers
-        if rules is not None and name is not None and rules.tokens_per_minute is not None:
+        if name is not None and rules.tokens_per_minute is not None:
             with self.shared.lock():
-                self._check_rate("tokens_per_minute", self._tokens, run.caller, tokens)
+                _check_rate("tokens_per_minute", self._tokens, name, rules, tokens)
                 self._tokens.charge(name, rules.tokens_per_minute, tokens)
             run.tokens += tokens
 
     def leave(self, run: Run) -> None:
         """The request has ended in any way: give back what it has charged."""
-        rules, name = run.caller.rules, run.caller.name
-        if rules is not None and name is not None:
+        if (name := run.caller.name) is not None:
             self.shared.count_own(_at_once(name), -run.answers)
-            self._tokens.charge(name, rules.tokens_per_minute, -run.tokens)
+            self._tokens.charge(name, run.caller.rules.tokens_per_minute, -run.tokens)
             run.tokens = 0
-
-    def _check_rate(self, rule: str, meter: RateLimiter, caller: Caller, amount: int) -> None:
-        assert caller.rules is not None
-        assert caller.name is not None
-        if wait := meter.wait(caller.name, getattr(caller.rules, rule), amount):
-            raise _over(rule, caller.rules, math.ceil(wait))
 
     async def begin(self, run: Run, spec: Spec, model: str | None, scope: Scope) -> None:
         """The request is admitted. Raises Refusal (503) if it is steered and its audit line cannot be written.
@@ -489,8 +483,8 @@ class Control:
     def end(self, run: Run, outcome: str, usage: metrics.Usage) -> None:
         self.discard(run)
         used = usage.prompt + usage.again + usage.completion
-        if (rules := run.caller.rules) is not None and run.caller.name is not None:
-            self._tokens.charge(run.caller.name, rules.tokens_per_minute, used)
+        if run.caller.name is not None:
+            self._tokens.charge(run.caller.name, run.caller.rules.tokens_per_minute, used)
         metrics.count(run.spec, outcome, usage)
         self._note_end(run, outcome, usage.prompt, usage.completion)
 
@@ -586,6 +580,11 @@ class Control:
 
 def _at_once(key: str) -> str:
     return f"at_once:{key}"
+
+
+def _check_rate(rule: str, meter: RateLimiter, key: str, rules: policy.KeyRules, amount: int) -> None:
+    if wait := meter.wait(key, getattr(rules, rule), amount):
+        raise _over(rule, rules, math.ceil(wait))
 
 
 def _over(rule: str, rules: policy.KeyRules, seconds: int) -> Refusal:

@@ -192,8 +192,7 @@ def card(
     """The card of a direction as `caller` may see it. Only the managing role sees how many requests use it now, which
     says something about others. `limits`: those of each version (`Rules.limits`)."""
     meta, problems = version.direction.meta, registry.failures.get(name)
-    rules = [*([caller.rules] if caller.rules else ()), *limits.get(version.digest, ())]
-    may = bounds(rules, registry.placement.shape)
+    may = bounds((caller.rules, *limits.get(version.digest, ())), registry.placement.shape)
     found = meta.condition if may["conditions"] and "answer" in may["tokens"] else None
     out: DirectionCard = {
         "id": name,

@@ -124,11 +124,10 @@ class SteerMiddleware:
     context: int = 2**15
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        caller = self.control.caller(scope)
         try:
-            run = self.control.enter(caller)
+            run = self.control.enter(self.control.caller(scope))
         except errors.HTTPProblem as error:
-            self.control.refused(error, caller, scope)
+            self.control.refused(error, scope)
             await errors.of(error)(scope, receive, send)
             return
         try:
@@ -163,7 +162,7 @@ class SteerMiddleware:
             return
         except SteerError as error:
             metrics.REFUSED.labels(reason=type(error).__name__).inc()
-            control.refused(error, run.caller, scope)
+            control.refused(error, scope)
             await errors.of(error)(scope, receive, send)
             return
         answer = _Answer(send, run)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from starlette.types import Scope
 from typing_extensions import TypedDict
 
-from steer.names import MODE_SCALES, MODE_SUMMARIES, MODES, SHIFTING, Mode, Scale
+from steer.names import MODE_SCALES, MODE_SUMMARIES, SHIFTING, Mode, Scale
 from steer.serve.authorise import Refusal
 from steer.serve.control import Control
 from steer.serve.errors import Code, documented
@@ -184,11 +184,11 @@ def steering(control: Control, scope: Scope) -> SteeringState:
         "shifting": SHIFTING,
         "tokens": TOKENS if shape is None else shape.tokens,
         "may": {
-            "steer": rules is None or rules.steer,
-            "modes": list(MODES if rules is None else rules.modes),
-            **bounds(() if rules is None else (rules,), shape),
-            "readout": rules is None or rules.readout,
-            "forms": caller.forms,
+            "steer": rules.steer,
+            "modes": list(rules.modes),
+            **bounds((rules,), shape),
+            "readout": rules.readout,
+            "forms": rules.forms,
             "manage": manages,
         },
     }

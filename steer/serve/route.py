@@ -89,7 +89,7 @@ def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> t
                 except RequestValidationError as error:
                     return await errors.on_validation_error(request, error)
                 except SteerError as error:
-                    control.refused(error, control.caller(request.scope), request.scope)
+                    control.refused(error, request.scope)
                     return errors.of(error)
 
             return handling

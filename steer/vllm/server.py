@@ -360,7 +360,7 @@ class Generation:
             used = None if ticket is None else lambda: ticket.used
             try:
                 caller = control.caller(scope)
-                way = Passage(not admission.spec and not admission.readout, caller.forms, caller.manages)
+                way = Passage(not admission.spec and not admission.readout, caller.rules.forms, caller.manages)
                 await _run(self.app, control, way, scope[BODY], scope, receive, send, used)
             except Exception:
                 if ticket is None or not ticket.lost:
@@ -430,7 +430,7 @@ class Other(_Layer):
         except SteerError as error:
             await self._refuse(error, scope, receive, send)
             return
-        way = Passage(body is not None and _may_be_plain(scope), run.caller.forms, run.caller.manages)
+        way = Passage(body is not None and _may_be_plain(scope), run.caller.rules.forms, run.caller.manages)
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
@@ -448,7 +448,7 @@ class Other(_Layer):
     async def _refuse(self, error: SteerError, scope: Scope, receive: Receive, send: Send) -> None:
         control = control_of(scope["app"])
         metrics.REFUSED.labels(reason=type(error).__name__).inc()
-        control.refused(error, control.caller(scope), scope)
+        control.refused(error, scope)
         await errors.of(error)(scope, receive, send)
 
 
@@ -532,7 +532,7 @@ async def _run(
         finally:
             way.over = used is not None
             if way.refused:
-                control.refused(way.refused, control.caller(scope), scope)
+                control.refused(way.refused, scope)
 
 
 def _in_our_words(scope: Scope, body: object) -> Scope:

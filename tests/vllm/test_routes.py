@@ -350,7 +350,7 @@ def test_a_form_needs_its_right_whoever_makes_it(engine: Engine) -> None:
     from steer.vllm.frontend import Passage, passage
 
     def ask(form: Any, **rules: Any) -> None:
-        token = passage.set(Passage(True, Caller("a", KeyRules.model_construct(hash="", **rules)).forms))
+        token = passage.set(Passage(True, KeyRules.model_construct(hash="", **rules).forms))
         try:
             with engine.steer.admitted(SamplingParams(structured_outputs=form)):
                 pass

@@ -1,8 +1,9 @@
 """Authentication: who calls, and which paths they may reach. An ASGI layer around every route of a server.
 
-With a policy in force, only `/health` answers without a key. An ordinary key reaches the paths that are listed here.
-Every other path, also an unknown one, needs the managing role. Without a policy, only the server's own web pages may
-call it (`origin`). A browser's preflight request is answered here, on every server.
+With a policy in force, only `/health` and the playground's own files (`PUBLIC`) answer without a key. An ordinary key
+reaches the paths that are listed here. Every other path, also an unknown one, needs the managing role. Without a
+policy, only the server's own web pages may call it (`origin`). A browser's preflight request is answered here, on every
+server.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer.serve import errors
+from steer.serve import errors, html
 from steer.serve.asgi import with_headers
 from steer.serve.authorise import ANYONE, CALLER, NOBODY, Caller, Refusal, forbidden
 from steer.serve.control import Control, request_id
@@ -27,7 +28,7 @@ REQUEST_ID = "x-request-id"
 MAX_HEADERS = 64 * 2**10
 MAX_PATH = 8 * 2**10
 #: Readable without a key. Their answers must not mention directions or keys.
-PUBLIC = frozenset({"/health"})
+PUBLIC = frozenset({"/health", *html.PATHS})
 METRICS = "/metrics"
 #: What a key without the managing role can reach: routes that our middleware steers, and routes that cannot generate.
 ORDINARY: dict[str, re.Pattern[str]] = {
@@ -56,14 +57,11 @@ class Access:
 
     Args:
         control: has the policy, and the origins of the web pages that may call.
-        public: paths that need no key.
         cors: further arguments of Starlette's CORS layer.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, control: Control, public: frozenset[str] = PUBLIC, cors: Mapping[str, Any] | None = None
-    ) -> None:
-        self.app, self.control, self.public = app, control, public
+    def __init__(self, app: ASGIApp, *, control: Control, cors: Mapping[str, Any] | None = None) -> None:
+        self.app, self.control = app, control
         self._keyed: ASGIApp = self._with_keys
         if control.origins:
             self._keyed = CORSMiddleware(self._with_keys, allow_origins=control.origins, **(cors or {}))
@@ -120,7 +118,7 @@ class Access:
         stored = hash_of(secret or "")
         name = force.names.get(stored)
         known = Caller(name, force.keys[name], stored) if name and secret else None
-        if method == "GET" and (path in self.public or (path == METRICS and force.metrics_public)):
+        if method == "GET" and (path in PUBLIC or (path == METRICS and force.metrics_public)):
             return known or NOBODY
         if known is None:
             message = "the API key is not known here"

@@ -33,7 +33,7 @@ from steer.hf.steering import Steering
 from steer.names import readable
 from steer.registry import Registry
 from steer.serve import answers, completions, errors, html, metrics, operation
-from steer.serve.access import PUBLIC, REQUEST_ID, Access
+from steer.serve.access import REQUEST_ID, Access
 from steer.serve.carriers import PLUS, RECEIPT
 from steer.serve.connection import PROTOCOL, check_address
 from steer.serve.control import GRACE, Control
@@ -102,7 +102,7 @@ def build(served: Served) -> FastAPI:
     app.add_exception_handler(RequestValidationError, errors.on_validation_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
     cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, REQUEST_ID]}
-    app.add_middleware(Access, control=control, public=PUBLIC.union(html.PATHS), cors=cors)
+    app.add_middleware(Access, control=control, cors=cors)
     app.add_middleware(HeadRequests)
     app.include_router(html.router())
     html.put_docs_on(app)

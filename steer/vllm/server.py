@@ -36,7 +36,7 @@ from steer.errors import InvalidInput, NotFinite, SpecError, SteerError, Unsuppo
 from steer.readout import FIELD
 from steer.registry import Admission
 from steer.serve import carriers, errors, html, metrics, operation, origin
-from steer.serve.access import PUBLIC, REQUEST_ID, Access
+from steer.serve.access import REQUEST_ID, Access
 from steer.serve.answers import ReadReport, report
 from steer.serve.asgi import Change, Outgoing, rewriting, with_headers
 from steer.serve.authorise import NO_READOUT, Caller, resolve
@@ -167,7 +167,6 @@ class Middleware:
             access = Access(
                 Closed(self.app),
                 control=control_of(scope["app"]),
-                public=PUBLIC.union(html.PATHS),
                 cors={
                     "allow_methods": args.allowed_methods,
                     "allow_headers": args.allowed_headers,

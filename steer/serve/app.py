@@ -51,11 +51,7 @@ log = logging.getLogger("steer")
 ONLY_VLLM = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize")
 
 
-class _Running(TypedDict, total=False):
-    in_flight: Annotated[int, Field(description="answers in progress; for the managing role")]
-
-
-class Health(operation.ServerState, _Running):
+class Health(operation.ServerState):
     status: Annotated[Literal["ok", "failed"], Field(description="failed: the server must be restarted")]
     engine: Annotated[str, Field(description="how answers are generated")]
 
@@ -143,12 +139,12 @@ def build(served: Served) -> FastAPI:
         responses=errors.documented() | {503: {"model": Health, "description": "The engine has failed"}},
     )
     async def health(request: Request, response: Response) -> Health:
-        manages = control.caller(request.scope).manages
-        running: _Running = {"in_flight": engine.in_flight} if manages else {}
-        healthy = engine.healthy
+        manages, healthy = control.caller(request.scope).manages, engine.healthy
         response.status_code = 200 if healthy else 503
-        status: Literal["ok", "failed"] = "ok" if healthy else "failed"
-        return {**operation.health(control, manages=manages), "status": status, "engine": engine.description, **running}
+        state = operation.health(control, manages=manages)
+        if manages:
+            state["in_flight"] = engine.in_flight
+        return {**state, "status": "ok" if healthy else "failed", "engine": engine.description}
 
     @app.get(
         "/metrics",
@@ -168,21 +164,22 @@ def _models(served: Served) -> APIRouter:
     router = APIRouter()
     started = int(time.time())
 
-    def model_card(name: str, root: str, parent: str | None) -> ModelCard:
-        return {
-            "id": name,
-            "object": "model",
-            "created": started,
-            "owned_by": "steer",
-            "root": root,
-            "parent": parent,
-            "max_model_len": served.engine.context,
-        }
-
     def cards(request: Request) -> list[ModelCard]:
         caller, own = served.control.caller(request.scope), served.model_name
         usable = (name for name in served.registry.names() if caller.may_use(name))
-        return [model_card(own, own, None), *(model_card(f"{own}{PLUS}{name}", name, own) for name in usable)]
+        named = [(own, own, None), *((f"{own}{PLUS}{name}", name, own) for name in usable)]
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": started,
+                "owned_by": "steer",
+                "root": root,
+                "parent": parent,
+                "max_model_len": served.engine.context,
+            }
+            for name, root, parent in named
+        ]
 
     @router.get(
         "/v1/models",

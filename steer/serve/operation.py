@@ -41,6 +41,7 @@ class ServerState(TypedDict):
     seconds_since_look: Annotated[
         dict[str, float], Field(description="seconds since `policy` and `folder` were last looked at")
     ]
+    in_flight: NotRequired[Annotated[int, Field(description="answers in progress; for the managing role")]]
 
 
 class May(Bounds):

@@ -15,7 +15,7 @@ from steer.serve.control import Control
 from steer.serve.errors import Code, documented
 from steer.serve.origin import JSON
 from steer.serve.policy import Bounds, bounds
-from steer.serve.route import JsonRoute, own_route
+from steer.serve.route import own_route
 from steer.spec import TOKENS
 from steer.watch import State
 
@@ -98,7 +98,7 @@ class Switch(BaseModel, extra="forbid"):
 
 
 def router(control: Control) -> APIRouter:
-    routes = APIRouter(prefix=PATH, tags=["operation"], route_class=own_route(control, JSON, JsonRoute))
+    routes = APIRouter(prefix=PATH, tags=["operation"], route_class=own_route(control, JSON))
 
     @routes.get(
         "",

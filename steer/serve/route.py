@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer.errors import SteerError, whole_ranges
 from steer.serve import errors
-from steer.serve.body import BODY, SMALL, Gone, parse_body, read_body, understood
+from steer.serve.body import BODY, SIZE, Gone, parse_body, read_body, understood
 from steer.serve.control import Control
 from steer.serve.origin import READING, check_kind
 
@@ -57,12 +57,10 @@ class JsonRoute(APIRoute):
 
         async def handling(request: Request) -> Response:
             try:
-                declared = request.headers.get("content-length", "")
-                size = int(declared) if declared.isdecimal() else SMALL + 1
                 if BODY not in request.scope:
                     data = await read_body(request.scope, request.receive, MAX_CONTROL)
-                    request.scope[BODY] = parse_body(data)
-                body = await understood(partial(_checked, model, request.scope[BODY]), size)
+                    request.scope[BODY], request.scope[SIZE] = parse_body(data), len(data)
+                body = await understood(partial(_checked, model, request.scope[BODY]), request.scope[SIZE])
             except Gone:
                 return Response(status_code=400)
             request._body, request._json = b"{}", body  # Starlette's caches of the body and of its JSON
@@ -71,11 +69,11 @@ class JsonRoute(APIRoute):
         return handling
 
 
-def own_route(control: Control, kind: str, base: type[APIRoute] = APIRoute) -> type[APIRoute]:
+def own_route(control: Control, kind: str) -> type[JsonRoute]:
     """A class of control routes. Their errors have OpenAI's shape, also in another app. Routes that change something
     need the managing role, and their body must have the content type `kind`."""
 
-    class OwnRoute(base):  # type: ignore[valid-type]
+    class OwnRoute(JsonRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[None, None, Response]]:
             handler = super().get_route_handler()
 

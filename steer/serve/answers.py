@@ -4,8 +4,6 @@ code that fills them. A key that is not always sent is `NotRequired`."""
 from __future__ import annotations
 
 import math
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NotRequired, TypeAlias
 
@@ -224,15 +222,6 @@ def usage(prompt_tokens: int, completion_tokens: int) -> CompletionUsage:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def envelope(prefix: str, model: str, fingerprint: str) -> Envelope:
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": fingerprint,
     }
 
 

@@ -23,11 +23,10 @@ from steer.serve.answers import (
     CompletionUsage,
     chat_logprobs,
     completion_logprobs,
-    envelope,
     generated,
     usage,
 )
-from steer.serve.generation import Job, Piece, Served, WholeAnswer, stream, unless_gone
+from steer.serve.generation import Job, Piece, Served, WholeAnswer, stream
 from steer.serve.protocol import ChatRequest, CompletionRequest, StreamOptions
 from steer.serve.route import JsonRoute
 from steer.serve.text import Stops
@@ -71,7 +70,7 @@ def router(served: Served) -> APIRouter:
         jobs = await served.offload(request, contents, "messages", prepare)
         prompt_tokens = len(jobs[0].prompt)
         metrics.current_usage().read(prompt_tokens, body.n)
-        base = envelope("chatcmpl", body.model, served.fingerprint)
+        base = served.envelope("chatcmpl")
 
         def logprobs(tokens: list[Token]) -> ChatLogprobs | None:
             return chat_logprobs(tokenizer, tokens) if wants_logprobs else None
@@ -99,9 +98,8 @@ def router(served: Served) -> APIRouter:
             ]
             chunk = {**base, "object": "chat.completion.chunk"}
             return stream(_chunks(served, jobs, prompt_tokens, body.stream_options, part, chunk, opening))
-        answers = await unless_gone(request, served.answers(jobs))
 
-        def whole() -> ChatCompletion:
+        def whole(answers: Sequence[WholeAnswer]) -> ChatCompletion:
             choices: list[ChatChoice] = [
                 {
                     "index": i,
@@ -114,7 +112,7 @@ def router(served: Served) -> APIRouter:
             ]
             return {**base, "object": "chat.completion", "choices": choices, "usage": _used(prompt_tokens, answers)}
 
-        return await served.respond(request, answers, whole)
+        return await served.respond(request, jobs, whole)
 
     @router.post(
         "/v1/completions",
@@ -128,9 +126,7 @@ def router(served: Served) -> APIRouter:
         read, prompts = admission.readout, body.prompts
         engine.admit(len(prompts) * body.n)
         if body.stream and (body.echo or body.max_tokens == 0):
-            raise errors.HTTPProblem(
-                errors.Code.UNSUPPORTED, "echo and max_tokens 0 are not served as a stream", param="stream"
-            )
+            raise errors.unsupported("echo and max_tokens 0 are not served as a stream", "stream")
 
         def prepare() -> list[Job]:
             defaults = served.tokens(body)
@@ -147,7 +143,7 @@ def router(served: Served) -> APIRouter:
         jobs = await served.offload(request, prompts, "prompt", prepare)
         prompt_tokens = sum(len(job.prompt) for job in jobs[:: body.n])
         metrics.current_usage().read(prompt_tokens, body.n)
-        base = envelope("cmpl", body.model, served.fingerprint)
+        base = served.envelope("cmpl")
         offsets = [0] * len(jobs)
 
         def part(index: int, piece: Piece, tokens: list[Token]) -> CompletionChunkChoice | None:
@@ -168,9 +164,8 @@ def router(served: Served) -> APIRouter:
         if body.stream:
             chunk = {**base, "object": "text_completion"}
             return stream(_chunks(served, jobs, prompt_tokens, body.stream_options, part, chunk))
-        answers = await unless_gone(request, served.answers(jobs))
 
-        def whole() -> Completion:
+        def whole(answers: Sequence[WholeAnswer]) -> Completion:
             choices: list[CompletionChoice] = []
             for job, answer in zip(jobs, answers, strict=True):
                 first = answers[job.index - job.index % body.n]  # the answers of one prompt share what it echoes
@@ -187,7 +182,7 @@ def router(served: Served) -> APIRouter:
                 )
             return {**base, "object": "text_completion", "choices": choices, "usage": _used(prompt_tokens, answers)}
 
-        return await served.respond(request, answers, whole)
+        return await served.respond(request, jobs, whole)
 
     return router
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -22,7 +24,7 @@ from steer.readout import FIELD
 from steer.registry import Admission, Registry
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
-from steer.serve.answers import Finish, SteerFields, report
+from steer.serve.answers import Envelope, Finish, SteerFields, report
 from steer.serve.body import SIZE, SMALL, Gone, offload
 from steer.serve.carriers import PLUS
 from steer.serve.control import Control
@@ -137,10 +139,15 @@ class Served:
         if ignored:
             log.warning("settings of the model's generation_config.json that are not applied: %s", ", ".join(ignored))
 
-    @property
-    def fingerprint(self) -> str:
-        """`system_fingerprint` of every answer: the versions that answers depend on."""
-        return f"steer-{__version__}-{(self.loaded.template_sha256 or 'base')[:8]}"
+    def envelope(self, prefix: str) -> Envelope:
+        """The fields that every answer, or all chunks of one, have. The fingerprint: the versions that answers depend
+        on."""
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": self.model_name,
+            "system_fingerprint": f"steer-{__version__}-{(self.loaded.template_sha256 or 'base')[:8]}",
+        }
 
     def check_model(self, name: str) -> None:
         """Raise HTTPProblem 404 for another model's name. The middleware has resolved aliases."""
@@ -288,12 +295,13 @@ class Served:
         return [task.result() for task in tasks]
 
     async def respond(
-        self, request: Request, answers: Sequence[WholeAnswer], make: Callable[[], Mapping[str, object]]
+        self, request: Request, jobs: Sequence[Job], make: Callable[[Sequence[WholeAnswer]], Mapping[str, object]]
     ) -> Response:
-        """The JSON response that `make` makes of `answers`; a large one is made in a thread."""
+        """The JSON response that `make` makes of the answers of all jobs; a large one is made in a thread."""
+        answers = await unless_gone(request, self.answers(jobs))
 
         def data() -> bytes:
-            return dumps(make()).encode()
+            return dumps(make(answers)).encode()
 
         each = [tokens for answer in answers for tokens in (answer.scored, answer.tokens) if tokens]
         size = TOKEN_BYTES * sum(len(tokens) * _numbers_of(tokens[-1]) for tokens in each)

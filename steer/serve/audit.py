@@ -29,13 +29,13 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal
 
 from steer.errors import SteerError
 from steer.serve import metrics
@@ -85,17 +85,6 @@ class Head:
         return f"{self.seq}:{self.hash}"
 
 
-class Record(TypedDict):
-    """The fields of a line that the chain needs. The others depend on the event."""
-
-    seq: int
-    prev: str
-    hash: str
-    event: NotRequired[object]
-    detail: NotRequired[object]
-    admitted: NotRequired[object]
-
-
 def seal(record: dict[str, object]) -> tuple[bytes, str]:
     """The line of a record, with its newline, and the line's hash. This defines the canonical form.
 
@@ -109,8 +98,9 @@ def seal(record: dict[str, object]) -> tuple[bytes, str]:
     return line, digest
 
 
-def unseal(line: bytes) -> Record:
-    """The record of a line, with its `hash`. Raises ValueError for anything but the bytes that `seal` returns."""
+def unseal(line: bytes) -> dict[str, Any]:
+    """The record of a line: its `seq`, `prev` and `hash`, and what its event has. Raises ValueError for anything but
+    the bytes that `seal` returns."""
     if not line.endswith(b"\n"):
         raise ValueError("the line is torn: it has no end")
     try:
@@ -128,7 +118,7 @@ def unseal(line: bytes) -> Record:
         raise ValueError("the hash of the line is wrong: the line was changed")
     if not isinstance(record.get("seq"), int) or not isinstance(record.get("prev"), str):
         raise ValueError("not an audit line")
-    return cast(Record, record)
+    return record
 
 
 class Audit:
@@ -461,7 +451,7 @@ class Verification:
     admitted: dict[int, None] = field(default_factory=dict)
     servers: dict[object, int] = field(default_factory=dict)
 
-    def check_first(self, where: str, number: int, record: Record, before: Head | None, start: int) -> None:
+    def check_first(self, where: str, number: int, record: Mapping[str, Any], before: Head | None, start: int) -> None:
         """Check the first readable line: the lines before it must not be asked for, or `before` must vouch for them."""
         seq = self.first = record["seq"]
         if number > 1:
@@ -478,7 +468,7 @@ class Verification:
         elif seq > 1:
             self.notes.append(f"{where}: begins with line {seq}, as requested; earlier lines were not checked")
 
-    def check_line(self, where: str, record: Record, before: Head | None) -> None:
+    def check_line(self, where: str, record: Mapping[str, Any], before: Head | None) -> None:
         """Check a line against the one before it, if that is known, and note what its event says."""
         seq, detail = record["seq"], found if isinstance(found := record.get("detail"), dict) else {}
         if before is not None and seq != before.seq + 1:

@@ -135,8 +135,7 @@ def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:
             sites = ", ".join(version.direction.meta.sites)
             can = ", ".join(f"'{site}'" for site in SITES if SITE_RULES[site].readable)
             problems.append(f"{FIELD}: direction '{name}' acts at the site '{sites}'; what is read is {can}")
-    if problems:
-        raise SpecError(problems, FIELD)
+    SpecError.raise_for(problems, FIELD)
     return tuple(lines)
 
 

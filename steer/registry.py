@@ -191,8 +191,7 @@ class Registry:
         if not then:
             return first
         merged = Spec((*(entry for entry in first.entries if entry not in then.entries), *then.entries))
-        if problems := self._incompatible(merged.entries):
-            raise SpecError(problems, "steer")
+        SpecError.raise_for(self._incompatible(merged.entries), "steer")
         return merged
 
     def _incompatible(self, entries: Sequence[Entry]) -> list[str]:

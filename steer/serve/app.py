@@ -100,8 +100,7 @@ def build(served: Served) -> FastAPI:
     cors = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [RECEIPT, REQUEST_ID]}
     app.add_middleware(Access, control=control, cors=cors)
     app.add_middleware(HeadRequests)
-    app.include_router(html.router())
-    html.put_docs_on(app)
+    html.put_pages_on(app)
     app.include_router(directions_router(control))
     app.include_router(operation.router(control))
     app.include_router(completions.router(served))

@@ -16,7 +16,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Response
+from fastapi import FastAPI, Response
 from starlette.routing import Route
 
 #: Everything comes from this server: no inline script or style, no frame around the page, no form that can be sent.
@@ -35,14 +35,6 @@ _FILES = {file.name: file.read_bytes() for file in (files("steer.serve") / ASSET
 PATHS = {"/": "index.html"} | {f"/{ASSETS}/{name}": name for name in sorted(_FILES)}
 
 
-def router() -> APIRouter:
-    routes = APIRouter(include_in_schema=False)
-    for path, name in PATHS.items():
-        file = Response(_FILES[name], media_type=TYPES[name.rpartition(".")[2]], headers=HEADERS)
-        routes.routes.append(Route(path, file, methods=["GET"]))  # a Response is an ASGI app
-    return routes
-
-
 DOCS = "/docs"
 #: FastAPI's own pages, also the one at `DOCS`.
 FOREIGN = frozenset({DOCS, "/docs/oauth2-redirect", "/redoc"})
@@ -53,9 +45,12 @@ DOCS_POLICY = (
 STYLE = f"{ASSETS}/reference.css"
 
 
-def put_docs_on(app: FastAPI) -> None:
-    """Add `/docs` to `app`, in place of FastAPI's own pages."""
+def put_pages_on(app: FastAPI) -> None:
+    """Add the playground to `app`, and `/docs` in place of FastAPI's own pages."""
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in FOREIGN]
+    for path, name in PATHS.items():
+        file = Response(_FILES[name], media_type=TYPES[name.rpartition(".")[2]], headers=HEADERS)
+        app.router.routes.append(Route(path, file, methods=["GET"]))  # a Response is an ASGI app
     if app.openapi_url is None:
         return
 

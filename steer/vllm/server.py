@@ -122,8 +122,7 @@ def install(app: FastAPI) -> None:
     check_door(control, app.state.args)
     app.include_router(directions_router(control))
     app.include_router(operation.router(control))
-    app.include_router(html.router())
-    html.put_docs_on(app)
+    html.put_pages_on(app)
     app.router.default = partial(_no_route, app.router.default)
 
 

@@ -8,21 +8,19 @@
                                            needs: a file with a plane, and two rows
     false, null, "off"                     nothing, which is the default
 
-Parsing gives a `RequestedReadout`. `resolve` turns it into a `Readout` of exact file versions, which the request's
-admission pins. `steer.runtime.readout` defines what is measured.
+Parsing gives a `RequestedReadout`. The registry resolves it into a `Readout` of exact file versions, which the
+request's admission pins. `steer.runtime.readout` defines what is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, Literal
 
 from steer.errors import SpecError, brief
-from steer.names import SITE_RULES, SITES, readable
-from steer.registry import Registry
-from steer.spec import MAX_ITEMS, OFF_TEXTS, Line, Readout, RequestedDirection, Spec
+from steer.spec import MAX_ITEMS, OFF_TEXTS
 
 FIELD: Final = "steer_readout"
 MAX_DIRECTIONS = 4
@@ -42,6 +40,56 @@ class RequestedReadout:
     names: tuple[str, ...] | None
     layers: Layers = "all"
     angle: bool = False
+
+    def layers_of(self, sources: Mapping[str, int | None], count: int) -> tuple[int, ...]:
+        """The layers to read in a model with `count` of them. `sources`: the source layer of each direction that is
+        read. Raises SpecError."""
+        if self.layers == "all":
+            return tuple(range(count))
+        if self.layers == "source":
+            if without := [name for name, source in sources.items() if source is None]:
+                raise SpecError(
+                    f"{FIELD}.layers: {', '.join(without)}: each layer has its own direction, so there is no source "
+                    "layer; accepted: 'all' or a list of layer numbers",
+                    param=FIELD,
+                )
+            return tuple(sorted({source for source in sources.values() if source is not None}))
+        if outside := [layer for layer in self.layers if not 0 <= layer < count]:
+            raise SpecError(
+                f"{FIELD}.layers: {', '.join(str(layer)[:20] for layer in outside[:8])}: this model has the layers 0 "
+                f"to {count - 1}",
+                param=FIELD,
+            )
+        return self.layers
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of a direction to read."""
+
+    name: str
+    digest: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """The read-out of one request, resolved. With `angle`, the bank row of each line is followed by the row of its
+    axis."""
+
+    lines: tuple[Line, ...]
+    layers: tuple[int, ...]
+    angle: bool = False
+
+    @property
+    def rows(self) -> int:
+        """How many bank rows are read."""
+        return len(self.lines) * (1 + self.angle)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The versions to read, in the order of `lines`."""
+        return tuple(dict.fromkeys(line.digest for line in self.lines))
 
 
 def parse(value: object) -> RequestedReadout | None:
@@ -88,73 +136,3 @@ def _layers(value: object, problems: list[str]) -> Layers:
         return tuple(sorted(set(value)))
     problems.append(f"{FIELD}.layers: {brief(value)} is not accepted: 'all', 'source' or a list of layer numbers")
     return "all"
-
-
-def resolve(
-    wanted: RequestedReadout,
-    spec: Spec,
-    registry: Registry,
-    layers: int,
-    may_use: Callable[[str], bool] = lambda _: True,
-) -> Readout:
-    """Resolve `wanted` to the versions that it means now.
-
-    Args:
-        spec: of the same request. Call this in the `registry.steady()` in which it was resolved.
-        layers: how many the model has.
-        may_use: whether the caller may use a direction. Those in `spec` can be read in any case.
-
-    Raises:
-        SpecError: with every problem.
-    """
-    own = dict.fromkeys(entry.direction for entry in spec.entries)
-    names = tuple(own) if wanted.names is None else wanted.names
-    if not names:
-        raise SpecError(
-            f"{FIELD}: true means the directions that steer this request, but none does; name the directions",
-            param=FIELD,
-        )
-    if len(names) > MAX_DIRECTIONS:
-        raise SpecError(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once", param=FIELD)
-    try:
-        registry.resolve(
-            [RequestedDirection(name, "rotate" if wanted.angle else None, strength=1.0) for name in names],
-            lambda name: name in own or may_use(name),
-        )
-    except SpecError as error:
-        raise type(error)([f"{FIELD}: {problem}" for problem in error.problems], param=FIELD) from None
-    return Readout(_lines(names, registry), _resolved(wanted.layers, names, registry, layers), wanted.angle)
-
-
-def _lines(names: Sequence[str], registry: Registry) -> tuple[Line, ...]:
-    problems, lines = [], []
-    for name in names:
-        version = registry.get(name)
-        lines += [Line(name, version.digest, row) for row in range(version.direction.rank)]
-        if not readable(version.direction.meta.sites):
-            sites = ", ".join(version.direction.meta.sites)
-            can = ", ".join(f"'{site}'" for site in SITES if SITE_RULES[site].readable)
-            problems.append(f"{FIELD}: direction '{name}' acts at the site '{sites}'; what is read is {can}")
-    SpecError.raise_for(problems, FIELD)
-    return tuple(lines)
-
-
-def _resolved(wanted: Layers, names: Sequence[str], registry: Registry, layers: int) -> tuple[int, ...]:
-    if wanted == "all":
-        return tuple(range(layers))
-    if wanted == "source":
-        sources = {name: registry.get(name).direction.meta.source_layer for name in names}
-        if without := [name for name, source in sources.items() if source is None]:
-            raise SpecError(
-                f"{FIELD}.layers: {', '.join(without)}: each layer has its own direction, so there is no source layer; "
-                "accepted: 'all' or a list of layer numbers",
-                param=FIELD,
-            )
-        return tuple(sorted({source for source in sources.values() if source is not None}))
-    if outside := [layer for layer in wanted if not 0 <= layer < layers]:
-        raise SpecError(
-            f"{FIELD}.layers: {', '.join(str(layer)[:20] for layer in outside[:8])}: this model has the layers 0 to "
-            f"{layers - 1}",
-            param=FIELD,
-        )
-    return wanted

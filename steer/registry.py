@@ -22,10 +22,11 @@ import numpy as np
 from steer.direction import Direction, DirectionMeta, read_file, write_file
 from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, prefixed, printable
-from steer.names import OTHER_SUFFIXES, SUFFIX, check_name
+from steer.names import OTHER_SUFFIXES, SITE_RULES, SITES, SUFFIX, Mode, check_name, readable
+from steer.readout import FIELD, MAX_DIRECTIONS, Line, Readout, RequestedReadout
 from steer.shape import Shape
 from steer.shared import Shared
-from steer.spec import MAX_PLACES, PHASES, Entry, Readout, RequestedDirection, Spec, decimal_comma_hint
+from steer.spec import MAX_PLACES, PHASES, Entry, RequestedDirection, Spec, decimal_comma_hint
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
@@ -184,6 +185,48 @@ class Registry:
         if problems:
             raise (UnknownDirection if unknown else SpecError)(problems, "steer")
         return Spec(tuple(entries))
+
+    def resolve_readout(
+        self, wanted: RequestedReadout, spec: Spec, layers: int, among: Known = lambda _: True
+    ) -> Readout:
+        """Resolve `wanted` to the versions that it means now. Raises SpecError with every problem.
+
+        Args:
+            spec: of the same request. It must have been resolved in the same `steady`. Its directions can be read
+                whatever `among` says.
+            layers: how many the model has.
+        """
+        own = dict.fromkeys(entry.direction for entry in spec.entries)
+        names = tuple(own) if wanted.names is None else wanted.names
+        if not names:
+            raise SpecError(
+                f"{FIELD}: true means the directions that steer this request, but none does; name the directions",
+                param=FIELD,
+            )
+        if len(names) > MAX_DIRECTIONS:
+            raise SpecError(f"{FIELD}: {len(names)} directions, at most {MAX_DIRECTIONS} are read at once", param=FIELD)
+        mode: Mode | None = "rotate" if wanted.angle else None
+        try:
+            self.resolve(
+                [RequestedDirection(name, mode, strength=1.0) for name in names],
+                lambda name: name in own or among(name),
+            )
+        except SpecError as error:
+            raise type(error)([f"{FIELD}: {problem}" for problem in error.problems], param=FIELD) from None
+        versions = {name: self.get(name) for name in names}
+        metas = {name: version.direction.meta for name, version in versions.items()}
+        can = ", ".join(f"'{site}'" for site in SITES if SITE_RULES[site].readable)
+        SpecError.raise_for(
+            (
+                f"{FIELD}: direction '{name}' acts at the site '{', '.join(meta.sites)}'; what is read is {can}"
+                for name, meta in metas.items()
+                if not readable(meta.sites)
+            ),
+            FIELD,
+        )
+        lines = [Line(n, version.digest, k) for n, version in versions.items() for k in range(version.direction.rank)]
+        sources = {name: meta.source_layer for name, meta in metas.items()}
+        return Readout(tuple(lines), wanted.layers_of(sources, layers), wanted.angle)
 
     def merge(self, first: Spec, then: Spec) -> Spec:
         """The entries of both, in this order; entries of both specs are applied once. Both must have been resolved in

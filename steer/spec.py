@@ -230,35 +230,6 @@ class Spec:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One row of a direction to read."""
-
-    name: str
-    digest: str
-    row: int
-
-
-@dataclass(frozen=True, slots=True)
-class Readout:
-    """The read-out of one request, resolved (see `steer.readout`). With `angle`, the bank row of each line is followed
-    by the row of its axis."""
-
-    lines: tuple[Line, ...]
-    layers: tuple[int, ...]
-    angle: bool = False
-
-    @property
-    def rows(self) -> int:
-        """How many bank rows are read."""
-        return len(self.lines) * (1 + self.angle)
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """The versions to read, in the order of `lines`."""
-        return tuple(dict.fromkeys(line.digest for line in self.lines))
-
-
 def _described(fields: dict[str, object]) -> dict[str, object]:
     return {
         "if" if key == "condition" else key: _described(value) if isinstance(value, dict) else value

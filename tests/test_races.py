@@ -23,7 +23,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from steer import readout
 from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
 from steer.names import MODES, TURNING
@@ -158,8 +157,8 @@ class Registries(RuleBasedStateMachine):
             reading = None
             if read:
                 try:
-                    reading = readout.resolve(
-                        RequestedReadout(tuple(read)), spec, self.registry, models.LAYERS, ANYONE.may_use
+                    reading = self.registry.resolve_readout(
+                        RequestedReadout(tuple(read)), spec, models.LAYERS, ANYONE.may_use
                     )
                 except SpecError:
                     asked = [self.names.get(name) for name in read]

@@ -9,7 +9,7 @@ import pytest
 
 from steer.errors import SpecError, UnknownDirection
 from steer.hf.steering import Steering
-from steer.readout import RequestedReadout, parse, resolve
+from steer.readout import RequestedReadout, parse
 from steer.registry import Admission, Registry
 from steer.spec import RequestedDirection, Spec
 from tests import models
@@ -82,7 +82,7 @@ def test_true_reads_the_directions_of_the_own_spec(registry: Registry) -> None:
     spec = registry.resolve(
         [RequestedDirection("b"), RequestedDirection("a", "add"), RequestedDirection("a", "ablate")]
     )
-    readout = resolve(RequestedReadout(None), spec, registry, models.LAYERS)
+    readout = registry.resolve_readout(RequestedReadout(None), spec, models.LAYERS)
     assert [line.name for line in readout.lines] == ["b", "a"]
     assert readout.digests == tuple(dict.fromkeys(e.digest for e in spec.entries))
     assert readout.layers == (0, 1, 2)
@@ -90,35 +90,35 @@ def test_true_reads_the_directions_of_the_own_spec(registry: Registry) -> None:
 
 def test_a_version_is_pinned_once_by_what_steers_or_reads(registry: Registry) -> None:
     spec = registry.resolve([RequestedDirection("a")])
-    admission = Admission(registry, spec, resolve(RequestedReadout(("a", "b")), spec, registry, models.LAYERS))
+    admission = Admission(registry, spec, registry.resolve_readout(RequestedReadout(("a", "b")), spec, models.LAYERS))
     assert [registry.get(name).pins for name in ("a", "b", "c")] == [1, 1, 0]
     admission.release()
     assert [registry.get(name).pins for name in ("a", "b", "c")] == [0, 0, 0]
 
 
 def test_each_row_is_a_line_and_what_is_read_need_not_act(registry: Registry) -> None:
-    readout = resolve(RequestedReadout(("pair", "zero"), (1,)), Spec(), registry, models.LAYERS)
+    readout = registry.resolve_readout(RequestedReadout(("pair", "zero"), (1,)), Spec(), models.LAYERS)
     assert [(line.name, line.row) for line in readout.lines] == [("pair", 0), ("pair", 1), ("zero", 0)]
 
 
 def test_an_angle_is_read_of_two_rows_for_each_direction(registry: Registry) -> None:
     wanted = RequestedReadout(("flat", "even"), angle=True)
-    readout = resolve(wanted, Spec(), registry, models.LAYERS)
+    readout = registry.resolve_readout(wanted, Spec(), models.LAYERS)
     assert ([line.name for line in readout.lines], readout.rows) == (["flat", "even"], 4)
-    assert resolve(replace(wanted, angle=False), Spec(), registry, models.LAYERS).rows == 2
+    assert registry.resolve_readout(replace(wanted, angle=False), Spec(), models.LAYERS).rows == 2
 
 
 def test_source_is_the_named_directions_source_layer(registry: Registry) -> None:
-    readout = resolve(RequestedReadout(("zero",), "source"), Spec(), registry, models.LAYERS)
+    readout = registry.resolve_readout(RequestedReadout(("zero",), "source"), Spec(), models.LAYERS)
     assert readout.layers == (1,)
     with pytest.raises(SpecError, match="a: each layer has its own direction"):
-        resolve(RequestedReadout(("zero", "a"), "source"), Spec(), registry, models.LAYERS)
+        registry.resolve_readout(RequestedReadout(("zero", "a"), "source"), Spec(), models.LAYERS)
 
 
 def test_refusals_name_the_rule_and_pin_nothing(registry: Registry) -> None:
     def refused(wanted: RequestedReadout, says: str) -> SpecError:
         with pytest.raises(SpecError, match=says) as caught:
-            resolve(wanted, Spec(), registry, models.LAYERS)
+            registry.resolve_readout(wanted, Spec(), models.LAYERS)
         assert caught.value.param == "steer_readout"
         return caught.value
 

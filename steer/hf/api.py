@@ -22,9 +22,10 @@ from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedMod
 from steer.hf.internals import Call
 from steer.hf.steering import Steering
 from steer.names import MAX_RANK, MAX_ROWS, SITES, Site, check_name
+from steer.readout import Line
 from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading, Recorder
-from steer.spec import OFF_TEXTS, Line, Spec, parse
+from steer.spec import OFF_TEXTS, Spec, parse
 
 if TYPE_CHECKING:
     from transformers import Pipeline
@@ -180,7 +181,7 @@ class Attached:
             if wanted is None:
                 raise SpecError("read: no direction is named")
             with self._registry.steady():
-                read = readout.resolve(wanted, Spec(), self._registry, self._steering.anatomy.layers)
+                read = self._registry.resolve_readout(wanted, Spec(), self._steering.anatomy.layers)
                 admission = Admission(self._registry, Spec(), read)
         except SpecError as error:  # its messages name the field of a request, which is an argument here
             raise type(error)([problem.replace(readout.FIELD, "read") for problem in error.problems]) from None

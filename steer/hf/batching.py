@@ -23,9 +23,9 @@ from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampler, Sampling, Token, sample
 from steer.hf.selfcheck import SelfCheckFailed, self_check
 from steer.hf.steering import Steering
+from steer.readout import Readout
 from steer.runtime.readout import Reading
 from steer.runtime.token_index import RequestSteer
-from steer.spec import Readout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

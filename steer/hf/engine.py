@@ -20,8 +20,8 @@ from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
 from steer.hf.internals import Decoding, check_model, logits_in_pieces
 from steer.hf.sampling import NO_LOGITS, Sampler, Sampling, Token, report, sample
 from steer.hf.steering import Steering
+from steer.readout import Readout
 from steer.runtime.token_index import RequestSteer, applied
-from steer.spec import Readout
 
 #: The most tokens of a scored prompt whose logits, each as long as the vocabulary, are in memory at once.
 SCORED_AT_ONCE = 512

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.errors import UnsupportedModel
-from steer.spec import Readout
+from steer.readout import Readout
 
 #: The index of each side of the operation in an array that holds both.
 BEFORE, AFTER = range(2)

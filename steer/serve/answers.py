@@ -13,11 +13,11 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from steer.hf.sampling import Token
+from steer.readout import Readout
 from steer.runtime.readout import AFTER, BEFORE, Reading
 from steer.serve.carriers import RECEIPT
 from steer.serve.errors import Code, ErrorAnswer, documented
 from steer.serve.text import token_text
-from steer.spec import Readout
 from steer.tokenization import Tokenizer
 
 Finish = Literal["stop", "length"]

@@ -144,7 +144,7 @@ def admit(
             raise SpecError(f"{readout.FIELD}: {unreadable}", param=readout.FIELD)
     with registry.steady():
         spec = resolve(carried, registry, default, caller=caller, rules=rules)
-        read = None if wanted is None else readout.resolve(wanted, spec, registry, readable, caller.may_use)
+        read = None if wanted is None else registry.resolve_readout(wanted, spec, readable, caller.may_use)
         return Admission(registry, spec, read)
 
 

@@ -20,7 +20,7 @@ from steer.errors import RequestError, RequestFailed, SteerError
 from steer.hf.engine import Engine
 from steer.hf.load import Loaded
 from steer.hf.sampling import Sampling, Token
-from steer.readout import FIELD
+from steer.readout import FIELD, Readout
 from steer.registry import Admission, Registry
 from steer.runtime.token_index import RequestSteer
 from steer.serve import errors
@@ -31,7 +31,7 @@ from steer.serve.control import Control
 from steer.serve.metrics import current_usage
 from steer.serve.protocol import GenerationRequest
 from steer.serve.text import Stops, TextStream, token_text
-from steer.spec import Readout, RequestedDirection
+from steer.spec import RequestedDirection
 
 log = logging.getLogger("steer")
 T = TypeVar("T")

@@ -29,9 +29,10 @@ from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampling, Token
 from steer.hf.steering import Steering
 from steer.names import MODES, Mode
+from steer.readout import Line, Readout
 from steer.runtime.bank import HookPoint
 from steer.runtime.token_index import RequestSteer, TokenIndex
-from steer.spec import PHASES, Condition, Entry, Line, Readout, Spec
+from steer.spec import PHASES, Condition, Entry, Spec
 from steer.tokenization import Thinking
 from tests import models
 from tests.oracle import acting

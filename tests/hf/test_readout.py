@@ -16,7 +16,8 @@ from steer.hf.batching import BatchingEngine, start_engine
 from steer.hf.engine import Engine, SequentialEngine
 from steer.hf.sampling import Sampling, Token
 from steer.hf.steering import Anatomy, Steering
-from steer.spec import Entry, Line, Readout, Spec
+from steer.readout import Line, Readout
+from steer.spec import Entry, Spec
 from tests import models
 from tests.oracle import ablated
 

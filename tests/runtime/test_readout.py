@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from steer.readout import Line, Readout
 from steer.runtime.readout import ReadIndex, components
-from steer.spec import Line, Readout
 
 ROWS, WIDTH, LAYERS, RANK = 6, 8, 3, 4
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.names import MODES
+from steer.readout import Line, Readout
 from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.combine import Combination
 from steer.runtime.op import FLOOR, GATE
@@ -28,7 +29,7 @@ from steer.runtime.token_index import (
     TokenIndex,
     slot,
 )
-from steer.spec import PHASES, Entry, Line, Readout, Spec
+from steer.spec import PHASES, Entry, Spec
 from steer.tokenization import Thinking
 from tests.oracle import acting
 from tests.runtime.copy_queues import Late

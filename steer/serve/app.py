@@ -32,15 +32,14 @@ from steer.hf.load import load, template_parameters
 from steer.hf.steering import Steering
 from steer.names import readable
 from steer.registry import Registry
-from steer.serve import answers, completions, errors, html, metrics, operation
+from steer.serve import answers, completions, errors, html, metrics, routes
 from steer.serve.access import REQUEST_ID, Access
+from steer.serve.asgi import HeadRequests
 from steer.serve.carriers import PLUS, RECEIPT
 from steer.serve.connection import PROTOCOL, check_address
 from steer.serve.control import GRACE, Control
-from steer.serve.directions import router as directions_router
 from steer.serve.generation import Served
 from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
-from steer.serve.route import HeadRequests
 from steer.settings import KEEP_ALIVE, ServeSettings, served_name
 from steer.spec import parse
 from steer.tokenization import Chat
@@ -51,7 +50,7 @@ log = logging.getLogger("steer")
 ONLY_VLLM = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize")
 
 
-class Health(operation.ServerState):
+class Health(routes.ServerState):
     status: Annotated[Literal["ok", "failed"], Field(description="failed: the server must be restarted")]
     engine: Annotated[str, Field(description="how answers are generated")]
 
@@ -101,8 +100,7 @@ def build(served: Served) -> FastAPI:
     app.add_middleware(Access, control=control, cors=cors)
     app.add_middleware(HeadRequests)
     html.put_pages_on(app)
-    app.include_router(directions_router(control))
-    app.include_router(operation.router(control))
+    routes.put_control_on(app, control)
     app.include_router(completions.router(served))
     layer = partial(
         SteerMiddleware,
@@ -140,7 +138,7 @@ def build(served: Served) -> FastAPI:
     async def health(request: Request, response: Response) -> Health:
         manages, healthy = control.caller(request.scope).manages, engine.healthy
         response.status_code = 200 if healthy else 503
-        state = operation.health(control, manages=manages)
+        state = routes.health(control, manages=manages)
         if manages:
             state["in_flight"] = engine.in_flight
         return {**state, "status": "ok" if healthy else "failed", "engine": engine.description}

@@ -1,4 +1,4 @@
-"""ASGI helpers: change the headers of requests and answers, rewrite the body of an answer, or end an answer early."""
+"""ASGI helpers: change the headers of requests and answers, rewrite or end an answer, answer HEAD."""
 
 from __future__ import annotations
 
@@ -140,3 +140,20 @@ def rewriting(send: Send, choose: Callable[[Message], Change | None], media_type
                 await send({"type": "http.response.body", "body": whole})
 
     return sending
+
+
+class HeadRequests:
+    """Answers HEAD, which load balancers use, on every route that has GET: with the same answer without its body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def sending(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, sending)

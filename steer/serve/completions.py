@@ -28,7 +28,7 @@ from steer.serve.answers import (
 )
 from steer.serve.generation import Job, Piece, Served, WholeAnswer, stream
 from steer.serve.protocol import ChatRequest, CompletionRequest, StreamOptions
-from steer.serve.route import JsonRoute
+from steer.serve.routes import JsonRoute
 from steer.serve.text import Stops
 
 Choice = TypeVar("Choice")

@@ -35,10 +35,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer.errors import InvalidInput, NotFinite, SpecError, SteerError, UnsupportedModel, brief
 from steer.readout import FIELD
 from steer.registry import Admission
-from steer.serve import carriers, errors, html, metrics, operation, origin
+from steer.serve import carriers, errors, html, metrics, origin, routes
 from steer.serve.access import REQUEST_ID, Access
 from steer.serve.answers import ReadReport, report
-from steer.serve.asgi import Change, Outgoing, rewriting, with_headers
+from steer.serve.asgi import Change, HeadRequests, Outgoing, rewriting, with_headers
 from steer.serve.authorise import NO_READOUT, Caller, resolve
 from steer.serve.body import (
     BODY,
@@ -56,10 +56,8 @@ from steer.serve.body import (
 )
 from steer.serve.connection import PROTOCOL
 from steer.serve.control import Control, Run, request_id
-from steer.serve.directions import router as directions_router
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
-from steer.serve.route import HeadRequests
 from steer.settings import ControlSettings
 from steer.spec import Spec
 from steer.vllm import frontend as front_ends
@@ -120,8 +118,7 @@ def install(app: FastAPI) -> None:
     found = settings_of(getattr(app.state.args, "additional_config", None))  # the settings that the engine gets too
     control = app.state.steer_control = Control(found.control if found else ControlSettings())
     check_door(control, app.state.args)
-    app.include_router(directions_router(control))
-    app.include_router(operation.router(control))
+    routes.put_control_on(app, control)
     html.put_pages_on(app)
     app.router.default = partial(_no_route, app.router.default)
 
@@ -639,7 +636,7 @@ class HealthLayer(_Layer):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         control = control_of(scope["app"])
-        health = operation.health(control, manages=control.caller(scope).manages)
+        health = routes.health(control, manages=control.caller(scope).manages)
 
         def choose(start: Message) -> Change:
             async def change(_: bytes) -> bytes:

@@ -28,9 +28,9 @@ from steer.serve import control
 from steer.serve.audit import verify
 from steer.serve.authorise import Caller, Refusal
 from steer.serve.body import tokens_of
-from steer.serve.operation import health
 from steer.serve.origin import is_loopback
 from steer.serve.policy import hash_of, read
+from steer.serve.routes import health
 from steer.shared import Shared
 from steer.watch import Follower
 from tests import models
@@ -965,11 +965,11 @@ async def _from(app: Any, peer: str) -> int:
 def test_without_keys_steering_is_switched_from_this_machine_alone(tmp_path: Path) -> None:
     from fastapi import FastAPI
 
-    from steer.serve import operation
+    from steer.serve import routes
 
     inside = Inside(tmp_path, audited=False)
     app = FastAPI()
-    app.include_router(operation.router(inside.control))
+    routes.put_control_on(app, inside.control)
     assert asyncio.run(_from(app, "192.0.2.7")) == 403
     assert inside.control.steering
     assert asyncio.run(_from(app, "127.0.0.1")) == 200

@@ -4,7 +4,6 @@ on."""
 from __future__ import annotations
 
 import errno
-import json
 import os
 import socket
 from asyncio import TimerHandle
@@ -15,6 +14,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from steer.errors import InvalidInput
+from steer.serve import errors
+from steer.serve.errors import Code
 from steer.spec import nearly
 
 if TYPE_CHECKING:
@@ -77,10 +78,10 @@ class Bounded(HttpToolsProtocol):
             return
         running = self._running
         if running is None or running.response_complete or (running is self.cycle and not running.response_started):
-            error = {"message": why, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
-            body = json.dumps({"error": error}).encode()
-            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close"
-            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + b"\r\n\r\n" + body)
+            answer = errors.response(Code.INVALID_HTTP, why)
+            answer.headers["connection"] = "close"
+            head = b"".join(b"%s: %s\r\n" % each for each in answer.raw_headers)
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + bytes(answer.body))
         self._leave()
         self.transport.close()
 

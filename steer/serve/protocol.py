@@ -217,33 +217,23 @@ class GenerationRequest(
 def _given(
     cls: type[BaseModel], data: object, neutral: Mapping[str, tuple[object, ...]], carried: Iterable[str] = ()
 ) -> object:
-    """The fields that are given, without those that are null; raises Unserved for fields that are not served."""
-    if not isinstance(data, dict):
-        return data
-    _check(data, cls.model_fields, neutral, carried)
-    for name in ("max_tokens", "max_completion_tokens"):
-        if data.get(name) == -1:  # several servers take this for "no limit"
-            data = data | {name: None}
-    return {name: value for name, value in data.items() if value is not None or _means_null(cls.model_fields.get(name))}
-
-
-def _check(
-    data: Mapping[str, object],
-    served: Iterable[str],
-    neutral: Mapping[str, tuple[object, ...]],
-    carried: Iterable[str],
-) -> None:
-    """Raises Unserved for fields of `data` that are not `served` and ask for something.
+    """The fields that are given, without those that are null. Raises Unserved for fields that are not served and ask
+    for something.
 
     Args:
         neutral: values that ask for nothing on this route; it goes before `NOT_SERVED`.
         carried: names that the middleware takes out; a misspelt field may have meant one of them.
     """
-    known = {*served}
-    meant = known.union(carried)
-    problems = ((name[:100], _wrong(name, data[name], meant, neutral)) for name in data if name not in known)
+    if not isinstance(data, dict):
+        return data
+    meant = {*cls.model_fields, *carried}
+    problems = ((name[:100], _wrong(name, data[name], meant, neutral)) for name in data if name not in cls.model_fields)
     if found := list(islice((each for each in problems if each[1]), MAX_PROBLEMS)):
         raise Unserved(found)
+    for name in ("max_tokens", "max_completion_tokens"):
+        if data.get(name) == -1:  # several servers take this for "no limit"
+            data = data | {name: None}
+    return {name: value for name, value in data.items() if value is not None or _means_null(cls.model_fields.get(name))}
 
 
 def _wrong(name: str, value: object, meant: set[str], own: Mapping[str, tuple[object, ...]]) -> str:

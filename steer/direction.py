@@ -37,7 +37,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 import safetensors.torch
 import torch
@@ -543,7 +543,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def _dense(tensor: object) -> bool:
+def _dense(tensor: object) -> TypeGuard[Tensor]:
     """Whether `tensor` is a strided tensor whose values are in memory (not on the device `meta`)."""
     return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
 
@@ -551,8 +551,6 @@ def _dense(tensor: object) -> bool:
 def _same(one: object, other: object) -> bool:
     if not (_dense(one) and _dense(other)):
         return one is other
-    assert isinstance(one, Tensor)
-    assert isinstance(other, Tensor)
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
 
 

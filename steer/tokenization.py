@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from steer.errors import RequestError, brief
 
@@ -105,12 +105,6 @@ class Thinking:
         return Phase(True, ends=self.end) if last == self.begin else Phase(False, self.begin, self.end)
 
 
-class Encoding(Protocol):
-    """The output of a tokenizer."""
-
-    input_ids: Sequence[int]
-
-
 class Decoder(Protocol):
     """Turns token ids into text."""
 
@@ -129,7 +123,7 @@ class Tokenizer(Decoder, Protocol):
     all_special_ids: Sequence[int]
 
     def __hash__(self) -> int: ...
-    def __call__(self, text: str, **options: object) -> Encoding: ...
+    def __call__(self, text: str, **options: object) -> Any: ...
     def get_vocab(self) -> Mapping[str, int]: ...
     def get_added_vocab(self) -> Mapping[str, int]: ...
     def get_chat_template(self) -> str: ...

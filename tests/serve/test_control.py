@@ -289,7 +289,8 @@ def test_a_new_policy_holds_at_once_and_a_bad_one_changes_nothing(tiny_folder: P
         path.unlink()
         eventually(lambda: server.client.get("/health").json()["policy"] == "stale")
         assert ask(server, "reader", steer="refusal").status_code == 403
-        path.write_text(f'[keys.all]\nhash = "{HASH["all"]}"\nmanage = true')
+        fresh.write_text(f'[keys.all]\nhash = "{HASH["all"]}"\nmanage = true')
+        os.replace(fresh, path)
         eventually(lambda: ask(server, "reader").status_code == 401)
         metrics = server.client.get("/metrics", headers=bearer("all")).text
         assert 'steer_policy_reloads_total{result="ok"} 2.0' in metrics

@@ -679,6 +679,8 @@ def test_what_a_policy_can_never_apply_is_logged(tmp_path: Path, caplog: pytest.
     wrong = f'[keys.never]\nhash = "{hash_of("never")}"\nrequired = "refusal@thinking"\n'
     inside = Inside(tmp_path, POLICY + wrong, audited=False)
     inside.start()
+    assert inside.control.follower is not None
+    inside.control.follower.stop()  # or its thread reads a file before `write` does, and logs after this has looked
     try:
         for policy in (None, POLICY, POLICY + wrong):
             if policy is not None:

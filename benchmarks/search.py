@@ -120,13 +120,12 @@ def our_points(folder: Path) -> list[tuple[int, float]]:
         sets[cls] = folder / f"{cls}.txt"
         sets[cls].write_text("".join((PROMPTS / f"{cls}.train.txt").read_text().splitlines(keepends=True)[:COUNT]))
     steer = [sys.executable, "-m", "steer"]
-    shown = subprocess.run(
-        [*steer, "trials", str(folder / "search")], capture_output=True, text=True, check=True
-    ).stdout
+    trials = [*steer, "trials", str(folder / "search")]
+    shown = subprocess.run([*trials, "--json"], capture_output=True, text=True, check=True).stdout
     directions = []
-    for number in re.findall(r"^ *(\d+) +[\d.]+%", shown, flags=re.MULTILINE):
+    for number in [str(trial["number"]) for trial in json.loads(shown) if trial["front"]]:
         file = folder / f"t{number}.safetensors"
-        subprocess.run([*steer, "trials", str(folder / "search"), "--save", number, "-o", str(file)], check=True)
+        subprocess.run([*trials, "--save", number, "-o", str(file)], check=True)
         directions += ["--direction", str(file)]
     files = ("--harmful", str(sets["refused"]), "--harmless", str(sets["harmless"]), "--max-tokens", str(TOKENS))
     done = subprocess.run(

@@ -22,7 +22,7 @@ import numpy as np
 from steer.direction import Direction, DirectionMeta, read_file, write_file
 from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, prefixed, printable
-from steer.names import OTHER_SUFFIXES, SITE_RULES, SITES, SUFFIX, Mode, check_name, readable
+from steer.names import OTHER_SUFFIXES, SITE_RULES, SITES, SUFFIX, TURNING, Mode, check_name, readable
 from steer.readout import FIELD, MAX_DIRECTIONS, Line, Readout, RequestedReadout
 from steer.shape import Shape
 from steer.shared import Shared
@@ -161,7 +161,10 @@ class Registry:
                 mode = item.mode or meta.mode
                 strength = meta.strength_in(mode) if item.strength is None else item.strength
                 shift = item.shift if np.float32(item.shift or 0) else None
-                entry = Entry(item.direction, version.digest, mode, strength, item.layers, item.tokens, shift=shift)
+                where, keeps = (item.layers, item.tokens), item.norm_preserving or None
+                entry = Entry(
+                    item.direction, version.digest, mode, strength, *where, shift=shift, norm_preserving=keeps
+                )
                 if (condition := item.condition) is not None:
                     probe = self.get(condition.direction, among)
                     if not probe.digest.startswith(condition.digest):
@@ -254,6 +257,10 @@ class Registry:
         if len({entry.condition for entry in entries}) > 1:
             each = ", ".join(dict.fromkeys(f"if {e.condition}" if e.condition else "always" for e in entries))
             return [f"the directions of one request act under different conditions ({each}); accepted: one for all"]
+        if len({bool(entry.norm_preserving) for entry in entries if entry.mode not in TURNING}) > 1:
+            return [
+                "norm_preserving: some directions of the request have it and some not; accepted: all of them or none"
+            ]
         with self._state:
             needed = sum(self._versions[entry.digest].direction.rows_in(entry.mode) for entry in entries)
         needed += any(entry.condition for entry in entries)

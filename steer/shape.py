@@ -9,7 +9,18 @@ import torch
 
 from steer.direction import Direction, check_fits
 from steer.errors import DirectionError, SpecError, noted
-from steer.names import MAX_STRENGTH, SHIFTING, SITE_RULES, SITES, Mode, Site, readable, site_problem
+from steer.names import (
+    MAX_STRENGTH,
+    SHIFTING,
+    SITE_RULES,
+    SITES,
+    TURNING,
+    Mode,
+    Site,
+    acts_on_terms,
+    readable,
+    site_problem,
+)
 from steer.spec import PHASES, TOKENS, Entry, layer_range
 from steer.tokenization import THINKING, Thinking
 
@@ -98,6 +109,8 @@ class Shape:
         check_mode(direction, entry.mode, entry.direction)
         if entry.shift is not None:
             _check_shift(direction, entry)
+        if entry.norm_preserving:
+            _check_norm(direction, entry)
         if entry.tokens in PHASES and self.thinking is None:
             known = ", ".join(f"{begin} and {end}" for begin, end in THINKING[:2])
             raise SpecError(
@@ -157,6 +170,16 @@ def _check_shift(direction: Direction, entry: Entry) -> None:
         problem = "holds no class means for some layer, so no distance to shift a threshold by"
     if problem:
         raise SpecError(f"direction '{entry.direction}': {problem}", param="steer.shift")
+
+
+def _check_norm(direction: Direction, entry: Entry) -> None:
+    problem = None
+    if entry.mode in TURNING:
+        problem = f"the mode '{entry.mode}' always keeps the norm of the stream; leave it out"
+    elif acts_on_terms(direction.meta.sites):
+        problem = f"it acts at the sites {', '.join(direction.meta.sites)}, and only the norm of a whole stream is kept"
+    if problem:
+        raise SpecError(f"direction '{entry.direction}': norm_preserving: {problem}", param="steer.norm_preserving")
 
 
 def _growth(direction: Direction) -> float:

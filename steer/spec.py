@@ -6,6 +6,7 @@ A request names directions, never paths or vectors. As text:
     refusal=0.7                  a strength
     refusal:one_sided=0.7        a mode and a strength
     refusal:one_sided^0.25=0.7   the mode's threshold shifted up by a quarter of the distance between the class means
+    refusal:ablate+norm=0.7      the stream keeps its norm
     refusal@answer=0.7           only at some tokens; refusal:one_sided@not-first=0.7
     refusal@10-20=0.7            only at some layers; refusal@10-20@answer=0.7
     refusal?harm@12>0.3          only for some requests: see `Condition`; refusal:one_sided@13-20?harm@12<0.3=0.7
@@ -13,8 +14,8 @@ A request names directions, never paths or vectors. As text:
     refusal=1,verbosity=-0.5     several directions, which act together
     off                          plain, also if the server has a default
 
-As JSON: such a text, an object `{"direction", "mode", "strength", "shift", "layers", "tokens", "if", "digest"}`, a list
-of texts and objects (a receipt is one), `null` or `false`.
+As JSON: such a text, an object `{"direction", "mode", "strength", "shift", "norm_preserving", "layers", "tokens", "if",
+"digest"}`, a list of texts and objects (a receipt is one), `null` or `false`.
 
 Parsing gives `RequestedDirection` items; the registry resolves them into a `Spec` of exact file versions.
 """
@@ -41,12 +42,13 @@ MAX_TEXT = 8192
 MAX_NAME = 256
 _MENTION = re.compile(r"(?<![^\W_])(?:x[\W_]*)?steer", re.IGNORECASE)
 OFF_TEXTS = {"off", "none", "null", "false"}
-_FIELDS = ("direction", "mode", "strength", "shift", "layers", "tokens", "if", "digest")
+_FIELDS = ("direction", "mode", "strength", "shift", "norm_preserving", "layers", "tokens", "if", "digest")
 ACCEPTED = (
     "accepted: a text like 'refusal', 'refusal=0.7' or 'refusal:one_sided=0.7,other=1', an object "
-    "{'direction', 'mode', 'strength', 'shift', 'layers', 'tokens', 'if', 'digest'}, a list of those, or null, false "
-    "or 'off' for none"
+    f"{{{', '.join(map(repr, _FIELDS))}}}, a list of those, or null, false or 'off' for none"
 )
+#: What follows the mode in a text that asks for the norm to be kept.
+NORM = "+norm"
 #: The positions of a request at which an entry can act, each with a sentence for users. `N` is a number of positions.
 TOKENS = {
     "all": "Every position, which is the default.",
@@ -69,6 +71,7 @@ _CONDITION_FIELDS = ("direction", "layer", "above", "below", "each", "digest")
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 _CONDITION = re.compile(r"\s*(?:(each)\s*:)?([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
 _SIDES = {">": "above", "<": "below"}
+_NORM = re.compile(r"\s*\+\s*norm\s*\Z")
 _NO_SIDE = re.compile(r"[<>]=|=[<>]|[≤≥]")
 #: The largest number in a condition; no component is near it.
 MAX_COMPONENT = 1e30
@@ -117,6 +120,7 @@ class RequestedDirection:
     condition: Condition | None = None
     shift: float | None = None
     digest: str | None = None
+    norm_preserving: bool | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,6 +137,7 @@ class Entry:
         layers: where it acts, like 10-20; None for all layers. With a condition: layers after the condition's.
         tokens: where it acts, see `TOKENS`; None for all. With a condition: the answer, unless each token decides.
         shift: how far the mode's threshold is shifted up, in distances between the class means; None for not at all.
+        norm_preserving: whether the stream keeps its norm; None for False.
     """
 
     direction: str
@@ -143,6 +148,7 @@ class Entry:
     tokens: str | None = None
     condition: Condition | None = None
     shift: float | None = None
+    norm_preserving: bool | None = None
 
     @property
     def range(self) -> tuple[int, int]:
@@ -222,11 +228,11 @@ class Spec:
         return all(entry.tokens is None for entry in self.entries)
 
     def key(self, prompt: int = 0) -> str:
-        """A text that is equal for two requests exactly if the same is computed: digests, modes, shifts, strengths,
-        layers, and positions in a request whose prompt has `prompt` tokens. Two names of one file give the same key."""
+        """A text that is equal for two requests exactly if the same is computed: digests, modes, whether the norm is
+        kept, shifts, strengths, layers, and positions in a request whose prompt has `prompt` tokens. Two names of one
+        file give the same key."""
         return ",".join(
-            f"{e.digest}:{e.mode}{shift_text(e)}={e.strength!r}{_layers(e)}{_positions(e, prompt)}"
-            for e in self.entries
+            f"{e.digest}:{e.mode}{variant(e)}={e.strength!r}{_layers(e)}{_positions(e, prompt)}" for e in self.entries
         )
 
 
@@ -238,8 +244,10 @@ def _described(fields: dict[str, object]) -> dict[str, object]:
     }
 
 
-def shift_text(item: RequestedDirection | Entry) -> str:
-    return "" if item.shift is None else f"^{item.shift!r}"
+def variant(item: RequestedDirection | Entry) -> str:
+    """What follows the mode in a text: that the norm is kept, and the shift."""
+    shift = "" if item.shift is None else f"^{item.shift!r}"
+    return f"{NORM if item.norm_preserving else ''}{shift}"
 
 
 def _layers(entry: Entry) -> str:
@@ -311,7 +319,7 @@ def _text(item: RequestedDirection | Entry) -> str:
     where = "".join(f"@{each}" for each in (item.layers, item.tokens) if each)
     condition = f"?{item.condition}" if item.condition else ""
     strength = "" if item.strength is None else f"={item.strength!r}"
-    return f"{item.direction}{mode}{shift_text(item)}{where}{condition}{strength}"
+    return f"{item.direction}{mode}{variant(item)}{where}{condition}{strength}"
 
 
 def _items(value: object, param: str, problems: list[str]) -> list[RequestedDirection]:
@@ -370,12 +378,14 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         head, question, condition = head.partition("?")
         head, *where = (each.strip() for each in head.split("@"))
         head, caret, shift = head.partition("^")
-        name, colon, mode = head.partition(":")
+        bare_head = _NORM.sub("", head)
+        name, colon, mode = bare_head.partition(":")
         fields: dict[object, object] = {
             "direction": name.strip(),
             "mode": mode.strip() if colon else None,
             "strength": _number(number) if equals else None,
             "shift": _number(shift) if caret else None,
+            "norm_preserving": bare_head != head,
             **_where(param, where, problems),
             "if": condition if question else None,
         }
@@ -390,7 +400,7 @@ def _from_object(value: Mapping[object, object], param: str, problems: list[str]
     if "direction" not in value:
         problems.append(f"{param}.direction: missing; it names the direction, like {{'direction': 'refusal'}}")
         return None
-    name, mode, strength, shift, layers, tokens, condition, digest = map(value.get, _FIELDS)
+    name, mode, strength, shift, keeps, layers, tokens, condition, digest = map(value.get, _FIELDS)
     before = len(problems)
     known = next((each for each in MODES if each == mode), None)
     named = ""
@@ -408,6 +418,8 @@ def _from_object(value: Mapping[object, object], param: str, problems: list[str]
         problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}{strength_of}")
     strength_ = None if strength is None else _within(strength, MAX_STRENGTH, f"{param}.strength", problems)
     shift_ = None if shift is None else _within(shift, MAX_SHIFT, f"{param}.shift", problems)
+    if not isinstance(keeps, bool | None):
+        problems.append(f"{param}.norm_preserving: {brief(keeps)} is not accepted: true or false")
     place = None
     if tokens is not None:
         if isinstance(tokens, str) and (tokens in TOKENS.keys() - {"first-N", "last-N"} or _COUNTED.fullmatch(tokens)):
@@ -433,7 +445,8 @@ def _from_object(value: Mapping[object, object], param: str, problems: list[str]
     if len(problems) > before:
         return None
     place = "answer" if decided and not decided.each else place
-    return RequestedDirection(named, known, strength_, span, place, decided, shift_ or None, version)
+    kept = True if keeps else None
+    return RequestedDirection(named, known, strength_, span, place, decided, shift_ or None, version, kept)
 
 
 def _digest(value: object, param: str, problems: list[str]) -> str | None:
@@ -458,8 +471,8 @@ def _within(value: object, most: float, field: str, problems: list[str], accepte
 
 def _order(value: object) -> str:
     """A hint about the order of the parts of a spec, for a value that seems to contain another part."""
-    misplaced = isinstance(value, str) and any(sign in value for sign in ":^@?=")
-    return "; the order is name:mode^shift@where?condition=strength" if misplaced else ""
+    misplaced = isinstance(value, str) and any(sign in value for sign in (*":^@?=", NORM))
+    return "; the order is name:mode+norm^shift@where?condition=strength" if misplaced else ""
 
 
 def _condition(value: object, param: str, problems: list[str]) -> Condition | None:

@@ -46,6 +46,7 @@ ONCE = st.builds(Condition, NAMES, st.integers(0, 9999), above=COMPONENTS) | st.
 EACH = ONCE.map(lambda condition: replace(condition, each=True))
 CONDITIONS = ONCE | EACH
 SHIFTS = st.none() | st.floats(-MAX_SHIFT, MAX_SHIFT).filter(bool)
+KEPT = st.sampled_from([None, True])
 WANTED = st.builds(
     RequestedDirection,
     NAMES,
@@ -55,13 +56,15 @@ WANTED = st.builds(
     PLACES,
     st.none() | EACH,
     SHIFTS,
+    norm_preserving=KEPT,
 ) | st.builds(RequestedDirection, NAMES, st.none(), st.none() | STRENGTHS, LAYERS, st.just("answer"), ONCE)
 WISHES = st.lists(WANTED, max_size=MAX_ITEMS, unique_by=lambda item: (item.direction, item.mode)).map(tuple)
 
 
 def as_object(item: RequestedDirection, *, nulls: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"direction": item.direction, "mode": item.mode, "strength": item.strength}
-    found |= {"shift": item.shift, "layers": item.layers, "tokens": item.tokens, "if": None}
+    found |= {"shift": item.shift, "norm_preserving": item.norm_preserving}
+    found |= {"layers": item.layers, "tokens": item.tokens, "if": None}
     if item.condition:
         found["if"] = {k: v for k, v in asdict(item.condition).items() if v not in (None, "")}
     return {k: v for k, v in found.items() if nulls or v is not None}
@@ -469,7 +472,8 @@ def test_any_text_gives_a_wish_or_a_refusal(value: str) -> None:
 DIGESTS = st.text(alphabet="0123456789abcdef", min_size=64, max_size=64)
 RESOLVED = st.none() | st.builds(lambda condition, digest: replace(condition, digest=digest), CONDITIONS, DIGESTS)
 ENTRIES = st.lists(
-    st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS, LAYERS, PLACES, RESOLVED, SHIFTS), max_size=4
+    st.builds(Entry, NAMES, DIGESTS, st.sampled_from(MODES), STRENGTHS, LAYERS, PLACES, RESOLVED, SHIFTS, KEPT),
+    max_size=4,
 ).map(tuple)
 
 
@@ -486,6 +490,7 @@ def test_a_receipt_is_compact_ascii_json_of_exactly_what_is_applied(entries: tup
         [name for name in ("layers", "tokens") if getattr(e, name) is not None]
         + ["if"] * bool(e.condition)
         + ["shift"] * bool(e.shift)
+        + ["norm_preserving"] * bool(e.norm_preserving)
         for e in entries
     ]
     assert [list(entry) for entry in read] == [always + each for each in more]
@@ -501,7 +506,7 @@ def test_the_key_is_all_that_decides_the_computation_and_nothing_else(
     def computed(entries: tuple[Entry, ...], prompt: int) -> list[tuple[object, ...]]:
         conditions = [e.condition and replace(e.condition, direction="") for e in entries]
         return [
-            (e.digest, e.mode, e.strength, e.layers, e.span(prompt), condition, e.shift)
+            (e.digest, e.mode, e.strength, e.layers, e.span(prompt), condition, e.shift, e.norm_preserving)
             for e, condition in zip(entries, conditions, strict=True)
         ]
 
@@ -531,6 +536,7 @@ def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entr
             "tokens": "last-4",
             "layers": "5",
             "shift": 1.9 if e.shift != 1.9 else None,
+            "norm_preserving": None if e.norm_preserving else True,
             "condition": Condition("c", 12, above=0.0, digest="none of them"),
         }
         # a name says nothing of what is computed; every other field does, also one that is new
@@ -538,7 +544,9 @@ def test_every_entry_and_the_order_of_entries_change_the_key(entries: tuple[Entr
         for name, value in others.items():
             other = replace(e, **{name: value})
             assert Spec((*entries[:i], other, *entries[i + 1 :])).key(30) != key
-    computed = [(e.digest, e.mode, e.strength, e.layers, e.tokens, e.condition, e.shift) for e in entries]
+    computed = [
+        (e.digest, e.mode, e.strength, e.layers, e.tokens, e.condition, e.shift, e.norm_preserving) for e in entries
+    ]
     assert (Spec(entries[::-1]).key(30) == key) == (computed[::-1] == computed)
 
 
@@ -571,10 +579,24 @@ def test_the_page_says_of_tokens_what_the_code_says() -> None:
         assert f"| `{name}` | {sentence} |" in page
 
 
-@pytest.mark.parametrize("spec", ["d=1?h@3>0", "d^0.25:one_sided", "d@answer^0.2", "d=1^0.5", "d=0.5@answer"])
+@pytest.mark.parametrize(
+    "spec", ["d=1?h@3>0", "d^0.25:one_sided", "d@answer^0.2", "d=1^0.5", "d=0.5@answer", "d=1+norm", "d^0.25+norm"]
+)
 def test_a_part_in_another_place_is_told_the_order(spec: str) -> None:
     (problem,) = problems_of(spec)
-    assert problem.endswith("; the order is name:mode^shift@where?condition=strength")
+    assert problem.endswith("; the order is name:mode+norm^shift@where?condition=strength")
+
+
+def test_the_norm_is_kept_by_a_field_or_after_the_mode() -> None:
+    kept = RequestedDirection("refusal", "ablate", 0.7, norm_preserving=True)
+    assert parse("refusal:ablate+norm=0.7") == parse(" refusal : ablate + norm = 0.7") == (kept,)
+    assert parse({"direction": "refusal", "mode": "ablate", "strength": 0.7, "norm_preserving": True}) == (kept,)
+    assert parse({"direction": "refusal", "norm_preserving": False}) == parse("refusal")
+    assert text(parse("refusal+norm@7")) == "refusal+norm@7"
+    (problem,) = problems_of({"direction": "refusal", "norm_preserving": 1})
+    assert problem == "steer.norm_preserving: 1 is not accepted: true or false"
+    (problem,) = problems_of("refusal+norms")
+    assert "is not acceptable" in problem
 
 
 def test_a_text_of_json_says_a_key_once_and_an_empty_one_says_nothing() -> None:

@@ -26,7 +26,7 @@ from steer.lab.prompts import Prompt, PromptSet, Rendering, check_contrast, prom
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.names import MODES
 from steer.settings import ModelSettings
-from steer.spec import TOKENS
+from steer.spec import NORM, TOKENS
 
 if TYPE_CHECKING:
     from steer.direction import Direction
@@ -42,7 +42,10 @@ log = logging.getLogger("steer")
 class Applied:
     """The options for how the directions are applied: which arms there are, and with which arm they are compared."""
 
-    mode: Annotated[tuple[str, ...] | None, f"{', '.join(MODES)}; several by commas; default: the file's"] = None
+    mode: Annotated[
+        tuple[str, ...] | None,
+        f"{', '.join(MODES)}, with {NORM} where the norm is to be kept; several by commas; default: the file's",
+    ] = None
     strength: Annotated[float | None, "default: the file's, of its own mode; in another mode 1"] = None
     strengths: Annotated[tuple[float, ...] | None, "several strengths instead of --strength, like 0,0.5,1,1.5"] = None
     kl: Annotated[
@@ -248,6 +251,7 @@ def _checked(
     condition = applied.condition
     everywhere = ("all",)
     placed = (applied.layers, applied.tokens, applied.shifts, condition) != (everywhere, everywhere, None, None)
+    placed |= any(mode.endswith(NORM) for mode in applied.mode or ())
     messages = {
         "--strength and --strengths set the same value: give one of them": one and several,
         "--kl finds the strengths: do not give --strength or --strengths with it": kl and (one or several),
@@ -262,8 +266,8 @@ def _checked(
         f"--report: {report} is not a folder": report is not None and report.exists() and not report.is_dir(),
         "--calibrate: is for one --direction and several --strengths (or --kl)": calibrated
         and (len(files) != 1 or not (several or kl)),
-        "--calibrate: is for what acts everywhere: give it without --layers, --tokens, --shifts and --condition": placed
-        and calibrated,
+        "--calibrate: is for what acts everywhere: give it without --layers, --tokens, --shifts, --condition and "
+        f"{NORM}": placed and calibrated,
         "--mode: names none: give one, or leave the option out": applied.mode is not None and not applied.mode,
         "--kl: names none: give one, or leave the option out": kl and not applied.kl,
         "--layers: names none: give one, or leave the option out": not applied.layers,

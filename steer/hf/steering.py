@@ -555,11 +555,11 @@ class Steering:
 
     def _gathered(self, point: HookPoint, count: int) -> list[Operands]:
         """The operands at `point` for the first `count` entries of the index. Those of small batches are kept."""
-        acting, everywhere, turning = self.index.acting(count)
+        acting, everywhere, turning, keeping = self.index.acting(count)
         with lasting():  # operands that are kept may be used by a pass in another autograd mode
             if self._rows:  # the index is written in place, and a backward pass may come after it has changed
                 acting = acting._replace(strengths=acting.strengths.clone())
-            operands = gather(self.bank.slices[point], *acting, everywhere=everywhere, turning=turning)
+            operands = gather(self.bank.slices[point], *acting, everywhere, turning, keeping)
         if acting.rows.shape[1] <= KEPT and not any(_transformed(each.vectors) for each in operands):
             self._kept[point] = operands
         return operands

@@ -338,7 +338,12 @@ class DirectionBank:
             return None
         entries = sorted(spec.entries, key=lambda entry: entry.mode not in TURNING)  # pairs must begin at even places
         pairs = [
-            (slot(row, entry.mode), entry.strength, bounds_of(entry.range if entry.layers else None), entry.shift or 0)
+            (
+                slot(row, entry.mode),
+                entry.strength,
+                bounds_of(entry.range if entry.layers else None, bool(entry.norm_preserving)),
+                entry.shift or 0,
+            )
             for entry in entries
             for row in self._resident[entry.digest].acting(entry.mode)
         ]
@@ -479,6 +484,7 @@ class Operands:
         steered: which tokens are steered, `[..., 1]` bool; None for all.
         shares: this entry's row of `op`'s M, `[..., rank]`; None for the identity.
         turned: which tokens are turned by this entry and the next one, `[...]` bool; None if no token can be.
+        keeps: the tokens whose norm this entry keeps, `[..., 1]` bool; None if there can be none.
     """
 
     vectors: Tensor
@@ -487,6 +493,7 @@ class Operands:
     steered: Tensor | None
     shares: Tensor | None
     turned: Tensor | None
+    keeps: Tensor | None
 
 
 def gather(
@@ -499,6 +506,7 @@ def gather(
     combinations: Tensor | None = None,
     everywhere: bool = False,
     turning: bool = True,
+    keeping: bool = True,
 ) -> list[Operands]:
     """The operands of each of the `rank` entries at the hook point of `bank_slice`.
 
@@ -508,10 +516,14 @@ def gather(
         combinations: `[...]`, as in `Acts`.
         everywhere: whether no strength is zero.
         turning: whether a slot may be of a mode that turns.
+        keeping: whether an entry may keep the norm.
     """
     count = rows.shape[0]
+    keeps = None
     if bounds is not None:
         strengths = op.within(strengths, bounds, bank_slice.number)
+        if keeping:
+            keeps = (strengths != 0) & (bounds & op.KEEPS != 0)
     values = [bank_slice.coefficients[slots[j]].unbind(-1) for j in range(count)]
     if shifts is not None:
         values = [op.shifted(each, shifts[j]) for j, each in enumerate(values)]
@@ -526,6 +538,7 @@ def gather(
             None if everywhere else (strengths[j] != 0).unsqueeze(-1),
             None if matrices is None else matrices[..., j, :count],
             turns(slots[j]) if turning and j % 2 == 0 and j + 1 < count else None,
+            None if keeps is None else keeps[j].unsqueeze(-1),
         )
         for j in range(count)
     ]
@@ -545,8 +558,11 @@ def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None =
     """
     before = x if x.dtype in (torch.float32, torch.float64) else x.float()
     moved, _, _ = _displaced(before, operands)
+    if (keeps := _any([by.keeps for by in operands])) is not None:
+        squares = (each.square().sum(-1, keepdim=True) for each in (before, moved))
+        moved = moved * torch.where(keeps, op.restoring(*squares), 1.0)
     square = torch.linalg.vector_norm(moved.detach(), dim=-1, keepdim=True).square()
-    y, lost = op.settled(before, moved, square, _steered(operands), dtype or x.dtype)
+    y, lost = op.settled(before, moved, square, _any([by.steered for by in operands]), dtype or x.dtype)
     return y if y.dtype == x.dtype else y.to(x.dtype), lost.squeeze(-1)
 
 
@@ -572,7 +588,10 @@ def operate_before_norm(x: Tensor, operands: Sequence[Operands], dtype: torch.dt
         after = (before + grown / d_model).clamp_min(0)
     else:
         after = moved.square().mean(-1, keepdim=True)
-    steered = _steered(operands)
+    if (keeps := _any([by.keeps for by in operands])) is not None:
+        factor = torch.where(keeps, op.restoring(before, after), 1.0)
+        moved, after = moved * factor, after * factor.square()
+    steered = _any([by.steered for by in operands])
     y, lost = op.settled(x, moved, after * d_model, steered, dtype)
     if steered is not None:
         after = torch.where(steered, after, before)
@@ -597,13 +616,13 @@ def _displaced(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, list[Te
     return x, found, added
 
 
-def _steered(operands: Sequence[Operands]) -> Tensor | None:
-    """Which tokens are steered by any of the operands, `[..., 1]` bool; None for all."""
+def _any(flags: Sequence[Tensor | None]) -> Tensor | None:
+    """Which tokens have any of these flags, `[..., 1]` bool; None if one of them is None."""
     found = None
-    for by in operands:
-        if by.steered is None:
+    for each in flags:
+        if each is None:
             return None
-        found = by.steered if found is None else found | by.steered
+        found = each if found is None else found | each
     return found
 
 

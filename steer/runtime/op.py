@@ -39,6 +39,9 @@ The result is x' = x + Σ aᵢ·vᵢ with a = M·δ. An entry with w ≠ 0 *sets
 What other entries add is applied unchanged, except for its part along components that are set. M is the identity for
 one entry and for orthogonal ones. The order of entries does not matter.
 
+An entry may ask for the norm to be kept: then x' is scaled to ‖x‖ (`restoring`), whatever its mode adds. A component
+that was set to another value than 0 is scaled too.
+
 A plain token has v = 0 and s = 0, so exactly zero is added.
 
 x' must stay in the range of the model's dtype (`settled`). If it would not, x is kept instead, and its request is
@@ -61,6 +64,10 @@ COEFFICIENTS = 6
 ORTHOGONAL = 1e-6
 #: Eigenvalues of a Gram matrix below this share of the largest count as zero, so almost equal directions are one.
 SAME = 1e-4
+#: In the bounds of an entry: the bits of its first layer, and the bit that says that the norm is kept.
+FIRST, KEEPS = 0x7FFF, 0x8000
+#: The largest factor of `restoring`. Where an entry removes nearly all of x, mostly rounding is left to be scaled.
+MAX_FACTOR = 100.0
 
 
 def limit(dtype: torch.dtype) -> float:
@@ -99,7 +106,15 @@ def within(strengths: Tensor, bounds: Tensor, point: Tensor | int) -> Tensor:
             (`token_index.bounds_of`).
         point: the layer; 0 is the stream before block 0.
     """
-    return torch.where((point >= (bounds & 0xFFFF)) & (point <= (bounds >> 16)), strengths, 0.0)
+    return torch.where((point >= (bounds & FIRST)) & (point <= (bounds >> 16)), strengths, 0.0)
+
+
+def restoring(before: Tensor, after: Tensor) -> Tensor:
+    """The factor that gives x' the norm of x, at most `MAX_FACTOR`. before, after: ‖x‖² and ‖x'‖², or their means, in
+    one shape."""
+    tiny = torch.finfo(before.dtype).tiny
+    before = before.clamp_min(tiny)
+    return (before / torch.maximum(after, before / MAX_FACTOR**2).clamp_min(tiny)).sqrt()
 
 
 def decided(c: Tensor, opened: Tensor, deciding: Tensor, thresholds: Tensor, point: Tensor | int) -> Tensor:

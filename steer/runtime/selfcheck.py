@@ -27,19 +27,21 @@ from torch.utils.hooks import RemovableHandle
 from steer.names import MODES, SITE_RULES, TURNING, Mode, Site
 from steer.runtime.bank import EMBEDDING, DirectionBank, HookPoint
 from steer.runtime.hook_points import hooks, scales
-from steer.runtime.op import amount, component, shifted, turn
-from steer.runtime.token_index import RequestSteer, slot
+from steer.runtime.op import amount, component, restoring, shifted, turn
+from steer.runtime.token_index import RequestSteer, bounds_of, slot
 
 #: The row that the self-check uses, and the next row, which it uses for an axis if the bank has it.
 ROW, AXIS = 1, 2
-#: How the tokens of the pass are steered, in equal parts one after the other: (name, mode, strength, shift).
-CASES: tuple[tuple[str, Mode, float, float], ...] = (
-    ("plain", "ablate", 0.0, 0.0),
-    ("strength 1", "ablate", 1.0, 0.0),
-    ("strength 0.5", "ablate", 0.5, 0.0),
-    ("add", "add", 1.0, 0.0),
-    ("a shift", "one_sided", 1.0, -1.0),
-    ("a turn by half", "rotate", 0.5, 0.0),
+#: How the tokens of the pass are steered, in equal parts one after the other: (name, mode, strength, shift, whether the
+#: norm is kept).
+CASES: tuple[tuple[str, Mode, float, float, bool], ...] = (
+    ("plain", "ablate", 0.0, 0.0, False),
+    ("strength 1", "ablate", 1.0, 0.0, False),
+    ("strength 0.5", "ablate", 0.5, 0.0, False),
+    ("add", "add", 1.0, 0.0, False),
+    ("a shift", "one_sided", 1.0, -1.0, False),
+    ("a turn by half", "rotate", 0.5, 0.0, False),
+    ("the norm kept", "add", 1.0, 0.0, True),
 )
 #: The coefficients of `ablate` at weight 1 (see `op`).
 ABLATE = torch.tensor([0.0, -torch.inf, 1.0, 0.0, -torch.inf, 0.0], dtype=torch.float32)
@@ -201,12 +203,12 @@ class EagerCheck:
     dead: bool = False
 
     @property
-    def cases(self) -> tuple[tuple[str, Mode, float, float], ...]:
+    def cases(self) -> tuple[tuple[str, Mode, float, float, bool], ...]:
         """`CASES`, with strength 0 for modes that turn if no request can use the two rows that they need."""
         turning = self.bank.rank > 1 and self.bank.rows > 1
         return tuple(
-            (name, mode, strength if turning or mode not in TURNING else 0.0, shift)
-            for name, mode, strength, shift in CASES
+            (name, mode, strength if turning or mode not in TURNING else 0.0, shift, keeps)
+            for name, mode, strength, shift, keeps in CASES
         )
 
     def watched(self, steers: Steers) -> Watch:
@@ -260,9 +262,10 @@ class EagerCheck:
                 if self.bank.rows > 1:
                     self.bank.slices[hooked.point].write(AXIS, axis, {})
         steers: list[RequestSteer | None] = []
-        for _, mode, strength, shift in self.cases:
+        for _, mode, strength, shift, keeps in self.cases:
             shifts = np.full(self.bank.rank, shift, np.float32) if shift else None
-            steer = replace(RequestSteer.plain(self.bank.rank), shifts=shifts)
+            bounds = np.full(self.bank.rank, bounds_of(None, keeps), np.int32) if keeps else None
+            steer = replace(RequestSteer.plain(self.bank.rank), shifts=shifts, bounds=bounds)
             for j, row in enumerate((ROW, AXIS) if strength and mode in TURNING else (ROW,)):
                 steer.slots[j], steer.strengths[j] = slot(row, mode), strength
             steers.append(steer if strength else None)
@@ -368,7 +371,7 @@ class EagerCheck:
         v, axis = bank_slice.vectors[[ROW, min(AXIS, self.bank.rows)]].double()
         each = raw.shape[0] // len(CASES)
         change = now - raw
-        for case, (name, mode, strength, shift) in enumerate(self.cases):
+        for case, (name, mode, strength, shift, keeps) in enumerate(self.cases):
             own = slice(case * each, (case + 1) * each)
             if not strength:
                 if not torch.equal(now[own], raw[own]):
@@ -376,22 +379,25 @@ class EagerCheck:
                 continue
             coefficients = shifted(bank_slice.coefficients[slot(ROW, mode)].double().unbind(), shift)
             along, across = component(raw[own], v), component(raw[own], axis)
-            due = [(v, amount(along, coefficients, strength))]
+            asked = [(v, amount(along, coefficients, strength))]
             if mode in TURNING:
-                due = list(zip((v, axis), turn(along, across, coefficients, strength), strict=True))
-            rest = change[own]
-            for row, wanted in due:
+                asked = list(zip((v, axis), turn(along, across, coefficients, strength), strict=True))
+            moved = raw[own] + torch.stack([by[:, None] * row for row, by in asked]).sum(0)
+            if keeps:
+                moved = moved * restoring(*(x.square().sum(-1, keepdim=True) for x in (raw[own], moved)))
+            due = moved - raw[own]
+            for row, _ in asked:
                 weighed = torch.stack(
                     [(p.double().reshape(raw.shape)[own] * row).square().sum(-1) for p in (*parts, raw)]
                 )
-                allowed, got = ROUNDINGS * self.eps * weighed.sum(0).sqrt() + 1e-30, change[own] @ row
+                allowed = ROUNDINGS * self.eps * weighed.sum(0).sqrt() + 1e-30
+                got, wanted = change[own] @ row, due @ row
                 if not bool(((got - wanted).abs() <= allowed).all()):
                     worst = int(((got - wanted).abs() / allowed).argmax())
                     share = float(got[worst] / wanted[worst])
                     reason = " (it acts more than once)" if share > 1.2 else ""
                     return f"at {name} the next module gets {share:.2f} of the change that is due{reason}"
-                rest = rest - wanted[:, None] * row
-            rest = rest.norm(dim=-1)
+            rest = (change[own] - due).norm(dim=-1)
             if not bool((rest <= ROUNDINGS * self.eps * _size(parts, self.bank.d_model)[own]).all()):
                 return f"at {name} more changes than is due"
         return None

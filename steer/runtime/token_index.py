@@ -20,6 +20,7 @@ from steer.errors import NoRoom
 from steer.names import MODES, TURNING, Mode
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.memory import CopyEvent, CopyQueue, copy_queue_to, lasting
+from steer.runtime.op import KEEPS
 from steer.spec import END
 from steer.tokenization import Phase
 
@@ -51,17 +52,19 @@ def turns(slots: Tensor) -> Tensor:
     return slots % len(MODES) >= len(MODES) - len(TURNING)
 
 
-def bounds_of(span: tuple[int, int] | None) -> int:
-    """A range of layers as one number, in which layers are counted from 0 for the hook point before block 0 (layer −1).
+def bounds_of(span: tuple[int, int] | None, keeps: bool = False) -> int:
+    """How an entry acts, as one number: a range of layers, which are counted from 0 for the hook point before block 0
+    (layer −1), and whether the norm is kept.
 
     Args:
         span: the first and the last layer; None for all hook points, including the one before block 0.
+        keeps: whether the norm is kept.
     """
     first, last = (0, 2**15 - 1) if span is None else (span[0] + 1, span[1] + 1)
-    return first | last << 16
+    return first | last << 16 | keeps * KEEPS
 
 
-#: The bounds of entries that act at all layers.
+#: The bounds of entries that act at all layers and do not keep the norm.
 ANYWHERE = bounds_of(None)
 
 
@@ -72,8 +75,8 @@ class Acts(NamedTuple):
         rows: the bank rows, `[rank, tokens]`.
         slots: the slots, `[rank, tokens]`.
         strengths: the strengths, `[rank, tokens]`.
-        bounds: the layers at which each entry acts (`bounds_of`), `[rank, tokens]` int32; None if all entries act at
-            all layers.
+        bounds: the layers at which each entry acts, and whether it keeps the norm (`bounds_of`), `[rank, tokens]`
+            int32; None if all entries act at all layers and none keeps the norm.
         shifts: the shifts of the gates, `[rank, tokens]`; None if there are none.
         combinations: the slot of the matrix by which the entries act together (`combine`), `[tokens]`; None if each
             entry acts alone, as is always the case if the rank is 1.
@@ -146,11 +149,12 @@ class Acting(NamedTuple):
     everywhere: bool
     #: Whether all tokens have the same entries.
     same: bool
-    #: Whether any entry combines directions, acts at some layers only, shifts a gate, turns, or has a condition.
+    #: Whether any entry combines directions, has bounds, shifts a gate, turns, keeps the norm, or has a condition.
     combined: bool
     bounded: bool
     shifting: bool
     turning: bool
+    keeping: bool
     conditional: bool
 
 
@@ -263,7 +267,8 @@ class RequestSteer:
         strengths: `[rank]` float32, in the same order.
         combination: the matrices by which the entries act together; None if there is only one entry, or the directions
             are orthogonal.
-        bounds: the layers at which each entry acts (`bounds_of`), `[rank]` int32; None if all act at all layers.
+        bounds: the layers at which each entry acts, and whether it keeps the norm (`bounds_of`), `[rank]` int32; None
+            if all act at all layers and none keeps the norm.
         then: the positions, ascending, from which other entries act, each with these entries; empty if the entries here
             act on all tokens.
         decision: the decision of a request with a condition, or of a part that acts in a `phase` only. `Decisions.take`
@@ -418,7 +423,7 @@ class TokenIndex:
         self._used = 0
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], Counts] | None = None
-        self._acting = Acting(0, False, False, False, False, False, False, False)
+        self._acting = Acting(0, *[False] * 8)
         #: The steering that has entered, by number; its fields in the index; and what the host knows of it.
         self._steers: dict[int, RequestSteer] = {}
         self._entries, self._parts = np.zeros(0, layout(rank)), np.zeros(0, PART)
@@ -694,6 +699,7 @@ class TokenIndex:
                 numbers, counts = self._parted(numbers, counts, np.array(starts, np.int64))
             taken, combined = self._packed_entries[numbers], self._parts["combined"][numbers]
             _, slots, strengths, bounds, shifts, _ = unpacked(torch.from_numpy(taken), self.rank)
+            assert bounds is not None
             given = strengths != 0
             depth = max(given.any(1).nonzero().flatten().tolist(), default=-1) + 1
             same = bool((taken == taken[:1]).all() and (combined == combined[:1]).all())
@@ -703,8 +709,9 @@ class TokenIndex:
             everywhere = bool(given[:depth].all()) and not bounded and not conditional
             same = same and not conditional
             turning = bool((given & turns(slots)).any())
+            keeping = bool((given & ((bounds & KEEPS) != 0)).any())
             self._acting = Acting(
-                depth, everywhere, same, bool(combined.any()), bounded, shifting, turning, conditional
+                depth, everywhere, same, bool(combined.any()), bounded, shifting, turning, keeping, conditional
             )
             return self._fill(numbers, counts, tokens)
         finally:
@@ -712,16 +719,17 @@ class TokenIndex:
                 if number != PLAIN:
                     self.leave(number)
 
-    def acting(self, count: int) -> tuple[Acts, bool, bool]:
+    def acting(self, count: int) -> tuple[Acts, bool, bool, bool]:
         """The entries that act on the first `count` tokens or rows that `fill_with` was called for.
 
         This is for eager passes. Compiled code reads the buffers themselves.
 
         Returns:
             The entries, `[depth, count, 1]` with combinations `[count, 1]`, or `[depth, 1]` and `[1]` if they are the
-            same for all, with `depth` as in `Acting`; whether they act on every token; and whether any of them turns.
+            same for all, with `depth` as in `Acting`; whether they act on every token; whether any of them turns; and
+            whether any of them keeps the norm.
         """
-        depth, everywhere, same, combined, bounded, shifting, turning, conditional = self._acting
+        depth, everywhere, same, combined, bounded, shifting, turning, keeping, conditional = self._acting
         whole = self._used == count
         part = np.s_[:depth,] if same and whole else np.s_[:depth, :, None]
         acts = self.first(1 if same and whole else count, conditional)
@@ -731,7 +739,7 @@ class TokenIndex:
         shifts = shifts[part] if shifting and shifts is not None else None
         # indexing outside of compiled code takes int64
         acts = Acts(rows[part].long(), slots[part].long(), strengths[part], bounds, shifts, combinations)
-        return acts, everywhere and whole, turning
+        return acts, everywhere and whole, turning, keeping
 
     def _combine(self, numbers: NDArray[np.int64]) -> bool:
         """Put the combinations of this step into slots of the device. In a steady step this only compares two arrays.

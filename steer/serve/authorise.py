@@ -21,7 +21,7 @@ from steer.registry import Admission, Registry
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import ANY, CALIBRATED, ROUNDING, KeyRules, Limits, Policy
-from steer.spec import Entry, RequestedDirection, Spec, shift_text, text
+from steer.spec import Entry, RequestedDirection, Spec, text, variant
 
 #: Where `Access` leaves the caller in an ASGI scope.
 CALLER = "steer.caller"
@@ -270,7 +270,7 @@ def _overdosed(entries: Sequence[Entry], registry: Registry) -> Iterator[str]:
     """A message if the entries take more than one calibrated dose together."""
     doses = [meta.calibrated for meta in registry.metas(Spec(tuple(entries)))]
     if sum(map(_share, entries, doses)) > 1 + ROUNDING:
-        asked = ", ".join(f"{e.direction}:{e.mode}{shift_text(e)}={e.strength:g}" for e in entries)
+        asked = ", ".join(f"{e.direction}:{e.mode}{variant(e)}={e.strength:g}" for e in entries)
         by_name = {entry.direction: dose for entry, dose in zip(entries, doses, strict=True)}
         if without := [name for name, dose in by_name.items() if not dose]:
             listed = " and ".join(f"'{name}'" for name in without)
@@ -299,9 +299,10 @@ def _exceeded(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -
 
 
 def _share(entry: Entry, dose: Mapping[Mode, Dose]) -> float:
-    """The share of its calibrated dose that an entry takes; infinite for what was not measured, such as a shift."""
+    """The share of its calibrated dose that an entry takes; infinite for what was not measured, such as a shift
+    or a norm that is kept."""
     low, high = dose.get(entry.mode, (0.0, 0.0))
-    largest = 0.0 if entry.shift else high if entry.strength > 0 else -low
+    largest = 0.0 if entry.shift or entry.norm_preserving else high if entry.strength > 0 else -low
     return abs(entry.strength) / largest if largest else math.inf
 
 

@@ -35,7 +35,7 @@ from typing_extensions import TypedDict
 
 from steer import spec
 from steer.errors import InvalidInput, brief, noted, problem_text, whole_ranges
-from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
+from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, TURNING, Mode, check_name
 
 if TYPE_CHECKING:
     from steer.shape import Shape
@@ -111,6 +111,11 @@ class Limits(BaseModel, extra="forbid", frozen=True):
     max_shift: Shift = Field(
         MAX_SHIFT, description="by how much a threshold may be shifted, up or down: lower, more text is steered"
     )
+    norm_preserving: Flag | None = Field(
+        None,
+        description="true: the norm of the stream must be kept, as it always is in the modes that turn; false: a "
+        "spec must not ask for it; by default it may",
+    )
     tokens: tuple[Tokens, ...] | None = Field(
         None,
         description="at which tokens it may act, written as in a spec: a spec without `tokens` means all; last-N "
@@ -151,6 +156,10 @@ class Limits(BaseModel, extra="forbid", frozen=True):
         if item.shift is not None and abs(item.shift) > self.max_shift:
             allowed = f"at most {self.max_shift:g}" if self.max_shift else "none"
             yield "max_shift", f"the shift {item.shift:g} is not allowed; allowed: {allowed}"
+        if self.norm_preserving is False and item.norm_preserving:
+            yield "norm_preserving", "'norm_preserving' is not allowed"
+        if self.norm_preserving and not (item.norm_preserving or item.mode in TURNING):
+            yield "norm_preserving", "'norm_preserving' is required, or one of the modes " + ", ".join(TURNING)
         if self.tokens is not None and not any(spec.tokens_within(item.tokens, rule) for rule in self.tokens):
             allowed = ", ".join(self.tokens) or "none"
             yield "tokens", f"the tokens '{item.tokens or 'all'}' are not allowed; allowed: {allowed}"
@@ -166,6 +175,9 @@ class Bounds(TypedDict):
 
     max_strength: Annotated[float, Field(description="largest strength, on either side of 0")]
     max_shift: Annotated[float, Field(description="largest shift of a threshold, up or down")]
+    norm_preserving: Annotated[
+        bool | None, Field(description="whether a spec must keep the norm (true) or must not ask for it; null: it may")
+    ]
     calibrated: Annotated[bool, Field(description="whether calibrated strengths in the files of directions are limits")]
     tokens: Annotated[
         list[str], Field(description="what a spec may have as `tokens`; last-8 allows last-1 to last-8; [] nothing")
@@ -186,11 +198,13 @@ def bounds(limits: Sequence[Limits], shape: Shape | None) -> Bounds:
         if each.layers is not None:
             first, last = spec.ends(each.layers)
             layers = (first, last) if layers is None else (max(first, layers[0]), min(last, layers[1]))
-    if layers is not None and layers[0] > layers[1]:
+    kept = {each.norm_preserving for each in limits} - {None}
+    if (layers is not None and layers[0] > layers[1]) or len(kept) > 1:
         tokens = []  # nothing is left
     return {
         "max_strength": min((each.largest for each in limits), default=MAX_STRENGTH),
         "max_shift": min((each.max_shift for each in limits), default=MAX_SHIFT),
+        "norm_preserving": next(iter(kept), None),
         "calibrated": any(each.max_strength == CALIBRATED for each in limits),
         "tokens": [
             name for name in (spec.TOKENS if tokens is None else tokens) if name in known or name not in spec.TOKENS

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from steer.direction import MAX_BYTES, DirectionMeta, Dose, LayerProfile
 from steer.errors import NoRoom, SteerError, UnknownDirection, whole_ranges
-from steer.names import MODE_SCALES, MODE_SUMMARIES, SHIFTING, Mode, Scale, Site, check_name
+from steer.names import MODE_SCALES, MODE_SUMMARIES, SHIFTING, TURNING, Mode, Scale, Site, check_name
 from steer.registry import Registry, Version
 from steer.serve import errors
 from steer.serve.authorise import Caller, Refusal
@@ -354,6 +354,7 @@ class SteeringState(TypedDict):
     modes: Annotated[dict[Mode, str], Field(description="what each mode does")]
     scales: Annotated[dict[Mode, Scale], Field(description="strengths worth trying in each mode, and what they mean")]
     shifting: Annotated[tuple[Mode, ...], Field(description="modes whose threshold a request may shift")]
+    turning: Annotated[tuple[Mode, ...], Field(description="modes that always keep the norm, without being asked to")]
     tokens: Annotated[dict[str, str], Field(description="values of `tokens` in a spec, and what each means")]
     may: May
     running: NotRequired[Annotated[int, Field(description="running steered requests; for the managing role")]]
@@ -460,6 +461,7 @@ def steering(control: Control, scope: Scope) -> SteeringState:
         "modes": MODE_SUMMARIES,
         "scales": MODE_SCALES,
         "shifting": SHIFTING,
+        "turning": TURNING,
         "tokens": TOKENS if shape is None else shape.tokens,
         "may": {
             "steer": rules.steer,

@@ -42,8 +42,8 @@ def acted(x: Tensor, direction: Direction, *entries: Entry) -> Tensor:
     index = TokenIndex(4, len(x), "cpu")
     index.fill_with([bank.steer(Spec(entries))], [len(x)])
     packed = operate(x, gather(bank.slices[POINT], *index.first(len(x))))[0]
-    acting, everywhere, turning = index.acting(len(x))
-    eager = operate(x, gather(bank.slices[POINT], *acting, everywhere=everywhere, turning=turning))[0]
+    acting, *how = index.acting(len(x))
+    eager = operate(x, gather(bank.slices[POINT], *acting, *how))[0]
     assert torch.equal(eager, packed), "an eager pass, which leaves out what does not act"
     return packed
 

@@ -27,6 +27,7 @@ from steer.runtime.token_index import (
     Probe,
     RequestSteer,
     TokenIndex,
+    bounds_of,
     slot,
 )
 from steer.spec import PHASES, Entry, Spec
@@ -208,7 +209,8 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
             steer.strengths[j] = data.draw(st.sampled_from([0.0, 0.5, -1.0]))
         steer.strengths[1:turned] = steer.strengths[0]
         shifts = data.draw(st.none() | st.lists(st.sampled_from([0.0, 0.5, -1.0]), min_size=rank, max_size=rank))
-        steers.append(replace(steer, shifts=None if shifts is None else np.array(shifts, np.float32)))
+        bounds = data.draw(st.none() | st.booleans().map(lambda keeps: np.full(rank, bounds_of(None, keeps), np.int32)))
+        steers.append(replace(steer, shifts=None if shifts is None else np.array(shifts, np.float32), bounds=bounds))
     asked = [data.draw(st.sampled_from([*steers, None])) for _ in range(data.draw(st.integers(1, 4)))]
     for step in (asked, asked[:1]):
         index.fill_with(step, [1] * len(step))
@@ -217,8 +219,8 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
         spread: list[Any] = [t.repeat_interleave(each, dim=-1) for t in index.first(len(step)) if t is not None]
         expected, _ = operate(x, gather(bank_slice, *spread))
         if index.active:
-            acting, everywhere, turning = index.acting(len(step))
-            operands = gather(bank_slice, *acting, everywhere=everywhere, turning=turning)
+            acting, *how = index.acting(len(step))
+            operands = gather(bank_slice, *acting, *how)
             stream = x if acting[0].dim() == 2 else x.view(len(step), -1, 8)
             assert torch.equal(operate(stream, operands)[0].view(tokens, 8), expected)
         else:

@@ -24,6 +24,7 @@ NAMES = (
     "dosed",
     "certain",
     "torn",
+    "steady",
 )
 SECRETS = {name: new_secret() for name in NAMES}
 HASH = {name: hash_of(secret) for name, secret in SECRETS.items()}
@@ -92,6 +93,13 @@ tokens = ["answer", "first-4"]
 layers = "0-1"
 conditions = true
 
+norm_preserving = false
+
+[keys.steady]
+hash = "{HASH["steady"]}"
+directions = ["refusal"]
+norm_preserving = true
+
 [keys.dosed]
 hash = "{HASH["dosed"]}"
 directions = ["refusal"]
@@ -133,6 +141,12 @@ CASES = (
     ),
     Case("all", "refusal:one_sided^-0.1", FORBIDDEN, "for this key the shift -0.1 is not allowed; allowed: none"),
     Case("reader", "refusal^0.5", UNKNOWN, "the mode 'ablate' has no threshold to shift; modes with one: clamp, "),
+    Case("reader", "refusal+norm=0.7", [("refusal", "ablate", 0.7)]),
+    Case("narrow", "refusal+norm@0@answer", FORBIDDEN, "for this key 'norm_preserving' is not allowed"),
+    Case("steady", "refusal+norm", [("refusal", "ablate", 1.0)]),
+    Case("steady", "refusal", FORBIDDEN, "'norm_preserving' is required, or one of the modes rotate, rotate_one_sided"),
+    Case("dosed", "refusal+norm=0.1", FORBIDDEN, "refusal:ablate+norm=0.1 is over what was calibrated"),
+    Case("bound", "refusal+norm", UNKNOWN, "norm_preserving: some directions of the request have it and some not"),
     Case("reader", "off", []),
     Case("reader", None, []),
     Case("reader", "refusal=1.01", FORBIDDEN, "strength 1.01 is over the 1 that this key may use"),

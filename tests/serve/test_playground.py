@@ -236,6 +236,26 @@ def test_a_shift_and_a_condition_are_said(demo: Server, visit: Open) -> None:
     assert not {"shift", "if"} & set(opened.asked()[-1]["steer"])
 
 
+def test_the_norm_is_kept_where_that_is_chosen_and_the_mode_leaves_a_choice(demo: Server, visit: Open) -> None:
+    opened = visit(demo)
+    opened.send()
+    expect(opened.chip()).not_to_contain_text("norm kept")
+    opened.page.select_option("#norm_preserving", "kept")
+    expect(opened.chip()).to_contain_text("norm kept")
+    opened.done()
+    assert opened.asked()[-1]["steer"]["norm_preserving"] is True
+    assert opened.wider() == 0, "everything is seen"
+    opened.page.click("#share")
+    opened.page.goto(opened.page.input_value("#link"))
+    expect(opened.page.locator("#norm_preserving")).to_have_value("kept")
+    opened.page.select_option("#mode", "rotate")
+    expect(opened.page.locator("#norm_preserving")).not_to_be_visible()
+    opened.send()
+    expect(opened.chip()).to_contain_text("rotate")
+    opened.done()
+    assert "norm_preserving" not in opened.asked()[-1]["steer"]
+
+
 def test_dragging_asks_before_the_release_where_that_is_wanted(demo: Server, visit: Open) -> None:
     opened = visit(demo)
     opened.send()

@@ -35,6 +35,8 @@ SPECS = (
     "refusal@answer",
     "refusal@1-2=1.5,verbosity:add@0@answer",
     "refusal:one_sided@not-first=2,verbosity@prompt=0.5",
+    "refusal+norm=1.5",
+    "refusal:one_sided+norm@1-2@answer,verbosity:add+norm=0.5",
     "refusal:rotate",
     "refusal:rotate@1-2=-0.5",
     "refusal:rotate_one_sided@answer=0.7",

@@ -18,8 +18,8 @@ from steer.geometry import orthogonal_part
 from steer.lab.evaluator import Candidate, Evaluator, Steer
 from steer.lab.prompts import PromptSet, Rendering
 from steer.lab.source import Source, prompt_components
-from steer.names import MAX_STRENGTH, MODES
-from steer.spec import Entry, RequestedDirection, parse, text
+from steer.names import MAX_STRENGTH, MODES, TURNING
+from steer.spec import NORM, Entry, RequestedDirection, parse, text
 
 PLAIN = "plain"
 
@@ -54,7 +54,7 @@ def arms_of(
     """All combinations of files, modes, strengths, layers, tokens and shifts.
 
     Args:
-        modes, strengths: None takes those of each file.
+        modes, strengths: None takes those of each file. A mode may end with `spec.NORM`.
         controls: how many random directions of the same shape are tried beside each file.
         layers: like 10-20, or all.
         condition: as a request writes it, on one of `files` or on `probe`.
@@ -64,7 +64,8 @@ def arms_of(
     """
     same = _twice([file.stem for file in files])
     problems = [f"--direction: two files are called '{name}'" for name in sorted(same)]
-    problems += [f"--mode: '{m}' is not known; accepted: {', '.join(MODES)}" for m in modes or () if m not in MODES]
+    known = [mode + norm for mode in MODES for norm in ("", NORM)[: 1 + (mode not in TURNING)]]
+    problems += [f"--mode: '{m}' is not known; accepted: {', '.join(known)}" for m in modes or () if m not in known]
     problems += [
         f"--{'strength' if len(strengths or ()) == 1 else 'strengths'}: {s:g} is not within ±{MAX_STRENGTH:g}"
         for s in strengths or ()
@@ -97,9 +98,11 @@ def arms_of(
         for seed in range(controls):
             random = control(own, seed)
             tried[f"{file.stem}.random{seed}"] = random, digest(random.to_bytes())
-        for mode in [m for m in MODES if m in modes] if modes else [own.meta.mode]:
+        ways = [(m, keeps) for m in MODES for keeps in (None, True) if f"{m}{NORM if keeps else ''}" in (modes or ())]
+        for mode, keeps in ways if modes else [(own.meta.mode, None)]:
             for place in places:
-                asked = Entry(file.stem, "", mode, 1.0, place.layers, place.tokens, place.condition, place.shift)
+                where = (place.layers, place.tokens, place.condition, place.shift)
+                asked = Entry(file.stem, "", mode, 1.0, *where, norm_preserving=keeps)
                 Candidate(own, asked, probed).entry(file.stem)
                 arms += [
                     Arm(

@@ -121,6 +121,7 @@ class SteeredArm(ReportPart):
     layers: str | None = None
     tokens: str | None = None
     shift: float | None = None
+    norm_preserving: bool | None = None
     condition: str | None = None
 
     @classmethod
@@ -131,7 +132,10 @@ class SteeredArm(ReportPart):
             file=asked.direction,
             digest=asked.digest,
             method=arm.direction.meta.method,
-            **{name: getattr(asked, name) for name in ("mode", "strength", "layers", "tokens", "shift")},
+            **{
+                name: getattr(asked, name)
+                for name in ("mode", "strength", "layers", "tokens", "shift", "norm_preserving")
+            },
             condition=asked.condition and str(asked.condition),
         )
 

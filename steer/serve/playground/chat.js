@@ -70,7 +70,7 @@ class Answer {
     for (const entry of receipt ?? []) {
       const title = `X-Steer-Applied: ${JSON.stringify(entry)}`;
       this.foot.append(el("span", { className: "chip", title }, el("b", { textContent: entry.direction }), el("span", { textContent: entry.mode.replaceAll("_", "-") }),
-        el("span", { textContent: shown(entry.strength) }), ...(entry.shift ? [el("span", { textContent: `^${shown(entry.shift)}` })] : []), ...[entry.layers, entry.tokens].filter(Boolean).map((at) => el("span", { textContent: `@${at}` })), ...(entry.if ? [el("span", { textContent: conditional(entry.if) })] : []), el("code", { textContent: entry.digest.slice(0, 8) })));
+        el("span", { textContent: shown(entry.strength) }), ...(entry.norm_preserving ? [el("span", { textContent: "norm kept" })] : []), ...(entry.shift ? [el("span", { textContent: `^${shown(entry.shift)}` })] : []), ...[entry.layers, entry.tokens].filter(Boolean).map((at) => el("span", { textContent: `@${at}` })), ...(entry.if ? [el("span", { textContent: conditional(entry.if) })] : []), el("code", { textContent: entry.digest.slice(0, 8) })));
       if (isNew(entry)) this.foot.append(el("span", { className: "chip new", textContent: "new version" }));
     }
   }

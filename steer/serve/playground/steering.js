@@ -4,7 +4,7 @@ import { $, el, shown } from "./dom.js";
 
 const MOST = 4; // as many directions as can be read at once
 /** The fields of an entry that mostly say nothing, with what stands in their controls then. */
-const NOTHING = { layers: "all", tokens: "all", if: "always", shift: "0" };
+const NOTHING = { layers: "all", tokens: "all", if: "always", shift: "0", norm_preserving: "free" };
 const FIELDS = Object.keys(NOTHING);
 
 export class Steering {
@@ -12,7 +12,7 @@ export class Steering {
    * direction, or another version of it. */
   constructor({ changed, picked }) {
     Object.assign(this, { changed, picked, entries: [], at: 0, usable: [], shown: null });
-    this.offer({ modes: {}, scales: {}, shifting: [], tokens: {}, may: { steer: true, readout: true, manage: true, modes: [] } });
+    this.offer({ modes: {}, scales: {}, shifting: [], turning: [], tokens: {}, may: { steer: true, readout: true, manage: true, modes: [] } });
     $("direction").addEventListener("change", () => {
       this.entries[this.at] = this.defaults($("direction").value, this.at);
       this.show();
@@ -20,7 +20,7 @@ export class Steering {
     });
     $("mode").addEventListener("change", () => {
       const entry = { ...this.entry, mode: $("mode").value };
-      this.set({ mode: entry.mode, strength: this.within(entry, this.at), shift: this.mostShift(entry) ? entry.shift : "" });
+      this.set({ mode: entry.mode, strength: this.within(entry, this.at), shift: this.mostShift(entry) ? entry.shift : "", norm_preserving: this.norm(entry) });
     });
     for (const field of FIELDS) $(field).addEventListener("change", () => this.set({ [field]: $(field).value.trim() || this.where(this.listed)[field] }));
     $("strength").addEventListener("input", () => this.set({ strength: Number($("strength").value) }, false));
@@ -42,8 +42,8 @@ export class Steering {
   }
 
   /** What `GET /v1/steering` says: only what the key may do is offered. */
-  offer({ modes, scales, shifting, tokens, may }) {
-    Object.assign(this, { modes, scales, shifting, tokens, may });
+  offer({ modes, scales, shifting, turning, tokens, may }) {
+    Object.assign(this, { modes, scales, shifting, turning, tokens, may });
     $("mode").replaceChildren(...may.modes.map((mode) => el("option", { value: mode, textContent: spoken(mode) })));
     this.entries = []; // chosen anew: another key may have other rights
     this.shown = null;
@@ -83,7 +83,14 @@ export class Steering {
   /** What these fields of an entry of a listed direction are where the user says nothing. */
   where({ may }) {
     const known = tokensOf(may);
-    return { layers: may.layers ?? "", tokens: known.includes("all") ? "" : known[0], if: "", shift: "" };
+    return { layers: may.layers ?? "", tokens: known.includes("all") ? "" : known[0], if: "", shift: "", norm_preserving: may.norm_preserving ? "kept" : "" };
+  }
+
+  /** What an entry says of the norm: nothing in a mode that keeps it anyway, and else what the key must or may say. */
+  norm({ direction, mode, norm_preserving }) {
+    if (this.turning.includes(mode)) return "";
+    const must = this.card(direction).may.norm_preserving;
+    return must === null ? norm_preserving : must ? "kept" : "";
   }
 
   /** How far the threshold of an entry's mode may be shifted, up or down. */
@@ -114,6 +121,7 @@ export class Steering {
       const usual = this.defaults(entry.direction), taken = { ...usual, ...entry, layers: entry.layers || usual.layers, tokens: entry.tokens || usual.tokens };
       if (!this.mostShift(taken)) taken.shift = "";
       if (!this.card(entry.direction).may.conditions) taken.if = "";
+      taken.norm_preserving = this.norm(taken);
       this.entries.push({ ...taken, strength: this.within(taken) });
     }
     this.at = 0;
@@ -142,7 +150,7 @@ export class Steering {
   defaults(name, at) {
     const item = this.card(name), modes = this.modesOf(item);
     const entry = { direction: name, mode: modes.includes(item.mode) ? item.mode : modes[0], strength: item.strength, ...this.where(item) };
-    return { ...entry, strength: this.within(entry, at) };
+    return { ...entry, strength: this.within(entry, at), norm_preserving: this.norm(entry) };
   }
 
   set(values, final = true) {
@@ -182,6 +190,7 @@ export class Steering {
     Object.assign($("shift"), { min: -most, max: most });
     $("shift").parentElement.hidden = $("shift-text").hidden = !most;
     $("if").parentElement.hidden = !this.listed.may.conditions;
+    $("norm_preserving").parentElement.hidden = this.turning.includes(mode) || this.listed.may.norm_preserving !== null;
     $("if-known").replaceChildren(...this.usable.filter((item) => item.condition).map(({ condition }) => el("option", { value: condition })));
     $("tokens-known").replaceChildren(...tokensOf(this.listed.may).map((value) => el("option", { value })));
     const ticks = [...new Set([low, 0, 1, high])].filter((value) => value >= low && value <= high);
@@ -209,7 +218,7 @@ export class Steering {
 
 const tokensOf = (may) => may.tokens.map((name) => name.replace("N", "1"));
 const spoken = (mode) => mode.replaceAll("_", "-");
-const where = (entry) => Object.fromEntries(FIELDS.map((field) => [field, field === "shift" ? Number(entry[field]) : entry[field]]).filter(([, value]) => value && value !== "all"));
+const where = (entry) => Object.fromEntries(FIELDS.map((field) => [field, field === "shift" ? Number(entry[field]) : field === "norm_preserving" ? entry[field] === "kept" : entry[field]]).filter(([, value]) => value && value !== "all"));
 const said = (entry) => ({ direction: entry.direction, mode: entry.mode, strength: entry.strength, ...where(entry) });
 
 function summary(entry) {

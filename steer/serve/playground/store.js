@@ -75,7 +75,7 @@ export const newId = () => Date.now().toString(36);
 function checked(value) {
   if (!Array.isArray(value?.turns)) return null;
   const text = (given) => (typeof given === "string" ? given : ""), number = (given) => (Number.isFinite(given) ? given : undefined);
-  const spans = ({ layers, tokens, if: condition, shift }) => ({ layers: text(layers), tokens: text(tokens), if: text(condition), shift: text(shift) });
+  const spans = ({ layers, tokens, if: condition, shift, norm_preserving }) => ({ layers: text(layers), tokens: text(tokens), if: text(condition), shift: text(shift), norm_preserving: text(norm_preserving) });
   const entries = (Array.isArray(value.steer) ? value.steer : []).filter((entry) => typeof entry?.direction === "string" && Number.isFinite(entry.strength));
   return {
     id: text(value.id) || newId(),

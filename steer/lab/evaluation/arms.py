@@ -64,7 +64,8 @@ def arms_of(
     """
     same = _twice([file.stem for file in files])
     problems = [f"--direction: two files are called '{name}'" for name in sorted(same)]
-    known = [mode + norm for mode in MODES for norm in ("", NORM)[: 1 + (mode not in TURNING)]]
+    ways = [(mode, keeps) for mode in MODES for keeps in (None, True) if not (keeps and mode in TURNING)]
+    known = {f"{mode}{NORM if keeps else ''}": (mode, keeps) for mode, keeps in ways}
     problems += [f"--mode: '{m}' is not known; accepted: {', '.join(known)}" for m in modes or () if m not in known]
     problems += [
         f"--{'strength' if len(strengths or ()) == 1 else 'strengths'}: {s:g} is not within ±{MAX_STRENGTH:g}"
@@ -98,8 +99,8 @@ def arms_of(
         for seed in range(controls):
             random = control(own, seed)
             tried[f"{file.stem}.random{seed}"] = random, digest(random.to_bytes())
-        ways = [(m, keeps) for m in MODES for keeps in (None, True) if f"{m}{NORM if keeps else ''}" in (modes or ())]
-        for mode, keeps in ways if modes else [(own.meta.mode, None)]:
+        asked_for = [way for name, way in known.items() if name in (modes or ())]
+        for mode, keeps in asked_for if modes else [(own.meta.mode, None)]:
             for place in places:
                 where = (place.layers, place.tokens, place.condition, place.shift)
                 asked = Entry(file.stem, "", mode, 1.0, *where, norm_preserving=keeps)

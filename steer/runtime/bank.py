@@ -558,10 +558,11 @@ def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None =
     """
     before = x if x.dtype in (torch.float32, torch.float64) else x.float()
     moved, _, _ = _displaced(before, operands)
-    if (keeps := _any([by.keeps for by in operands])) is not None:
-        squares = (each.square().sum(-1, keepdim=True) for each in (before, moved))
-        moved = moved * torch.where(keeps, op.restoring(*squares), 1.0)
-    square = torch.linalg.vector_norm(moved.detach(), dim=-1, keepdim=True).square()
+    keeps = _any([by.keeps for by in operands])
+    square = _square(moved.detach() if keeps is None else moved)
+    if keeps is not None:
+        factor = torch.where(keeps, op.restoring(_square(before), square), 1.0)
+        moved, square = moved * factor, (square * factor.square()).detach()
     y, lost = op.settled(before, moved, square, _any([by.steered for by in operands]), dtype or x.dtype)
     return y if y.dtype == x.dtype else y.to(x.dtype), lost.squeeze(-1)
 
@@ -614,6 +615,11 @@ def _displaced(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, list[Te
         # `where`, because adding zero is not enough for plain tokens: x + 0 turns −0 into 0, and 0·∞ is NaN
         x = moved if by.steered is None else torch.where(by.steered, moved, x)
     return x, found, added
+
+
+def _square(x: Tensor) -> Tensor:
+    """‖x‖², `[..., 1]`."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
 
 
 def _any(flags: Sequence[Tensor | None]) -> Tensor | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import Field
 
 from steer.cli.console import echo_json
 from steer.cli.options import check_folder
@@ -109,9 +110,7 @@ def verify_audit(
     anchor: Annotated[
         list[str] | None, "SEQ:HASH that you kept elsewhere and that must be in the chain; repeatable"
     ] = None,
-    start: Annotated[
-        int, typer.Option("--from", min=1, help="number of the first line, if earlier lines are kept elsewhere")
-    ] = 1,
+    from_: Annotated[int, Field(ge=1), "number of the first line, if earlier lines are kept elsewhere"] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """Find every line that was edited, removed, added or moved. The exit code is 1 if there is one.
@@ -123,7 +122,7 @@ def verify_audit(
     try:
         kept = [Head.parse(text) for text in anchor or ()]
         one = len(files) == 1
-        report = verify_with_rotated(files[0], kept, start) if one else verify(files, kept, start)
+        report = verify_with_rotated(files[0], kept, from_) if one else verify(files, kept, from_)
     except OSError as error:
         raise InvalidInput(f"{error.filename}: cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.markup import escape
 from typer.core import TyperCommand
 
@@ -27,7 +26,7 @@ from steer.cli.options import (
     nearest_option,
     unknown_options,
 )
-from steer.errors import InvalidInput, problem_text
+from steer.errors import InvalidInput
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.settings import ServeSettings, check_directions_folder, served_name
 from steer.spec import Condition
@@ -44,8 +43,7 @@ class _Command(TyperCommand):
                 each.help = each.help and escape(each.help)  # type: ignore[attr-defined]  # typer's parameters have a help
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments. The error for a value that is not accepted has the wording of all other messages, and
-        the error for a missing option names a mistyped one."""
+        """Parse the arguments. The error for a missing option names a mistyped one."""
         given = list(args)  # a copy, since the parser consumes its list
         try:
             return super().parse_args(ctx, args)
@@ -53,12 +51,6 @@ class _Command(TyperCommand):
             if not error.message and not {"vllm", "--backend=vllm"}.intersection(given):  # missing; no options of vLLM
                 near = ((one, nearest_option(ctx, one)) for one in given if one.startswith("--"))
                 error.message = next((f"{one}: not an option of this command{end}" for one, end in near if end), "")
-            elif isinstance(error.__cause__, ValidationError):
-                item = error.__cause__.errors(include_url=False)[0]
-                if "ctx" in item:  # out of a range: the message names both ends
-                    ends = {"ge": getattr(error.param, "min", None), "le": getattr(error.param, "max", None)}
-                    item["ctx"] |= {name: end for name, end in ends.items() if end is not None}
-                error.message = problem_text(item)
             raise
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import Field
 
 from steer.cli import options as opt
 from steer.cli.console import echo_json, quiet_libraries
@@ -35,8 +36,8 @@ def check(
     mode: Annotated[str | None, f"{', '.join(MODES)}; default: the file's"] = None,
     strength: Annotated[float | None, "default: the file's, of its own mode; in another mode 1"] = None,
     behaviour: opt.BehaviourOption = "refusal",
-    prompts: Annotated[int, typer.Option(min=2, help="most prompts of each class")] = 8,
-    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 32,
+    prompts: Annotated[int, Field(ge=2), "most prompts of each class"] = 8,
+    max_tokens: Annotated[int, Field(ge=1), "most tokens of an answer"] = 32,
     backend: opt.Backend = "transformers",
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     *,

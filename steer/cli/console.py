@@ -10,13 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from pydantic import ValidationError
 
-from steer.errors import InvalidInput, NothingFound, SteerError, problems_by_field, whole_ranges
-from steer.settings import ServeSettings
-
-#: The place of a problem that is of no one option.
-WHOLE = "the options"
+from steer.errors import InvalidInput, NothingFound, SteerError
 
 
 @contextmanager
@@ -38,13 +33,6 @@ def reported(*, resumes: bool = False) -> Iterator[None]:
     except OSError as error:  # no space, no permission, a disk that is gone
         file = f"{error.filename2 or error.filename}: " if error.filename else ""
         typer.echo(f"error: {file}{error.strerror or error}{again}", err=True)
-        raise typer.Exit(2) from None
-    except ValidationError as error:
-        for field, problem in problems_by_field(
-            whole_ranges(error.errors(include_url=False), ServeSettings), WHOLE
-        ).items():
-            option = field.partition(".")[0].replace("_", "-")  # of a list too
-            typer.echo(f"error: {problem if field == WHOLE else f'--{option}: {problem}'}", err=True)
         raise typer.Exit(2) from None
     except NothingFound as error:
         typer.echo(f"nothing found: {error}", err=True)

@@ -62,9 +62,7 @@ class Applied:
         str | None, "act where this holds alone, as a request says it: refusal@12>0.3, or each:refusal@12>0.3"
     ] = None
     probe: Annotated[Path | None, "the file of --condition's direction, where that is not a --direction"] = None
-    controls: Annotated[
-        int, typer.Option(min=0, max=100, help="random directions of the same shape to try for each file")
-    ] = 0
+    controls: Annotated[int, Field(ge=0, le=100), "random directions of the same shape to try for each file"] = 0
     against: Annotated[
         str | None, "an arm that the others are compared with; without a strength at the same, or the same KL"
     ] = None
@@ -98,7 +96,7 @@ class Tasks:
 
     tasks: Annotated[str | None, "tasks of lm_eval, separated by commas"] = None
     tasks_folder: Annotated[Path | None, "a folder with more tasks for lm_eval"] = None
-    tasks_limit: Annotated[int | None, typer.Option(min=1, help="documents of each task")] = None
+    tasks_limit: Annotated[int | None, Field(ge=1), "documents of each task"] = None
     url: Annotated[str | None, "API (…/v1) of your server for --tasks, which serves MODEL and the direction"] = None
 
     def check(self) -> None:
@@ -129,7 +127,7 @@ def evaluate(
     borderline: Annotated[str | None, "harmless prompts that look harmful"] = None,
     multi_turn: Annotated[str | None, "conversations of several turns (.jsonl with messages)"] = None,
     applied: Applied,
-    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 64,
+    max_tokens: Annotated[int, Field(ge=1), "most tokens of an answer"] = 64,
     counted: opt.Counted,
     expected: Annotated[Path | None, ".jsonl of prompts with what a right answer contains and lacks"] = None,
     text: Annotated[Path | None, "plain text whose perplexity is measured"] = None,

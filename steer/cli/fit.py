@@ -34,7 +34,8 @@ def fit(
     prompts: opt.Prompts = None,
     limit: Annotated[
         int,
-        typer.Option(min=8, help="prompts to use from each set, drawn evenly; a quarter of them decides the choice"),
+        Field(ge=8),
+        "prompts to use from each set, drawn evenly; a quarter of them decides the choice",
     ] = 160,
     counted: opt.Counted,
     method: Annotated[str | None, opt.METHOD_NAME] = None,
@@ -50,7 +51,7 @@ def fit(
     mode: Annotated[Mode | None, opt.FILE_MODE] = None,
     strength: Annotated[float | None, opt.STRENGTH] = None,
     sites: opt.Sites = ("resid_post",),
-    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 24,
+    max_tokens: Annotated[int, Field(ge=1), "most tokens of an answer"] = 24,
     batch_size: opt.BatchPrompts = None,
     threshold: opt.Threshold = None,
     target: opt.Target = None,
@@ -188,7 +189,7 @@ def measure(
     rendered: opt.Rendered,
     batch_size: opt.BatchPrompts = None,
     every: Annotated[
-        float, typer.Option(min=0, help="seconds of work between saves of the running sums, next to the output")
+        float, Field(ge=0), "seconds of work between saves of the running sums, next to the output"
     ] = 60.0,
     backend: opt.Backend = "transformers",
     opening: ModelSettings,

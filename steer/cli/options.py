@@ -17,11 +17,19 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 import typer
-from pydantic import AfterValidator, BeforeValidator, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
-from steer.errors import DirectionError, InvalidInput, UnsupportedModel, noted, prefixed
+from steer.errors import (
+    DirectionError,
+    InvalidInput,
+    UnsupportedModel,
+    noted,
+    prefixed,
+    problems_by_field,
+    whole_ranges,
+)
 from steer.lab.methods import METHODS, make_method, summaries
 from steer.lab.progress import Progress
 from steer.lab.prompts import NAMED_SETS, PromptSet, Rendering, read_prompts, set_by_rendering
@@ -35,6 +43,10 @@ if TYPE_CHECKING:
     from steer.lab.judge import Judge
     from steer.lab.methods.base import Method
     from steer.lab.source import Source
+
+
+#: The place of a problem that is of no one option.
+WHOLE = "the options"
 
 
 def split(text: str) -> list[str]:
@@ -119,14 +131,27 @@ PANELS = {
 }
 
 
-def _taken(field: FieldInfo) -> str:
-    """Return the values that a field of settings accepts, in a few words for the help."""
-    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
-    if get_origin(field.annotation) is Literal:
-        return "|".join(map(str, kinds))
-    low, high = (next((getattr(rule, of) for rule in field.metadata if hasattr(rule, of)), None) for of in ("ge", "le"))
-    limits = f", {low} to {high}" if high is not None else f", {low} or more" if low is not None else ""
-    return {int: "whole number", Path: "path"}.get(kinds[0], "text") + limits
+def _taken(kind: Any, rules: Sequence[object] = ()) -> str:
+    """Return the values that an option accepts, in a few words for the help.
+
+    Args:
+        kind: the type of the option.
+        rules: pydantic's, which limit a number.
+    """
+    several = get_args(kind)
+    if get_origin(kind) is Annotated:
+        inner, *others = several
+        if any(isinstance(rule, BeforeValidator) for rule in others):  # the value has a notation of its own
+            return "text"
+        return _taken(inner, [one for rule in others for one in getattr(rule, "metadata", ())])
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, several))
+    if get_origin(kind) in (Union, UnionType, list):
+        return "|".join(_taken(one, rules) for one in several if one is not type(None))
+    limits = {of: getattr(rule, of) for rule in rules for of in ("gt", "ge", "le") if hasattr(rule, of)}
+    low = f"above {limits['gt']}" if "gt" in limits else limits.get("ge")
+    ends = f", {low} to {limits['le']}" if "le" in limits else f", {low} or more" if limits else ""
+    return {int: "whole number", float: "number", Path: "path"}.get(kind, "text") + ends
 
 
 def _option_of(name: str, field: FieldInfo) -> object:
@@ -143,7 +168,7 @@ def _option_of(name: str, field: FieldInfo) -> object:
             help=field.description,
             show_default=False if default in (None, "") else str(default),
             envvar=f"STEER_{name.upper()}",
-            metavar=None if flag else f"<{_taken(field)}>",
+            metavar=None if flag else f"<{_taken(field.annotation, field.metadata)}>",
             rich_help_panel=next((panel for panel, names in PANELS.items() if name in names), "Access control"),
         ),
     ]
@@ -168,18 +193,33 @@ def _is_list(kind: Any) -> bool:
 def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
     """Return the parameter for an option.
 
-    A flag that is off by default can only be switched on. Typer gets an option as text if typer cannot read its type
-    itself: a list, one of several types, or a type with a validator that runs before all others.
+    A flag that is off by default can only be switched on. Typer gets the values of all other options as text, except
+    for paths and for options that may be repeated, because the command checks all values together.
     """
     if (help_text := _help_of(kind)) is not None:
-        names = [f"--{name.replace('_', '-')}"] if default is False else []
-        own = any(isinstance(each, BeforeValidator) for each in kind.__metadata__)
+        names = [] if default is True else [f"--{name.rstrip('_').replace('_', '-')}"]
         read: Any = kind.__origin__
-        if own or _is_list(kind) or len(_types(kind)) > 1:
+        flag, (first, *_) = read is bool, _types(kind)
+        if not flag and first is not Path and get_origin(first) is not list:
             read = str if default is not None else str | None
-        kind = Annotated[read, typer.Option(*names, help=help_text)]
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        metavar = None if flag else f"<{_taken(kind)}>"
+        kind = Annotated[read, typer.Option(*names, help=help_text, metavar=metavar)]
+    shown: object = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    if type(shown) in (int, float):
+        shown = f"{shown:g}"
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=kind)
+
+
+def _checked(kind: type[BaseModel], values: Mapping[str, object], problems: list[str]) -> BaseModel | None:
+    """Return the values of options as checked by a model. If they break its rules, add every problem to `problems`."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        found = problems_by_field(whole_ranges(error.errors(include_url=False), kind), WHOLE)
+        for field, problem in found.items():
+            option = field.partition(".")[0].rstrip("_").replace("_", "-")  # of a list too
+            problems.append(problem if field == WHOLE else f"--{option}: {problem}")
+        return None
 
 
 def expanded(command: Callable[..., object]) -> Callable[..., None]:
@@ -211,11 +251,13 @@ def expanded(command: Callable[..., object]) -> Callable[..., None]:
         lists = {name: text for name, text in own.items() if text is not None and _is_list(rules[name])}
         own |= {name: split(text) if text else [text] for name, text in lists.items()}
         types: dict[str, Any] = {name: (kind, None) for name, kind in rules.items()}
-        checked = create_model("Options", **types)
-        given |= dict(checked.model_validate(own))
+        problems: list[str] = []
+        checked = _checked(create_model("Options", **types), own, problems)
+        given |= own if checked is None else dict(checked)
         for name, (group, options) in groups.items():
-            own = {option: given.pop(option) for option in options}
-            given[name] = group(**{option: value for option, value in own.items() if value is not None})
+            values = {option: value for option in options if (value := given.pop(option)) is not None}
+            given[name] = _checked(group, values, problems) if issubclass(group, BaseSettings) else group(**values)
+        InvalidInput.raise_for(problems)
         command(**given)
 
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]

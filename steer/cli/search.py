@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import Field
 
 from steer.cli import options as opt
 from steer.cli.console import echo_json, quiet_libraries, reported
@@ -45,10 +46,10 @@ def select(
     sites: opt.Sites = ("resid_post",),
     counted: opt.Counted,
     survivors: Annotated[
-        int, typer.Option(min=1, help="candidates that generate answers, after all were screened by first tokens")
+        int, Field(ge=1), "candidates that generate answers, after all were screened by first tokens"
     ] = 16,
-    prompts: Annotated[int, typer.Option(min=1, help="most prompts of each set to try candidates on")] = 48,
-    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 24,
+    prompts: Annotated[int, Field(ge=1), "most prompts of each set to try candidates on"] = 48,
+    max_tokens: Annotated[int, Field(ge=1), "most tokens of an answer"] = 24,
     batch_size: opt.BatchRows = None,
     backend: opt.Backend = "transformers",
     opening: ModelSettings,
@@ -127,7 +128,7 @@ def search(
     borderline: Annotated[
         str | None, "harmless prompts that look harmful; few of them refused is the third objective"
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="number of trials, rounded up to whole groups")] = 192,
+    trials: Annotated[int, Field(ge=1), "number of trials, rounded up to whole groups"] = 192,
     method: opt.MethodList = ("slerp", "projected", "linear", "whitened"),
     t: Annotated[tuple[float, float] | None, opt.LeastAndLargest, "least and largest t of slerp (-1,1)"] = None,
     mode: opt.Modes = ("ablate", "one_sided"),
@@ -140,10 +141,10 @@ def search(
     position: opt.Position = -1,
     rendered: opt.Rendered,
     counted: opt.Counted,
-    prompts: Annotated[int, typer.Option(min=8, help="most prompts of each set to try a trial on")] = 96,
-    max_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 32,
-    group: Annotated[int, typer.Option(min=1, max=256, help="trials that run at once")] = 16,
-    startup: Annotated[int, typer.Option(min=1, help="first trials, which are drawn at random")] = 32,
+    prompts: Annotated[int, Field(ge=8), "most prompts of each set to try a trial on"] = 96,
+    max_tokens: Annotated[int, Field(ge=1), "most tokens of an answer"] = 32,
+    group: Annotated[int, Field(ge=1, le=256), "trials that run at once"] = 16,
+    startup: Annotated[int, Field(ge=1), "first trials, which are drawn at random"] = 32,
     seed: Annotated[int, "seed of the search"] = 0,
     pick: Annotated[int | None, "write the direction of this trial at the end (with -o)"] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the direction file to write")] = None,

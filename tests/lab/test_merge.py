@@ -161,6 +161,28 @@ def test_16_bits_are_stored_as_16_bits_and_verified_as_32_are(name: str, tmp_pat
     assert "before the weights were rounded" in str(verdict)
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.02])
+def test_the_part_of_a_change_that_16_bits_lose_is_told(strength: float, tmp_path: Path) -> None:
+    """It is the part of the removal: how much of vᵀW is gone, of what should be."""
+    model = models.save("llama", tmp_path / "model", torch.bfloat16)
+    direction = at_writers(model)
+    edited, verdict = made(tmp_path / "model", direction, strength)
+    assert verdict is not None
+    assert verdict.kept is not None
+    v = direction.directions[0].T
+    gone, all_of_it = torch.tensor(0.0), torch.tensor(0.0)
+    for name, weight in edited.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
+            old = model.get_parameter(name).detach().float()
+            before, after = ((w @ v if "embed" in name else w.T @ v) for w in (old, weight.detach().float()))
+            gone += ((before - after) * before).sum()
+            all_of_it += strength * before.square().sum()
+    assert verdict.kept == pytest.approx(float(gone / all_of_it), abs=1e-4)
+    assert f"leaves {verdict.kept:.1%} of the change" in str(verdict)
+    assert (verdict.kept > 0.99) == (strength == 1)
+    assert made(tmp_path / "model", direction, 0.0)[1].kept is None  # type: ignore[union-attr]
+
+
 def test_weights_that_are_not_edited_may_be_anything(tmp_path: Path) -> None:
     """NaN, or a dtype of which torch cannot compare two tensors."""
     model = models.save("llama", tmp_path / "model", torch.bfloat16)

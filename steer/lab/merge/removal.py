@@ -197,6 +197,8 @@ def stream(
     return Streamed(checkpoint.folder, checkpoint.map, read, change, trust_remote_code=checkpoint.trust_remote_code)
 
 
+#: The rows of a tensor that are compared at once.
+ROWS = 4096
 #: The name of the part of the progress in which a merge is verified.
 VERIFYING = "verifying"
 #: The largest accepted difference of the logits, and the largest share that may be left of a component, relative: the
@@ -216,13 +218,14 @@ class Verdict:
             module's docstring), else None.
         left: the largest share of the stream that is left along a removed direction; None if no direction was to be
             removed whole.
-        rounded: whether the files hold the verified weights rounded to 16 bits.
+        kept: the share of the change of the weights that the files hold, where they round it to 16 bits: how far it
+            goes along the change that was verified. None for files in 32 bits.
     """
 
     logits: float | None
     served: float | None
     left: float | None
-    rounded: bool = False
+    kept: float | None = None
 
     @property
     def found(self) -> str:
@@ -244,8 +247,11 @@ class Verdict:
                 f"from what is served, which removes it after the norms, the logits differ by {self.served:.1e}, "
                 "since a norm scales what the weights leave"
             )
-        if self.rounded:
-            parts.append("all of it before the weights were rounded; the files hold exactly these, rounded to 16 bits")
+        if self.kept is not None:
+            parts.append(
+                "all of it before the weights were rounded; the files hold exactly these, rounded to 16 bits, which "
+                f"leaves {self.kept:.1%} of the change"
+            )
         return "; ".join(parts)
 
 
@@ -271,18 +277,28 @@ def verify(
     progress.plan(VERIFYING, passes * len(plan.streamed.becomes))
     writers = {writer.name: writer for writer in plan.writers}
 
+    kept = whole = 0.0
+
     def unrounded(names: Iterable[str]) -> dict[str, Tensor]:
-        originals = plan.checkpoint.tensors(name for name in names if name in writers)
-        return {name: plan.edited(writers[name], tensor.float(), preserve_norms) for name, tensor in originals}
+        nonlocal kept, whole
+        exact = {}
+        for name, tensor in plan.checkpoint.tensors(name for name in names if name in writers):
+            exact[name] = plan.edited(writers[name], tensor.float(), preserve_norms)
+            for old, new in zip(tensor.split(ROWS), exact[name].split(ROWS), strict=True):
+                wanted, got = new - old, new.to(old.dtype).float() - old
+                kept += float((wanted * got).sum(dtype=torch.float64))
+                whole += float(wanted.square().sum(dtype=torch.float64))
+        return exact
 
     (_, stored), *_ = edited.tensors([plan.writers[0].name])
     rounded = change is None and stored.dtype != torch.float32
     with progress.part(VERIFYING):
         streamed = stream(edited, progress, change, None if change else unrounded)
-        return _verdict(plan, streamed, preserve_norms, rounded)
+        verdict = _verdict(plan, streamed, preserve_norms)
+    return replace(verdict, kept=kept / whole) if rounded and whole else verdict
 
 
-def _verdict(plan: RemovalPlan, edited: Streamed, preserve_norms: bool, rounded: bool) -> Verdict:
+def _verdict(plan: RemovalPlan, edited: Streamed, preserve_norms: bool) -> Verdict:
     got, left = _without(plan, edited)
     logits = served = None
     if not preserve_norms:
@@ -296,7 +312,7 @@ def _verdict(plan: RemovalPlan, edited: Streamed, preserve_norms: bool, rounded:
             "whole from all that is written; give --no-verify to write it unverified"
         )
     largest = float(torch.tensor(list(left.values())).max()) if left else None  # NaN if one of them is NaN
-    verdict = Verdict(logits, served, largest, rounded)
+    verdict = Verdict(logits, served, largest)
     if not ((logits or 0.0) <= MOST_LOGITS and (largest or 0.0) <= MOST_LEFT):
         raise UnsupportedModel(
             f"what was made is not the original with the direction removed from what its weights write: {verdict.found}"

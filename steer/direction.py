@@ -31,7 +31,6 @@ import json
 import math
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -48,6 +47,7 @@ from typing_extensions import TypedDict
 
 from steer._version import TOOL, made_at
 from steer.errors import DirectionError, brief, prefixed, problems_of, unique_keys
+from steer.files import foreign_kind, open_file, safetensors_problem
 from steer.geometry import angle
 from steer.names import MAX_STRENGTH, MEASUREMENT_KEY, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
 
@@ -484,16 +484,14 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a file. Raises DirectionError if the file cannot be read or has more than MAX_BYTES."""
     _check_path(path)
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
+        if Path(path).is_dir():
             raise DirectionError(f"{path}: {folder_problem(path)}; give a direction file")
-        if not stat.S_ISREG(status.st_mode):
-            raise DirectionError(f"{path}: cannot be read: it is not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise DirectionError(
-                f"{path}: {status.st_size} bytes, a direction file has at most {MAX_BYTES}; is this a model?"
-            )
-        return Path(path).read_bytes()
+        with open_file(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise DirectionError(
+                    f"{path}: {size} bytes, a direction file has at most {MAX_BYTES}; is this a model?"
+                )
+            return file.read()
     except OSError as error:
         raise DirectionError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -629,11 +627,10 @@ def _read_tensors(data: bytes) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         # checked only after an error: a good file begins with its header's length, whose first byte may be 0x80 too
-        if data[:4] in (b"PK\x03\x04", b"GGUF") or data[:1] == b"\x80":
-            kind = "GGUF" if data[:4] == b"GGUF" else "a pickle or a zip archive (a .pt file?)"
+        if kind := foreign_kind(data):
             message = f"this is {kind}, only safetensors is ever loaded; `steer convert` makes one of such files"
             raise DirectionError(message) from None
-        raise DirectionError(f"not a safetensors file: {error}") from None
+        raise DirectionError(safetensors_problem(data, len(data), error)) from None
 
 
 def _read_meta(data: bytes, problems: list[str]) -> DirectionMeta | None:

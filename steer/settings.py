@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings
 
 from steer.errors import InvalidInput
+from steer.files import read_bytes
 from steer.names import MAX_RANK, MAX_ROWS, SITES, SUFFIX, Site
 from steer.spec import decimal_comma_hint, parse
 
@@ -90,7 +91,7 @@ class ModelSettings(ModelOrigin):
     def _is_text(cls, value: Path | None) -> Path | None:
         try:
             if value is not None:
-                value.read_text("utf-8")
+                read_bytes(value).decode()
         except (OSError, UnicodeDecodeError):
             raise ValueError(f"{str(value)!r}: cannot be read as text; accepted: a Jinja template in UTF-8") from None
         return value

@@ -20,6 +20,7 @@ from pydantic import Field
 from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_line, echo_resumed, quiet_libraries, reported
 from steer.errors import InvalidInput, noted
+from steer.files import open_file
 from steer.lab.lines import json_lines
 from steer.lab.progress import Progress
 from steer.lab.prompts import Prompt, PromptSet, Rendering, check_contrast, prompt_of, read_prompts
@@ -342,6 +343,9 @@ def classify(
     typer.echo(", ".join(counted_ones), err=True)
 
 
+ACCEPTED = "accepted: .jsonl, whose lines are texts, or objects with a text `answer` and the `prompt` beside it"
+
+
 def _answers(path: Path) -> list[tuple[dict[str, Any], Prompt]]:
     """Return each line of a file that holds an answer, with its prompt, which is empty if the line has none.
 
@@ -358,9 +362,12 @@ def _answers(path: Path) -> list[tuple[dict[str, Any], Prompt]]:
             raise InvalidInput("neither a text nor an object with a text `answer`")
         return item, prompt_of({"prompt": None} | item, ("prompt", "messages"))
 
-    found = json_lines(str(path), _read(path, str(path))[1], read)
+    try:
+        found = json_lines(str(path), _read(path, str(path))[1], read)
+    except InvalidInput as error:
+        raise InvalidInput([*error.problems, ACCEPTED]) from error
     if not found:
-        raise InvalidInput(f"{path}: has no answers; accepted: .jsonl, a text each line, or an object with `answer`")
+        raise InvalidInput(f"{path}: has no answers; {ACCEPTED}")
     return found
 
 
@@ -372,7 +379,8 @@ def _read(path: Path, said: str) -> tuple[bytes, str]:
     if str(path) == "-" and sys.stdin is None:
         raise InvalidInput(f"{said}: standard input is closed: give a file, or a pipe")
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else open_file(path, pipes=True) as file:
+            data = file.read()
         return data, data.decode("utf-8-sig")
     except OSError as error:
         raise InvalidInput(f"{said}: cannot be read: {error.strerror}") from error

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 from steer.cli import options as opt
 from steer.cli.console import echo_json, echo_resumed, quiet_libraries, reported
 from steer.errors import InvalidInput, NothingFound, problems_of
+from steer.files import read_bytes
 from steer.lab.progress import Progress
 from steer.lab.prompts import LEAST_SHOWN, SMALL, Split, check_contrast, read_prompts
 from steer.lab.tables import terminal_width, wrapped
@@ -353,7 +354,7 @@ def _listed(option: str, file: str) -> list[float]:
     import json
 
     try:
-        numbers = json.loads(Path(file).read_text("utf-8-sig"))
+        numbers = json.loads(read_bytes(file).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(
             f"{option}: {file}: cannot be read as JSON: {getattr(error, 'strerror', error)}; accepted: "

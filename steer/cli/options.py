@@ -30,6 +30,7 @@ from steer.errors import (
     problems_by_field,
     whole_ranges,
 )
+from steer.files import open_file
 from steer.lab.methods import METHODS, make_method, summaries
 from steer.lab.progress import Progress
 from steer.lab.prompts import NAMED_SETS, PromptSet, Rendering, read_prompts, set_by_rendering
@@ -459,7 +460,7 @@ def check_output(
 def _kind_of(path: Path) -> str:
     """Return what kind of file this is, according to its safetensors header (100 MB at most)."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             meta = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10**8))).get("__metadata__") or {}
     except (OSError, ValueError, AttributeError, RecursionError):
         meta = {}

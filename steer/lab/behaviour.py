@@ -13,6 +13,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from steer.errors import InvalidInput, problems_of
+from steer.files import read_bytes
 from steer.tokenization import THINKING
 
 FOLDER = Path(__file__).parent / "behaviours"
@@ -191,7 +192,7 @@ def _valid(kind: type[Told], tree: dict[str, object], path: Path) -> Told:
 
 def _tree(path: Path) -> dict[str, object]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_bytes(path).decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or an integer of thousands of digits
         raise InvalidInput(f"{path}: not TOML: {error}") from error
 

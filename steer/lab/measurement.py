@@ -30,6 +30,7 @@ from torch import Tensor
 from steer._version import TOOL, made_at
 from steer.direction import Dataset, folder_problem, holds_model, no_bool, replacing, sorted_metadata
 from steer.errors import DegenerateError, InvalidInput, problems_of
+from steer.files import open_file, problem_of_file
 from steer.geometry import MIN_ANGLE, winsorise
 from steer.lab.prompts import Rendering
 from steer.names import MEASUREMENT_KEY
@@ -224,10 +225,11 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str
     if Path(path).is_dir():
         raise InvalidInput(f"{path}: {folder_problem(path)}; give a .safetensors file")
     try:
+        open_file(path).close()
         with safe_open(Path(path), framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise InvalidInput(f"{path}: cannot be read as safetensors: {error}") from error
+        raise InvalidInput(f"{path}: {problem_of_file(path, error)}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 from steer.errors import InvalidInput, brief, imported, prefixed
+from steer.files import read_bytes
 from steer.lab.lines import each, from_json, json_lines
 from steer.tokenization import Chat
 
@@ -243,7 +244,7 @@ def _set(source: str, name: str, sha256: str, parsed: Sequence[Prompt | None]) -
 
 def _read(source: str) -> tuple[Path, bytes]:
     try:
-        return Path(source), Path(source).read_bytes()
+        return Path(source), read_bytes(source)
     except OSError as error:
         raise InvalidInput(f"{source}: cannot be read: {error.strerror}; accepted: {FORMATS}") from error
 

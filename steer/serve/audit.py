@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steer.errors import SteerError
+from steer.files import open_file
 from steer.serve import metrics
 
 log = logging.getLogger("steer")
@@ -604,6 +605,6 @@ def _first_number(path: Path) -> int:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while line := file.readline(MAX_LINE):
             yield line

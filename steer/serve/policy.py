@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 import secrets
-import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -35,6 +33,7 @@ from typing_extensions import TypedDict
 
 from steer import spec
 from steer.errors import InvalidInput, brief, noted, problem_text, whole_ranges
+from steer.files import open_file
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, TURNING, Mode, check_name
 
 if TYPE_CHECKING:
@@ -367,12 +366,9 @@ def load(path: Path) -> Policy:
 
 def fetch(path: Path) -> bytes:
     """The bytes of a policy file, at most MAX_BYTES + 1. Raises PolicyError, also for a path that is not a regular
-    file: opening a FIFO would wait for a writer."""
+    file."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise PolicyError(f"{path}: cannot be read: it is not a regular file")
+        with open_file(path) as file:
             return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise PolicyError(f"{path}: cannot be read: {error.strerror}") from None

@@ -92,7 +92,7 @@ def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot be read"):
         Measurement.load(path)
     path.write_bytes(b"x" * 100)
-    with pytest.raises(InvalidInput, match="cannot be read as safetensors"):
+    with pytest.raises(InvalidInput, match="not a safetensors file"):
         Measurement.load(path)
     models.direction(models.tiny("llama")).save(path)
     with pytest.raises(InvalidInput, match="this is a direction; give a measurement"):

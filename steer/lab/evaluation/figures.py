@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from steer.direction import Dataset
 from steer.errors import InvalidInput
+from steer.files import read_bytes
 from steer.lab import statistics
 from steer.lab.behaviour import Behaviour
 from steer.lab.evaluation.arms import PLAIN
@@ -272,7 +273,7 @@ def read_expected(path: Path) -> dict[Prompt, Expected]:
     """What a right answer to each prompt contains and lacks, from a file of JSON lines. Raises InvalidInput with every
     problem, and with what is accepted."""
     try:
-        text = path.read_text("utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"--expected: {path}: cannot be read: {error}; {ACCEPTED}") from error
     found: dict[Prompt, Expected] = {}

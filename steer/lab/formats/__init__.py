@@ -6,6 +6,7 @@ from pathlib import Path
 
 from steer.direction import Direction, folder_problem
 from steer.errors import InvalidInput
+from steer.files import open_file
 from steer.lab.formats import control_vector
 from steer.lab.formats.foreign import DIRECTION, MEAN_DIFFS, Foreign, read_pickled, read_plain, write_arditi
 from steer.lab.measurement import Measurement, load_tensors
@@ -31,6 +32,10 @@ def read(path: Path, foreign: Foreign) -> Direction | Measurement:
         path = found[0]
     if not path.exists():
         raise InvalidInput(f"{path}: does not exist; accepted: {READS}")
+    try:
+        open_file(path).close()
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
     suffix = path.suffix.lower()
     if suffix == ".gguf":
         foreign.refuse(path, "layer", "position", "tensor")

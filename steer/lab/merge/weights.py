@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from steer.errors import InvalidInput, UnsupportedModel
+from steer.files import problem_of_file
 from steer.hf.internals import axis_in_file
 from steer.hf.load import describe, find_model
 from steer.hf.streamed import Streamed
@@ -71,7 +72,8 @@ class Checkpoint:
                     for name in some:
                         yield name, opened.get_tensor(name)
             except (OSError, SafetensorError) as error:
-                raise UnsupportedModel(f"{self.folder / file}: cannot be read: {error}") from error
+                path = self.folder / file
+                raise UnsupportedModel(f"{path}: {problem_of_file(path, error)}") from error
 
 
 def resolve(model: str, revision: str | None) -> Path:
@@ -93,7 +95,7 @@ def _names(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise UnsupportedModel(f"{path}: cannot be read: {error}") from error
+        raise UnsupportedModel(f"{path}: {problem_of_file(path, error)}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -159,12 +159,13 @@ def test_a_resid_pre_direction_is_our_layer_before(
     chosen = formats.read(tmp_path / "mean_diffs.pt", Foreign(FACTS, layer=1, position=-1))
     assert isinstance(chosen, Direction)
     torch.testing.assert_close(chosen.directions, found.directions)
-    for foreign, says in (
-        (FOREIGN, "give --layer"),
-        (Foreign(FACTS, layer=2), "blocks 0 to 1"),
-        (Foreign(FACTS, layer=1, position=-3), "positions −2 to −1"),
+    ranges = r"give --layer, from 0 to 1, and --position, from -2 to -1 \(the default\)"
+    for foreign, given in (
+        (FOREIGN, "$"),
+        (Foreign(FACTS, layer=2), "; given: layer 2, position -1"),
+        (Foreign(FACTS, layer=1, position=-3), "; given: layer 1, position -3"),
     ):
-        with pytest.raises(InvalidInput, match=says):
+        with pytest.raises(InvalidInput, match=ranges + given):
             formats.read(tmp_path / "mean_diffs.pt", foreign)
     (tmp_path / "direction_metadata.json").write_text(json.dumps({"pos": -1, "layer": 0}))
     with pytest.raises(InvalidInput, match="embedding output"):

@@ -312,14 +312,15 @@ def _single(path: Path, value: Tensor, foreign: Foreign) -> tuple[int, int | Non
 
 
 def _chosen(path: Path, value: Tensor, foreign: Foreign) -> tuple[int, int | None, Tensor]:
-    if foreign.layer is None:
-        raise InvalidInput(f"{path}: has the differences of every layer and position: give --layer (and --position)")
-    position = -1 if foreign.position is None else foreign.position
-    if not -value.shape[0] <= position < 0:
-        raise InvalidInput(f"{path}: has the positions −{value.shape[0]} to −1, not {position}")
-    if not 0 <= foreign.layer < value.shape[1] - 1:
-        raise InvalidInput(f"{path}: has the outputs of the blocks 0 to {value.shape[1] - 2}, not of {foreign.layer}")
-    return foreign.layer, position, value[position, foreign.layer + 1]
+    positions, layers = value.shape[0], value.shape[1]
+    position, layer = -1 if foreign.position is None else foreign.position, foreign.layer
+    if layer is None or not 0 <= layer < layers - 1 or not -positions <= position < 0:
+        given = "" if layer is None else f"; given: layer {layer}, position {position}"
+        raise InvalidInput(
+            f"{path}: has a vector of each layer and position: give --layer, from 0 to {layers - 2}, and --position, "
+            f"from {-positions} to -1 (the default){given}"
+        )
+    return layer, position, value[position, layer + 1]
 
 
 def read_means(path: Path, values: Mapping[str, Any], foreign: Foreign) -> Measurement | Direction:

@@ -1062,6 +1062,69 @@ def test_each_key_has_chats_of_its_own(guarded: Server, visit: Open) -> None:
     assert not [secret for secret in SECRETS.values() if secret in page.evaluate("JSON.stringify(localStorage)")]
 
 
+def test_an_export_is_opened_and_what_is_none_is_told(demo: Server, visit: Open, tmp_path: Path) -> None:
+    opened = visit(demo)
+    page = opened.page
+    opened.send()
+    texts = [opened.text(side) for side in ("plain", "steered")]
+    with page.expect_download() as download:
+        page.click("#export")
+    other = visit(demo)
+    other.page.set_input_files("#exported", download.value.path())
+    expect(other.page.locator(".side.steered .foot")).to_contain_text("not asked now")
+    assert [other.text(side) for side in ("plain", "steered")] == texts
+    for name, data in {"prompts.json": b"[]", "picture.json": b"\x89PNG"}.items():
+        (tmp_path / name).write_bytes(data)
+        other.page.set_input_files("#exported", tmp_path / name)
+        expect(other.page.locator("#notice")).to_contain_text(f"{name} holds no chat; accepted: a file of")
+    assert [other.text(side) for side in ("plain", "steered")] == texts
+    assert not other.asked()
+    other.page.evaluate("location.hash = 'chat=abc'")
+    expect(other.page.locator("#notice")).to_have_text("This link holds no chat: it was cut short or changed.")
+
+
+def test_what_of_a_links_steering_is_not_served_is_told(demo: Server, visit: Open) -> None:
+    """A direction, a mode or a strength: the next message would be steered otherwise than the ones that are shown."""
+    entries = [
+        {"direction": "other", "mode": "ablate", "strength": 1},
+        {"direction": "refusal", "mode": "nosuch", "strength": 1},
+        {"direction": "refusal", "mode": "ablate", "strength": 99},
+        {"direction": "refusal", "mode": "ablate", "strength": 0.5},
+    ]
+    for entry in entries:
+        chat = {"steer": [entry], "turns": [{"message": "linked", "plain": "p", "steered": "s"}]}
+        text = base64.urlsafe_b64encode(json.dumps(chat).encode()).decode().rstrip("=")
+        opened = visit(demo)
+        opened.page.evaluate("link => { location.hash = link; }", f"chat={text}")
+        expect(opened.page.locator(".asked p")).to_have_text("linked")
+        if entry is entries[-1]:
+            expect(opened.page.locator("#notice")).to_be_hidden()
+            expect(opened.page.locator("#number")).to_have_value("0.5")
+        else:
+            told = "Not served here as it was: {direction}:{mode}={strength}.".format(**entry)
+            expect(opened.page.locator("#notice")).to_contain_text(told)
+
+
+def test_a_text_is_read_from_the_side_where_it_begins(demo: Server, visit: Open) -> None:
+    chat = {"turns": [{"message": "מה שלומך?", "plain": "טוב.\nfine.", "steered": "fine."}]}
+    text = base64.urlsafe_b64encode(json.dumps(chat).encode()).decode().rstrip("=")
+    page = visit(demo).page
+    page.evaluate("link => { location.hash = link; }", f"chat={text}")
+    edge = """(where) => {
+        const whole = document.querySelector(where), range = document.createRange();
+        const first = document.createTreeWalker(whole, NodeFilter.SHOW_TEXT).nextNode();
+        range.setStart(first, 0), range.setEnd(first, 1);
+        const box = whole.getBoundingClientRect(), at = range.getBoundingClientRect();
+        return at.left - box.left > box.right - at.right;
+    }"""
+    expect(page.locator(".asked p")).to_be_visible()
+    assert [page.evaluate(edge, where) for where in (".asked p", ".plain .text", ".steered .text")] == [
+        True,
+        True,
+        False,
+    ]
+
+
 def test_a_link_asks_before_it_takes_the_place_of_a_chat(demo: Server, visit: Open) -> None:
     kept = {"turns": [{"message": "linked", "plain": "p", "steered": "s"}]}
     text = base64.urlsafe_b64encode(json.dumps(kept).encode()).decode().rstrip("=")

@@ -93,7 +93,7 @@ function openChat(kept) {
   $("system").value = kept.system;
   for (const id of ["temperature", "max-tokens", "seed"]) $(id).value = kept[id.replace("-", "_")] ?? "";
   const missing = steering.restore(kept.steer);
-  notice(missing.length ? new Error(`Not served here: ${missing.join(", ")}. The conversation is shown as it was.`) : null);
+  notice(missing.length ? new Error(`Not served here as it was: ${missing.join(", ")}. The conversation is shown as it was.`) : null);
   chat.restore(kept.turns);
   showChats();
 }
@@ -113,9 +113,22 @@ function fresh() {
 
 function openLink() {
   const shared = store.linked(location.hash);
-  if (!shared) return;
+  if (shared === undefined) return;
   window.history.replaceState(null, "", location.pathname); // a reload is a new start
-  if (!chat.last || confirm("Show the linked chat in place of this one?")) openChat(shared);
+  openOther(shared, "linked", "This link holds no chat: it was cut short or changed.");
+}
+
+/** Open the file that "Export as JSON" wrote. */
+async function importChat() {
+  const [file] = $("exported").files;
+  if (file) openOther(store.parsed(await file.text()), "exported", `${file.name} holds no chat; accepted: a file of “Export as JSON”.`);
+  $("exported").value = "";
+}
+
+/** Open a chat that came from elsewhere, or say why there is none. */
+function openOther(other, kind, why) {
+  if (!other) notice(new Error(why));
+  else if (!chat.last || confirm(`Show the ${kind} chat in place of this one?`)) openChat(other);
 }
 
 function showChats() {
@@ -329,6 +342,8 @@ function wire() {
   $("sweep-words").addEventListener("change", showSweep);
   $("export").addEventListener("click", exportChat);
   $("share").addEventListener("click", copyLink);
+  $("import").addEventListener("click", () => $("exported").click());
+  $("exported").addEventListener("change", importChat);
   $("keep").addEventListener("change", () => { store.setKeeping($("keep").checked); if (!chat.running) store.keep(current()); showChats(); });
   $("forget").addEventListener("click", () => { store.forget(); showChats(); });
   addEventListener("hashchange", openLink);

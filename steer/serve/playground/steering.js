@@ -114,8 +114,8 @@ export class Steering {
 
   /** Take the entries of a kept conversation, as far as they can be had here. Returns the names that cannot. */
   restore(entries) {
-    const names = this.usable.map((item) => item.id), missing = entries.filter((entry) => !names.includes(entry.direction));
-    const found = entries.filter((entry) => !missing.includes(entry) && this.modesOf(this.card(entry.direction)).includes(entry.mode));
+    const names = this.usable.map((item) => item.id);
+    const found = entries.filter((entry) => names.includes(entry.direction) && this.modesOf(this.card(entry.direction)).includes(entry.mode));
     if (found.length) this.entries = [];
     for (const entry of found.slice(0, MOST)) {
       const usual = this.defaults(entry.direction), taken = { ...usual, ...entry, layers: entry.layers || usual.layers, tokens: entry.tokens || usual.tokens };
@@ -126,7 +126,8 @@ export class Steering {
     }
     this.at = 0;
     this.show();
-    return missing.map((entry) => entry.direction);
+    return entries.filter((entry) => !this.entries.some((taken) => ["direction", "mode", "strength", "shift", "if"].every((key) => (taken[key] || "") === (entry[key] || ""))))
+      .map(({ direction, mode, strength, shift, if: condition }) => `${direction}${mode && `:${mode}`}=${strength}${shift && `^${shift}`}${condition && `?${condition}`}`);
   }
 
   /** The least and the largest strength that the key may ask for in an entry's mode, as entry `at` beside the others:

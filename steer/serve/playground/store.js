@@ -59,12 +59,19 @@ export function linkOf(chat) {
   return `${location.origin}${location.pathname}${PREFIX}${text.replaceAll("+", "-").replaceAll("/", "_").replace(/=+$/, "")}`;
 }
 
-/** The chat of a link's fragment; null where it holds none. */
+/** The chat of a link's fragment: null where it is broken, undefined where it is no link to a chat. */
 export function linked(fragment) {
-  if (!fragment.startsWith(PREFIX)) return null;
+  if (!fragment.startsWith(PREFIX)) return undefined;
   try {
     const text = atob(fragment.slice(PREFIX.length).replaceAll("-", "+").replaceAll("_", "/"));
-    const chat = checked(JSON.parse(new TextDecoder().decode(Uint8Array.from(text, (c) => c.charCodeAt(0)))));
+    return parsed(new TextDecoder().decode(Uint8Array.from(text, (c) => c.charCodeAt(0))));
+  } catch { return null; }
+}
+
+/** The chat of a JSON text, without its receipts; null where it is none. */
+export function parsed(text) {
+  try {
+    const chat = checked(JSON.parse(text));
     return chat && { ...chat, id: newId(), turns: chat.turns.map((turn) => ({ ...turn, receipt: null })) };
   } catch { return null; }
 }

@@ -504,6 +504,34 @@ def enter(opened: Opened, secret: str) -> None:
     opened.page.press("#key-value", "Enter")
 
 
+def test_an_answer_that_is_cut_off_is_not_shown_as_whole(demo: Server, visit: Open) -> None:
+    """By a proxy that closes the connection in order, and by one that does not."""
+    opened = visit(demo)
+    event = json.dumps({"choices": [{"index": 0, "delta": {"content": "Half"}}]})
+
+    def cut(route: Route) -> None:
+        route.fulfill(status=200, content_type="text/event-stream", body=f"data: {event}\n\n")
+
+    opened.page.route(f"**{ROUTE}", cut)
+    opened.send()
+    told = "The connection to the server was lost: the answer is not whole."
+    expect(opened.page.locator(".failed span")).to_have_text([told, told])
+    assert opened.text("plain") == "Half"
+    torn = """(event) => { window.fetch = async () => {
+        let pulled = 0;
+        const pull = (body) => {
+            if (pulled++) body.error(new TypeError("network error"));
+            else body.enqueue(new TextEncoder().encode(event));
+        };
+        return new Response(new ReadableStream({ pull }, { highWaterMark: 0 }));
+    }; }"""
+    opened.page.evaluate(torn, f"data: {event}\n\n")
+    opened.page.click("#fresh")
+    opened.send()
+    expect(opened.page.locator(".failed span")).to_have_text([told, told])
+    assert opened.text("steered") == "Half"
+
+
 def test_a_server_with_a_key_is_asked_once_and_the_key_is_kept_nowhere(guarded: Server, visit: Open) -> None:
     opened = visit(guarded, ready=False)
     dialog = opened.page.locator("#key-dialog")

@@ -63,13 +63,17 @@ export async function inTurns(queue, ask) {
   } finally { queue.length = 0; }
 }
 
-/** The JSON of each event of a streamed response. Throws Problem for an error that comes in the middle. */
+/** The JSON of each event of a streamed response. Throws Problem for an error that comes in the middle, and for an end before
+ * the last event. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
+    const { done, value } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
+    if (done) throw new Problem(0, { message: "The connection to the server was lost: the answer is not whole." });
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {

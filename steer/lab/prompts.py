@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import logging
 import random
 import re
@@ -222,6 +223,20 @@ def read_prompts(source: str) -> PromptSet:
     path, data = _fetched(source) if source.startswith(("https://", "http://")) else _read(file)
     name = f"{path.name}:{only}" if only else path.name
     return _set(source, name, hashlib.sha256(data).hexdigest(), _parse(path, data, only))
+
+
+def prompt_set(name: str, prompts: Iterable[object]) -> PromptSet:
+    """A contrast set of texts, conversations or objects that a program has: the set that `read_prompts` reads from a
+    file NAME.jsonl with these as its lines.
+
+    Raises:
+        InvalidInput: they are no prompts; the message names the line and what would be accepted.
+    """
+    if isinstance(prompts, str):
+        raise InvalidInput(f"{name}: one text is not accepted: a list of prompts, or `read_prompts` for a file")
+    data = "".join(f"{json.dumps(prompt)}\n" for prompt in prompts).encode()
+    file = f"{name}.jsonl"
+    return _set(file, file, hashlib.sha256(data).hexdigest(), _parse(Path(file), data, ""))
 
 
 def _kind(name: str) -> tuple[str, int]:

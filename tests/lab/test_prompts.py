@@ -30,6 +30,7 @@ from steer.lab.prompts import (
     check_contrast,
     encode_all,
     messages_of,
+    prompt_set,
     read_prompts,
 )
 
@@ -169,6 +170,17 @@ def test_conversations_of_sharegpt_are_known(tmp_path: Path) -> None:
     path.write_text(jsonl([{"conversations": [{"from": "bing", "value": "x"}]}]))
     with pytest.raises(InvalidInput, match="message 1: needs a role of system, user, assistant and a text"):
         read_prompts(str(path))
+
+
+def test_prompts_of_a_program_are_those_of_a_file_with_them(tmp_path: Path) -> None:
+    items = ["one", {"prompt": "two"}, {"messages": [{"role": "user", "content": "three"}]}, ""]
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in items))
+    read, made = read_prompts(str(tmp_path / "mine.jsonl")), prompt_set("mine", items)
+    assert made == read
+    assert (made.places, made.oddities) == (read.places, read.oddities)
+    for wrong, says in (("one", "a list of prompts"), ([], "has no prompts"), ([7, {"x": "y"}], "mine.jsonl, line")):
+        with pytest.raises(InvalidInput, match=says):
+            prompt_set("mine", wrong)
 
 
 def test_the_order_and_repetitions_of_a_file_are_kept(tmp_path: Path) -> None:

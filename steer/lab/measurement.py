@@ -14,9 +14,11 @@ direction.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -209,7 +211,8 @@ def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metad
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # with tensors in memory only the writing can fail
-            raise OSError(f"{path}: {error}") from error
+            code = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error
         with temporary.open("rb+") as file:
             size = int.from_bytes(file.read(8), "little")
             file.seek(0)

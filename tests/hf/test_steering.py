@@ -365,5 +365,17 @@ def test_a_stream_that_is_added_up_in_finer_numbers_than_it_begins_in(dtype: tor
     assert (seen[0][0] @ direction.directions[0, 0]).abs().max() < 1e-5 * seen[0].norm(dim=-1).max()
 
 
+def test_a_stream_as_wide_as_that_of_large_models_starts() -> None:
+    """With a token that is much longer than the others, as the first of real models is. All rounding of a norm that is
+    kept lies along the stream, and what is allowed along one direction falls with the width."""
+    torch.manual_seed(0)
+    heads = dict(num_attention_heads=4, num_key_value_heads=1, head_dim=16)
+    shape = dict(hidden_size=4096, intermediate_size=64, num_hidden_layers=1, vocab_size=128)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape, **heads)).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[11].mul_(1e3)
+    Steering(model)
+
+
 def test_no_stream_is_asked_to_be_finer_than_the_bank() -> None:
     Steering(models.tiny("llama", torch.float64))

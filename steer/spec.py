@@ -6,7 +6,7 @@ A request names directions, never paths or vectors. As text:
     refusal=0.7                  a strength
     refusal:one_sided=0.7        a mode and a strength
     refusal:one_sided^0.25=0.7   the mode's threshold shifted up by a quarter of the distance between the class means
-    refusal:ablate+norm=0.7      the stream keeps its norm
+    refusal:ablate:norm=0.7      the stream keeps its norm
     refusal@answer=0.7           only at some tokens; refusal:one_sided@not-first=0.7
     refusal@10-20=0.7            only at some layers; refusal@10-20@answer=0.7
     refusal?harm@12>0.3          only for some requests: see `Condition`; refusal:one_sided@13-20?harm@12<0.3=0.7
@@ -48,7 +48,7 @@ ACCEPTED = (
     f"{{{', '.join(map(repr, _FIELDS))}}}, a list of those, or null, false or 'off' for none"
 )
 #: What follows the mode in a text that asks for the norm to be kept.
-NORM = "+norm"
+NORM = ":norm"
 #: The positions of a request at which an entry can act, each with a sentence for users. `N` is a number of positions.
 TOKENS = {
     "all": "Every position, which is the default.",
@@ -71,7 +71,7 @@ _CONDITION_FIELDS = ("direction", "layer", "above", "below", "each", "digest")
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 _CONDITION = re.compile(r"\s*(?:(each)\s*:)?([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
 _SIDES = {">": "above", "<": "below"}
-_NORM = re.compile(r"\s*\+\s*norm\s*\Z")
+_NORM = re.compile(r"\s*:\s*norm\s*\Z")
 _NO_SIDE = re.compile(r"[<>]=|=[<>]|[≤≥]")
 #: The largest number in a condition; no component is near it.
 MAX_COMPONENT = 1e30
@@ -471,8 +471,8 @@ def _within(value: object, most: float, field: str, problems: list[str], accepte
 
 def _order(value: object) -> str:
     """A hint about the order of the parts of a spec, for a value that seems to contain another part."""
-    misplaced = isinstance(value, str) and any(sign in value for sign in (*":^@?=", NORM))
-    return "; the order is name:mode+norm^shift@where?condition=strength" if misplaced else ""
+    misplaced = isinstance(value, str) and any(sign in value for sign in ":^@?=")
+    return "; the order is name:mode:norm^shift@where?condition=strength" if misplaced else ""
 
 
 def _condition(value: object, param: str, problems: list[str]) -> Condition | None:

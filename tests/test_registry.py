@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import safetensors.torch
@@ -807,11 +808,11 @@ def test_a_file_that_the_disk_did_not_give_is_read_again(tmp_path: Path, monkeyp
     registry = Registry(Recorder(), tmp_path)
     write(tmp_path, "one", A)
 
-    def failing(path: Path) -> bytes:
+    def failing(path: Path) -> BinaryIO:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", failing)
+        patch.setattr("steer.direction.open_file", failing)
         registry.sync()
     assert "Input/output error" in registry.failures["one"][0]
     registry.sync()

@@ -161,12 +161,12 @@ def refused(text: str, site: bool = False) -> str:
 
 @pytest.mark.parametrize("mode", TURNING)
 def test_a_mode_that_turns_is_told_that_it_keeps_the_norm_anyway(mode: Mode) -> None:
-    assert "norm_preserving: the mode" in refused(f"d:{mode}+norm=0.5")
+    assert "norm_preserving: the mode" in refused(f"d:{mode}:norm=0.5")
 
 
 def test_what_acts_on_terms_has_no_norm_to_keep() -> None:
-    assert "only the norm of a whole stream is kept" in refused("d+norm", site=True)
+    assert "only the norm of a whole stream is kept" in refused("d:norm", site=True)
 
 
 def test_all_directions_of_a_request_say_the_same() -> None:
-    assert refused("d+norm,e=0.5").startswith("norm_preserving: some directions of the request have it and some not")
+    assert refused("d:norm,e=0.5").startswith("norm_preserving: some directions of the request have it and some not")

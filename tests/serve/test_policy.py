@@ -129,7 +129,9 @@ def test_a_calibrated_dose_is_what_the_file_says_for_each_mode_and_side(rules: s
         with pytest.raises(Refusal, match=r"calibrated: d: ablate from 0 to 1\.5, one_sided from -0\.5 to 2") as caught:
             asked(rules, spec, NO)
         assert caught.value.rule == ("direction_" if "[directions" in rules else "") + "max_strength"
-    # at another threshold nothing was measured
+    # at another threshold, or with the norm kept, nothing was measured
+    with pytest.raises(Refusal, match=r"d:ablate:norm=0\.1 is over what was calibrated"):
+        asked(rules, "d:ablate:norm=0.1", NO)
     with pytest.raises(Refusal, match=r"d:one_sided\^-0\.5=1 is over what was calibrated"):
         asked(f"max_shift = 1.0\n{rules}", "d:one_sided^-0.5=1", NO)
 

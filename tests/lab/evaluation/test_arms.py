@@ -91,13 +91,13 @@ def test_shifts_and_conditions_are_said_as_a_request_says_them(files: list[Path]
 
 
 def test_a_mode_with_the_norm_kept_is_an_arm_of_its_own(files: list[Path]) -> None:
-    arms = arms_of(files[:1], ["ablate+norm", "ablate", "add+norm"], [0.5, 1])
+    arms = arms_of(files[:1], ["ablate:norm", "ablate", "add:norm"], [0.5, 1])
     assert [arm.name for arm in arms] == [
-        f"one:{way}={strength}" for way in ("ablate", "ablate+norm", "add+norm") for strength in ("0.5", "1")
+        f"one:{way}={strength}" for way in ("ablate", "ablate:norm", "add:norm") for strength in ("0.5", "1")
     ]
     assert [arm.entry("one").norm_preserving for arm in arms[::2]] == [None, True, True]
-    with pytest.raises(InvalidInput, match=r"'rotate\+norm' is not known; accepted: ablate, ablate\+norm, add, "):
-        arms_of(files[:1], ["rotate+norm"], None)
+    with pytest.raises(InvalidInput, match=r"'rotate:norm' is not known; accepted: ablate, ablate:norm, add, "):
+        arms_of(files[:1], ["rotate:norm"], None)
 
 
 def test_every_problem_is_named(files: list[Path], tmp_path: Path) -> None:

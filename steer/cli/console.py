@@ -6,12 +6,17 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import typer
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from steer.errors import InvalidInput, NothingFound, SteerError
+from steer.errors import InvalidInput, NothingFound, SteerError, problems_by_field
+
+#: The place of a problem that is of no one option.
+WHOLE = "the options"
 
 
 @contextmanager
@@ -34,6 +39,10 @@ def reported(*, resumes: bool = False) -> Iterator[None]:
         file = f"{error.filename2 or error.filename}: " if error.filename else ""
         typer.echo(f"error: {file}{error.strerror or error}{again}", err=True)
         raise typer.Exit(2) from None
+    except ValidationError as error:  # options that do not go together, in a model that a command has made of them
+        for problem in option_problems(error.errors(include_url=False)):
+            typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(2) from None
     except NothingFound as error:
         typer.echo(f"nothing found: {error}", err=True)
         raise typer.Exit(3) from None
@@ -41,6 +50,13 @@ def reported(*, resumes: bool = False) -> Iterator[None]:
         for problem in error.problems if isinstance(error, InvalidInput) else [str(error)]:
             typer.echo(f"error: {problem}", err=True)
         raise typer.Exit(2) from None
+
+
+def option_problems(items: Iterable[ErrorDetails]) -> list[str]:
+    """The items of a ValidationError as sentences, each with the option that is not accepted."""
+    found = problems_by_field(items, WHOLE)
+    names = {field: field.partition(".")[0].rstrip("_").replace("_", "-") for field in found}  # of a list too
+    return [problem if field == WHOLE else f"--{names[field]}: {problem}" for field, problem in found.items()]
 
 
 def quiet_libraries() -> None:

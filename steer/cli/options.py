@@ -21,13 +21,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
+from steer.cli.console import option_problems
 from steer.errors import (
     DirectionError,
     InvalidInput,
     UnsupportedModel,
     noted,
     prefixed,
-    problems_by_field,
     whole_ranges,
 )
 from steer.files import open_file
@@ -44,10 +44,6 @@ if TYPE_CHECKING:
     from steer.lab.judge import Judge
     from steer.lab.methods.base import Method
     from steer.lab.source import Source
-
-
-#: The place of a problem that is of no one option.
-WHOLE = "the options"
 
 
 def split(text: str) -> list[str]:
@@ -216,10 +212,7 @@ def _checked(kind: type[BaseModel], values: Mapping[str, object], problems: list
     try:
         return kind(**values)
     except ValidationError as error:
-        found = problems_by_field(whole_ranges(error.errors(include_url=False), kind), WHOLE)
-        for field, problem in found.items():
-            option = field.partition(".")[0].rstrip("_").replace("_", "-")  # of a list too
-            problems.append(problem if field == WHOLE else f"--{option}: {problem}")
+        problems += option_problems(whole_ranges(error.errors(include_url=False), kind))
         return None
 
 

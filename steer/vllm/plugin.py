@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 def register() -> None:
     with suppress(UnsupportedModel):  # without this a salt also separates the first block: correct, but less is shared
         internals.core.salt_later(parted)
-    with suppress(UnsupportedModel):  # without this an engine may outlive its server
-        internals.core.before_serving(_end_with_parent)
+    internals.core.before_serving(_end_with_parent)
     internals.engine.on_engine_start(_prepare, _attach_sync, _attach_async)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from steer.errors import InvalidInput, UnsupportedModel, brief
 from steer.settings import KEEP_ALIVE
 from steer.spec import Spec
-from steer.vllm import internals
+from steer.vllm import internals, parent
 from steer.vllm.frontend import ATTRIBUTE, Frontend, in_self_check, parted
 from steer.vllm.selfcheck import Job, ProbeAnswer, self_check
 from steer.vllm.settings import KEY, EngineSettings
@@ -32,7 +32,15 @@ if TYPE_CHECKING:
 def register() -> None:
     with suppress(UnsupportedModel):  # without this a salt also separates the first block: correct, but less is shared
         internals.core.salt_later(parted)
+    internals.core.before_serving(_end_with_parent)
     internals.engine.on_engine_start(_prepare, _attach_sync, _attach_async)
+
+
+def _end_with_parent(config: types.VllmConfig) -> None:
+    """Have an engine core that steers end with the process that started it. vLLM's own would stay, with the device's
+    memory."""
+    if settings_of(config.additional_config) is not None:
+        parent.end_with_parent()
 
 
 def _prepare(config: types.VllmConfig) -> EngineSettings | None:

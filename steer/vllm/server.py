@@ -14,13 +14,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
-import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import Thread
 from typing import ClassVar
 
 from anyio import to_thread
@@ -64,6 +61,7 @@ from steer.vllm import frontend as front_ends
 from steer.vllm import internals
 from steer.vllm.answers import UnlessLost, restated, with_fields
 from steer.vllm.frontend import Frontend, Passage, Ticket, passage
+from steer.vllm.parent import end_with_parent
 from steer.vllm.settings import KEY, check_absent
 from steer.vllm.settings import read as settings_of
 
@@ -190,21 +188,11 @@ class Middleware:
         self._started = True
         internals.engine.before_shutdown(app.state.engine_client, control.drain)
         if front.place[1] > 1:
-            Thread(target=end_with_parent, name="steer-parent", daemon=True).start()
+            end_with_parent()  # a switch would not reach it together with others, started on the same port
         try:
             await self.app(scope, receive, send)
         finally:
             control.stop()
-
-
-def end_with_parent() -> None:
-    """End this front end when its parent process is gone. Otherwise others could be started on the same port, and a
-    switch would reach only some of them."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        time.sleep(1)
-    log.error("the process that started this one is gone: it ends too")
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Layer:

@@ -1,10 +1,12 @@
-"""vLLM under faults: clients that leave free what they held, and that an engine was killed is told at once."""
+"""vLLM under faults: clients that leave free what they held, that an engine was killed is told at once, and a server
+that is killed leaves nothing behind."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,12 +21,16 @@ from tests.waiting import eventually
 LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True, "temperature": 0, "stream": True}
 
 
+def starting(folder: Path, *options: str) -> Server:
+    home = Home.make("llama", folder)
+    command = [sys.executable, "-m", "tests.vllm.run_server", str(home.folder), str(home.directions)]
+    more = (*OPTIONS, "--host", "127.0.0.1", "--enforce-eager", *options)
+    return Server(*more, command=command, directions=home.directions)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    home = Home.make("llama", tmp_path_factory.mktemp("faults"))
-    command = [sys.executable, "-m", "tests.vllm.run_server", str(home.folder), str(home.directions)]
-    options = (*OPTIONS, "--host", "127.0.0.1", "--enforce-eager")
-    with Server(*options, command=command, directions=home.directions) as running:
+    with starting(tmp_path_factory.mktemp("faults")) as running:
         yield running
 
 
@@ -75,3 +81,19 @@ def test_an_engine_that_is_killed_is_told_of(server: Server) -> None:
             return False
 
     eventually(told, 60)
+
+
+@pytest.mark.parametrize("fronts", [1, 2])
+def test_a_server_that_is_killed_leaves_no_process(fronts: int, tmp_path: Path) -> None:
+    """An engine that stayed would keep the device's memory, and no other one would start there."""
+    with starting(tmp_path, "--api-server-count", str(fronts)) as running:
+        assert receipt(running.complete(steer="refusal"))
+        left = psutil.Process(running.process.pid).children(recursive=True)
+        try:
+            running.process.kill()
+            gone, left = psutil.wait_procs(left, timeout=60)
+            assert gone
+            assert not left, [process.name() for process in left]
+        finally:
+            for process in left:
+                process.kill()

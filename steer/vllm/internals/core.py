@@ -1,4 +1,5 @@
-"""The process of the engine core: from which block of the prefix cache on the salt of a request counts."""
+"""The process of the engine core: how it begins to serve, and from which block of the prefix cache on the salt of a
+request counts."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from steer.vllm.internals.base import seam
 
 if TYPE_CHECKING:
-    from steer.vllm.internals.types import EngineCoreRequest
+    from steer.vllm.internals.types import EngineCoreRequest, VllmConfig
 
 _NAME = "generate_block_hash_extra_keys"
 
@@ -52,3 +53,24 @@ def salt_later(parted: Callable[[EngineCoreRequest], tuple[str, int, str]]) -> N
     for module in [kv_cache_utils, *sys.modules.values()]:  # some modules have imported the function already
         if getattr(module, "__name__", "").startswith("vllm.v1.") and vars(module).get(_NAME) is original:
             setattr(module, _NAME, keys_of)
+
+
+def before_serving(call: Callable[[VllmConfig], None]) -> None:
+    """If this is the process of an engine core, have `call` called with its configuration before it serves. A second
+    call of this function in a process has no effect."""
+    home = sys.modules.get("vllm.v1.engine.core")
+    for name in () if home is None else ("EngineCoreProc", "DPEngineCoreProc"):
+        owner = seam(home, name)
+        run = seam(owner, "run_busy_loop")
+        if not hasattr(run, "steer"):
+            owner.run_busy_loop = _beginning(run, call)
+
+
+def _beginning(run: Callable[[Any], None], call: Callable[[VllmConfig], None]) -> Callable[[Any], None]:
+    @functools.wraps(run)
+    def running(engine: Any) -> None:
+        call(engine.vllm_config)
+        run(engine)
+
+    running.steer = True  # type: ignore[attr-defined]
+    return running

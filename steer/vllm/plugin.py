@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 def register() -> None:
     with suppress(UnsupportedModel):  # without this a salt also separates the first block: correct, but less is shared
         internals.core.salt_later(parted)
-    internals.core.before_serving(_end_with_parent)
+    with suppress(UnsupportedModel):  # without this an engine may outlive its server
+        internals.core.before_serving(_end_with_parent)
     internals.engine.on_engine_start(_prepare, _attach_sync, _attach_async)
 
 

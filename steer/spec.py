@@ -71,7 +71,6 @@ _CONDITION_FIELDS = ("direction", "layer", "above", "below", "each", "digest")
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")
 _CONDITION = re.compile(r"\s*(?:(each)\s*:)?([^@<>]*)@\s*(\d{1,4})\s*([<>])([^<>]*)", re.ASCII)
 _SIDES = {">": "above", "<": "below"}
-_NORM = re.compile(r"\s*:\s*norm\s*\Z")
 _NO_SIDE = re.compile(r"[<>]=|=[<>]|[≤≥]")
 #: The largest number in a condition; no component is near it.
 MAX_COMPONENT = 1e30
@@ -378,14 +377,15 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         head, question, condition = head.partition("?")
         head, *where = (each.strip() for each in head.split("@"))
         head, caret, shift = head.partition("^")
-        bare_head = _NORM.sub("", head)
-        name, colon, mode = bare_head.partition(":")
+        before, _, last = head.rpartition(":")
+        keeps = f":{last.strip()}" == NORM
+        name, colon, mode = (before if keeps else head).partition(":")
         fields: dict[object, object] = {
             "direction": name.strip(),
             "mode": mode.strip() if colon else None,
             "strength": _number(number) if equals else None,
             "shift": _number(shift) if caret else None,
-            "norm_preserving": bare_head != head,
+            "norm_preserving": keeps,
             **_where(param, where, problems),
             "if": condition if question else None,
         }
@@ -415,7 +415,9 @@ def _from_object(value: Mapping[object, object], param: str, problems: list[str]
     if mode is not None and known is None:
         number = isinstance(mode, str) and not isinstance(_number(mode), _Unread)
         strength_of = f"; a strength stands after '=', as {named or 'refusal'}={mode}" if number else ""
-        problems.append(f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}{strength_of}")
+        problems.append(
+            f"{param}.mode: {brief(mode)} is not a mode; accepted: {', '.join(MODES)}{strength_of}{_order(mode)}"
+        )
     strength_ = None if strength is None else _within(strength, MAX_STRENGTH, f"{param}.strength", problems)
     shift_ = None if shift is None else _within(shift, MAX_SHIFT, f"{param}.shift", problems)
     if not isinstance(keeps, bool | None):

@@ -596,7 +596,9 @@ def test_the_norm_is_kept_by_a_field_or_after_the_mode() -> None:
     (problem,) = problems_of({"direction": "refusal", "norm_preserving": 1})
     assert problem == "steer.norm_preserving: 1 is not accepted: true or false"
     (problem,) = problems_of("refusal:norms")
-    assert "'norms' is not a mode" in problem or '"norms" is not a mode' in problem
+    assert problem.startswith("steer.mode: 'norms' is not a mode; accepted: ablate")
+    (problem,) = problems_of("refusal:norm:ablate")
+    assert problem.endswith("; the order is name:mode:norm^shift@where?condition=strength")
 
 
 def test_a_text_of_json_says_a_key_once_and_an_empty_one_says_nothing() -> None:

@@ -709,7 +709,7 @@ class TokenIndex:
             everywhere = bool(given[:depth].all()) and not bounded and not conditional
             same = same and not conditional
             turning = bool((given & turns(slots)).any())
-            keeping = bool((given & ((bounds & KEEPS) != 0)).any())
+            keeping = bounded and bool((given & ((bounds & KEEPS) != 0)).any())
             self._acting = Acting(
                 depth, everywhere, same, bool(combined.any()), bounded, shifting, turning, keeping, conditional
             )

@@ -124,6 +124,26 @@ def test_every_shell_completes(shell: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert "steer" in started("--show-completion", shell)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("steer serve --backend t", "transformers"),
+        ("steer serve --log-level ", "debug info warning error"),
+        ("steer eval M --backend v", "vllm"),
+        ("steer search M --mode ablate,one", "ablate,one_sided"),
+        ("steer derive M --mode rotate", "rotate rotate_one_sided"),
+        ("steer fit M --behaviour ", ""),
+    ],
+)
+def test_choices_are_completed(line: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_STEER_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+    program = "import sys; from steer.cli import main; sys.argv[0] = 'steer'; main()"  # the name is part of the variable
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.split() == words.split()
+
+
 def test_serve_says_of_each_option_its_type_default_and_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     shown = started("serve", "--help")
@@ -822,7 +842,11 @@ def test_a_file_that_cannot_be_written_is_an_error_and_no_traceback(
     measure = ["measure", str(tiny_folder), "--harmful", sets[0], "--harmless", sets[1], "-o", str(output)]
     bake = ["bake", str(tiny_folder), "--direction", str(direction), "--mode", "ablate", "-o", str(tmp_path / "baked")]
     for given, start, end in (
-        (measure, f"error: {output}: ", "File too large: give the same command again to go on from here"),
+        (
+            measure,
+            f"error: {output}: ",
+            "File too large: give the same command again, and it goes on from what it has kept",
+        ),
         (bake, f"error: {tmp_path}/.baked.tmp/", "] File too large"),
     ):
         done = subprocess.run([sys.executable, "-c", FULL, *given], capture_output=True, text=True, timeout=300)

@@ -27,17 +27,18 @@ def reported(*, resumes: bool = False) -> Iterator[None]:
 
     `resumes`: the same command goes on where it was interrupted, which the line then says.
     """
-    again = ": give the same command again to go on from here" if resumes else ""
     try:
         yield
     except KeyboardInterrupt:
+        again = ": give the same command again to go on from here" if resumes else ""
         typer.echo(f"\ninterrupted{again}", err=True)
         raise typer.Exit(130) from None
     except BrokenPipeError:  # whoever reads the output has enough of it
         raise
     except OSError as error:  # no space, no permission, a disk that is gone
         file = f"{error.filename2 or error.filename}: " if error.filename else ""
-        typer.echo(f"error: {file}{error.strerror or error}{again}", err=True)
+        kept = ": give the same command again, and it goes on from what it has kept" if resumes else ""
+        typer.echo(f"error: {file}{error.strerror or error}{kept}", err=True)
         raise typer.Exit(2) from None
     except ValidationError as error:  # options that do not go together, in a model that a command has made of them
         for problem in option_problems(error.errors(include_url=False)):

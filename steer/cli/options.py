@@ -151,6 +151,25 @@ def _taken(kind: Any, rules: Sequence[object] = ()) -> str:
     return {int: "whole number", float: "number", Path: "path"}.get(kind, "text") + ends
 
 
+def _choices(kind: Any) -> list[str]:
+    """Return the words of which the value of an option is one, or a list; empty if other values are accepted too."""
+    if get_origin(kind) is Literal:
+        return [str(word) for word in get_args(kind)]
+    inner = get_args(kind)[:1] if get_origin(kind) in (Annotated, tuple, list) else get_args(kind)
+    return [word for one in inner for word in _choices(one)]
+
+
+def _completion(kind: Any) -> Callable[[str], list[str]] | None:
+    """Return what completes the value of an option in a shell, or None if there is nothing to choose from."""
+    words = _choices(kind)
+
+    def complete(incomplete: str) -> list[str]:
+        begun, comma, last = incomplete.rpartition(",")
+        return [f"{begun}{comma}{word}" for word in words if word.startswith(last)]
+
+    return complete if words else None
+
+
 def _option_of(name: str, field: FieldInfo) -> object:
     """Return the type annotation of the command-line option for a field of settings.
 
@@ -166,6 +185,7 @@ def _option_of(name: str, field: FieldInfo) -> object:
             show_default=False if default in (None, "") else str(default),
             envvar=f"STEER_{name.upper()}",
             metavar=None if flag else f"<{_taken(field.annotation, field.metadata)}>",
+            autocompletion=_completion(field.annotation),
             rich_help_panel=next((panel for panel, names in PANELS.items() if name in names), "Access control"),
         ),
     ]
@@ -200,7 +220,7 @@ def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
         if not flag and first is not Path and get_origin(first) is not list:
             read = str if default is not None else str | None
         metavar = None if flag else f"<{_taken(kind)}>"
-        kind = Annotated[read, typer.Option(*names, help=help_text, metavar=metavar)]
+        kind = Annotated[read, typer.Option(*names, help=help_text, metavar=metavar, autocompletion=_completion(kind))]
     shown: object = ",".join(map(str, default)) if isinstance(default, tuple) else default
     if type(shown) in (int, float):
         shown = f"{shown:g}"

@@ -446,7 +446,6 @@ class Frontend:
         steered request also gets its salt. Raises SpecError for a request that was never admitted."""
         if SALT in (request.cache_salt or ""):
             raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
-        text = receipt_of(request.sampling_params)
         call = _adding.get()
         # n answers have one prompt, which is checked once
         if call is None or not call.made or getattr(request, "resumable", False):
@@ -454,6 +453,7 @@ class Frontend:
             internals.engine.check_numbers(request)
         if (way := passage.get()) is not None and not way.manages and request.priority:
             check_priority(way)
+        self._hold(request, call)
         if call is not None:
             call.made += 1
             usage, tokens = metrics.current_usage(), internals.engine.positions_of(request)
@@ -461,6 +461,10 @@ class Frontend:
                 usage.read(tokens)
             elif getattr(request.sampling_params, "skip_reading_prefix_cache", False):
                 usage.again += tokens
+
+    def _hold(self, request: EngineCoreRequest, call: _Call | None) -> None:
+        """If a request is steered or read, have it hold the admission of the `call` that makes it, and salt it."""
+        text = receipt_of(request.sampling_params)
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (call and call.ticket.admission.spec):
             return

@@ -138,8 +138,7 @@ class _Engine:
                     found[name][phase] = RIGHT if RIGHT in (text, found[name][phase]) else text or found[name][phase]
         unclear: list[str] = []
         for name, phases in found.items():
-            mode = names[name].mode
-            tried = _named(names[name].point) + (f" ({mode})" if mode in ("one_sided", "rotate") else "")
+            tried = str(names[name])
             unclear += [f"{tried} in {phase}" for phase, text in phases.items() if text is None]
             if texts := [f"{text} in {phase}" for phase, text in phases.items() if text]:
                 bad.append(f"{self._where()}{tried}: {', '.join(texts)}")
@@ -262,19 +261,27 @@ SHIFT = -0.5
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """The hook point at which a direction of the self-check acts, and its mode."""
+    """The hook point at which a direction of the self-check acts, its mode, and whether the norm is kept."""
 
     point: HookPoint
     mode: Mode
+    keeps: bool = False
+
+    def __str__(self) -> str:
+        if self.keeps:
+            return f"{_named(self.point)} (the norm kept)"
+        return _named(self.point) + (f" ({self.mode})" if self.mode in ("one_sided", "rotate") else "")
 
 
 def _together(settings: EngineSettings, needed: Sequence[HookPoint]) -> list[list[Tried]]:
     """All that is tried, in groups for which there are rows at the same time. Where `affine` can act, it is tried: it
-    adds a component as long as the stream, whatever the stream is. The modes that shift or turn run the same code
-    everywhere, so they are tried at one layer."""
+    adds a component as long as the stream, whatever the stream is. What shifts, turns or keeps the norm runs the same
+    code everywhere, so it is tried at one layer."""
     each = [Tried(point, "affine" if "affine" in point.modes else "ablate") for point in needed]
     gated = [Tried(point, "one_sided") for point in needed if "one_sided" in point.modes]
     each += gated[len(gated) // 2 :][:1]
+    kept = [Tried(point, "affine", keeps=True) for point in needed if "affine" in point.modes]
+    each += kept[len(kept) // 2 :][:1]
     groups = [each[at : at + settings.rows] for at in range(0, len(each), settings.rows)]
     turning = [Tried(point, "rotate") for point in needed if "rotate" in point.modes]
     if turning and min(settings.rank, settings.rows) > 1:
@@ -284,7 +291,7 @@ def _together(settings: EngineSettings, needed: Sequence[HookPoint]) -> list[lis
 
 def _spec(name: str, tried: Tried, strength: float) -> str:
     shift = f"^{SHIFT}" if tried.mode == "one_sided" else ""
-    return f"{name}:{tried.mode}{shift}={strength}"
+    return f"{name}:{tried.mode}{':norm' * tried.keeps}{shift}={strength}"
 
 
 def _direction(frontend: Frontend, tried: Tried, stream: Tensor) -> Direction:

@@ -478,6 +478,31 @@ def test_a_prompt_of_embeddings_is_counted(engine: Engine) -> None:
     passage.reset(token)
 
 
+def test_a_request_that_is_refused_for_its_prompt_is_not_counted(engine: Engine) -> None:
+    import torch
+    from vllm import SamplingParams
+
+    from steer.serve.metrics import counting_usage
+
+    front = engine.steer
+    admission = admit(Carried({"field": parse_spec("refusal@answer")}, None), front.registry)
+    ticket = front.ticket(admission)
+    given = SamplingParams(extra_args={"steer": ticket.name})
+    with counting_usage() as usage, front.admitted(given) as params:
+        request: Any = types.SimpleNamespace(
+            request_id="one",
+            sampling_params=params,
+            prompt_token_ids=None,
+            prompt_embeds=torch.zeros(5, 8),
+            priority=0,
+            cache_salt=None,
+        )
+        with pytest.raises(SpecError, match="given as embeddings"):
+            front.check_added(request)
+    assert (usage.prompt, usage.again, front.forget(ticket)) == (0, 0, [])
+    admission.release()
+
+
 def test_what_comes_after_the_end_of_its_request_is_made_no_more(engine: Engine) -> None:
     """And what is read is counted until the engine has let it go, which is later than its answer was ended."""
     from vllm import SamplingParams

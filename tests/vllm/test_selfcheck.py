@@ -197,10 +197,15 @@ def test_an_engine_whose_graph_is_not_what_was_attached_does_not_start(
     assert "plain request" not in text
 
 
-def test_an_engine_whose_graph_shifts_nothing_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = op.shifted
-    monkeypatch.setattr(op, "shifted", lambda each, by: each if torch.compiler.is_compiling() else real(each, by))
+@pytest.mark.parametrize(
+    ("step", "tried"), [("shifted", r"layer 1 \(one_sided\)"), ("restoring", r"layer 1 \(the norm kept\)")]
+)
+def test_an_engine_whose_graph_leaves_a_step_out_does_not_start(
+    step: str, tried: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, without = getattr(op, step), {"shifted": lambda each, by: each, "restoring": lambda before, after: 1.0}[step]
+    monkeypatch.setattr(op, step, lambda *args: (without if torch.compiler.is_compiling() else real)(*args))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
-    with pytest.raises(UnsupportedModel, match=r"as the model's own code does: resid_post of layer 1 \(one_sided\): "):
+    with pytest.raises(UnsupportedModel, match=f"as the model's own code does: .*{tried}: "):
         Home.make("llama", tmp_path).start(**IN_PROCESS)

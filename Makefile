@@ -19,7 +19,7 @@ serve: $(VENV)/serve
 # `sys.monitoring` (3.12), coverage costs next to nothing and is measured; `make coverage` measures it anywhere.
 WORKERS ?= 2
 COVERED ?= $(shell $(PYTHON) -c 'import sys; print("COVERAGE_CORE=sysmon" * (sys.version_info >= (3, 12)))')
-PYTEST = $(COVERED) $(BIN)/python $(if $(COVERED),-m coverage run) -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST = $(COVERED) $(BIN)/python $(if $(COVERED),-m coverage run) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/vllm $(VENV)/smollm2 $(VENV)/chromium $(CLIENTS)/done
 	$(if $(COVERED),$(BIN)/coverage erase)
 	$(PYTEST) --ignore tests/vllm

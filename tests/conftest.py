@@ -23,6 +23,13 @@ hypothesis.settings.load_profile("steer")
 from tests import models  # noqa: E402
 from tests.servers import Server  # noqa: E402
 
+#: Modules of a few long tests come first: at the end one process would run them while the others have nothing to do.
+LONG = ("test_smollm2.py", "test_readme.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

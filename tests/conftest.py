@@ -24,7 +24,10 @@ from tests import models  # noqa: E402
 from tests.servers import Server  # noqa: E402
 
 #: Modules of a few long tests come first: at the end one process would run them while the others have nothing to do.
-LONG = ("test_smollm2.py", "test_readme.py")
+LONG = {
+    *("test_smollm2.py", "test_readme.py"),
+    *("test_equal.py", "test_launch.py", "test_runners.py", "test_server.py", "test_writers.py"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

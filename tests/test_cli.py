@@ -139,7 +139,7 @@ def test_choices_are_completed(line: str, words: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("_STEER_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
-    program = "import sys; from steer.cli import main; sys.argv[0] = 'steer'; main()"  # the name is part of the variable
+    program = "import sys; from steer.cli import main; sys.argv[0] = 'steer'; main()"  # of this name is the variable
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.split() == words.split()
 

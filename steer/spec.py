@@ -377,8 +377,8 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
         head, question, condition = head.partition("?")
         head, *where = (each.strip() for each in head.split("@"))
         head, caret, shift = head.partition("^")
-        before, _, last = head.rpartition(":")
-        keeps = f":{last.strip()}" == NORM
+        before, colon, last = head.rpartition(":")
+        keeps = f"{colon}{last.strip()}" == NORM
         name, colon, mode = (before if keeps else head).partition(":")
         fields: dict[object, object] = {
             "direction": name.strip(),

@@ -33,7 +33,9 @@ from tests.oracle import acting
 
 law = settings(deadline=None, max_examples=100)
 
-NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).filter(
+#: Directions may have names that say something elsewhere in a text.
+WORDS = ("norm", "each", "all", "auto", "default", "7", "10-20", "first-1", "1e3", "nan", *MODES, *PHASES, *TOKENS)
+NAMES = st.sampled_from(WORDS) | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True).filter(
     lambda name: name.lower() not in {"off", "none", "null", "false", "true"}
 )
 STRENGTHS = st.floats(-MAX_STRENGTH, MAX_STRENGTH).map(lambda x: x + 0.0)
@@ -595,6 +597,11 @@ def test_the_norm_is_kept_by_a_field_or_after_the_mode() -> None:
     assert text(parse("refusal:norm@7")) == "refusal:norm@7"
     (problem,) = problems_of({"direction": "refusal", "norm_preserving": 1})
     assert problem == "steer.norm_preserving: 1 is not accepted: true or false"
+    assert parse("norm") == parse({"direction": "norm"})
+    assert parse("norm:norm") == parse({"direction": "norm", "norm_preserving": True})
+    assert parse("norm:ablate:norm=0.5") == parse(
+        {"direction": "norm", "mode": "ablate", "norm_preserving": True, "strength": 0.5}
+    )
     (problem,) = problems_of("refusal:norms")
     assert problem.startswith("steer.mode: 'norms' is not a mode; accepted: ablate")
     (problem,) = problems_of("refusal:norm:ablate")

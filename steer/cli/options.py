@@ -152,7 +152,7 @@ def _taken(kind: Any, rules: Sequence[object] = ()) -> str:
 
 
 def _choices(kind: Any) -> list[str]:
-    """Return the words of which the value of an option is one, or a list; empty if other values are accepted too."""
+    """Return the words that the type of an option lists as its values; empty if it lists none."""
     if get_origin(kind) is Literal:
         return [str(word) for word in get_args(kind)]
     inner = get_args(kind)[:1] if get_origin(kind) in (Annotated, tuple, list) else get_args(kind)

@@ -463,7 +463,10 @@ class Frontend:
                 usage.again += tokens
 
     def _hold(self, request: EngineCoreRequest, call: _Call | None) -> None:
-        """If a request is steered or read, have it hold the admission of the `call` that makes it, and salt it."""
+        """If a request is steered or read, have it hold the admission of the `call` that makes it, and salt it.
+
+        Raises SpecError as `check_added` does.
+        """
         text = receipt_of(request.sampling_params)
         unread = KEY in (getattr(request.sampling_params, "extra_args", None) or {})
         if text is None and not unread and not (call and call.ticket.admission.spec):

@@ -24,6 +24,7 @@ from steer.errors import UnsupportedModel
 from steer.geometry import orthogonal_part
 from steer.names import TURNING, Mode
 from steer.runtime.bank import EMBEDDING, HookPoint
+from steer.spec import NORM
 
 if TYPE_CHECKING:
     from steer.vllm.frontend import Frontend
@@ -291,7 +292,7 @@ def _together(settings: EngineSettings, needed: Sequence[HookPoint]) -> list[lis
 
 def _spec(name: str, tried: Tried, strength: float) -> str:
     shift = f"^{SHIFT}" if tried.mode == "one_sided" else ""
-    return f"{name}:{tried.mode}{':norm' * tried.keeps}{shift}={strength}"
+    return f"{name}:{tried.mode}{NORM * tried.keeps}{shift}={strength}"
 
 
 def _direction(frontend: Frontend, tried: Tried, stream: Tensor) -> Direction:

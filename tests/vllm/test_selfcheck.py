@@ -197,9 +197,7 @@ def test_an_engine_whose_graph_is_not_what_was_attached_does_not_start(
     assert "plain request" not in text
 
 
-@pytest.mark.parametrize(
-    ("step", "tried"), [("shifted", r"layer 1 \(one_sided\)"), ("restoring", r"layer 1 \(the norm kept\)")]
-)
+@pytest.mark.parametrize(("step", "tried"), [("shifted", "one_sided"), ("restoring", "the norm kept")])
 def test_an_engine_whose_graph_leaves_a_step_out_does_not_start(
     step: str, tried: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,5 +205,5 @@ def test_an_engine_whose_graph_leaves_a_step_out_does_not_start(
     monkeypatch.setattr(op, step, lambda *args: (without if torch.compiler.is_compiling() else real)(*args))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
-    with pytest.raises(UnsupportedModel, match=f"as the model's own code does: .*{tried}: "):
+    with pytest.raises(UnsupportedModel, match=rf"own code does: resid_post of layer 1 \({tried}\): "):
         Home.make("llama", tmp_path).start(**IN_PROCESS)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import Any
 
 import httpx
+
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[1]
 #: Beside other work, not on a machine of its own.
@@ -166,10 +168,12 @@ def outlives_clients(server: Server) -> bool:
 
 
 def stopped_under_streams(
-    server: Server, asked: Sequence[tuple[httpx.Client, dict[str, Any], dict[str, str]]]
+    server: Server,
+    asked: Sequence[tuple[httpx.Client, dict[str, Any], dict[str, str]]],
+    ready: Callable[[], object] = lambda: True,
 ) -> list[str]:
     """What streams of completions say, each by (client of the server's, body, headers), on which the server is stopped
-    when all have begun."""
+    when all have begun and `ready` holds."""
     began = threading.Barrier(len(asked) + 1)
 
     def streamed(client: httpx.Client, body: dict[str, Any], headers: dict[str, str]) -> str:
@@ -184,5 +188,6 @@ def stopped_under_streams(
     with ThreadPoolExecutor(len(asked)) as pool:
         streams = [pool.submit(streamed, *one) for one in asked]
         began.wait(60)
+        eventually(ready)
         assert server.stop() in (0, 1), server.log
         return [stream.result() for stream in streams]

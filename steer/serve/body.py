@@ -62,8 +62,9 @@ MEDIA = [
     *("image_url", "audio_url", "video_url", "input_audio", "file", "file_data", "source", "data"),
     *("image", "audio", "video", "image_embeds", "audio_embeds", "video_embeds"),
 ]
-#: Limit of prompts × n of one request, on any engine.
-MAX_ANSWERS = 16_384
+#: Limit of prompts × n of one request, on any engine. vLLM makes its requests of all of them in one go, which holds its
+#: event loop for about 0.1 ms each.
+MAX_ANSWERS = 1024
 #: Limit in bytes, as JSON, of the forms of an answer that one request asks for: schemas, grammars, regular expressions
 #: and choices, which an engine compiles while all others wait. A small form can be expensive too, so a policy decides
 #: who may ask for one (`forms`).
@@ -200,8 +201,10 @@ def check_size(body: dict[str, object]) -> None:
     for name in ("n", "best_of"):  # engines would accept '16' and 16.0 too
         if (value := body.get(name)) is not None and type(value) is not int:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
-    if (prompts := prompt_count(body)) > 1 and answer_count(body) > MAX_ANSWERS:
-        raise RequestError(f"prompt: {prompts} prompts × n are over {MAX_ANSWERS} answers", param="prompt")
+    if (answers := answer_count(body)) > MAX_ANSWERS:
+        several = "messages" if isinstance(body.get("messages"), list) else "prompt"
+        name = several if prompt_count(body) > 1 else "n" if _count(body, "n") > MAX_ANSWERS else "best_of"
+        raise RequestError(f"{name}: prompts × n are {answers} answers, over {MAX_ANSWERS}", param=name)
     size = 0
     for name, key in FORMS.items():
         form = body.get(name)
@@ -215,10 +218,12 @@ def check_size(body: dict[str, object]) -> None:
 
 
 def prompt_count(body: dict[str, object]) -> int:
-    """How many prompts an unchecked body has: a list of numbers is one prompt, and each item of `prompt_embeds` is
-    one more."""
-    prompt, embeds = body.get("prompt"), body.get("prompt_embeds")
+    """How many prompts an unchecked body has: a list of numbers is one prompt, each item of `prompt_embeds` is one
+    more, and vLLM's route for batches of conversations has a list of lists as its `messages`."""
+    prompt, messages, embeds = body.get("prompt"), body.get("messages"), body.get("prompt_embeds")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    if isinstance(messages, list) and messages and isinstance(messages[0], list):
+        prompts = len(messages)
     return prompts + (len(embeds) if isinstance(embeds, list) else embeds is not None)
 
 
@@ -250,7 +255,11 @@ def answer_count(body: dict[str, object]) -> int:
 
 def _answers(body: dict[str, object]) -> int:
     """How many answers a body asks for to each prompt."""
-    return max(min(n, MAX_TOKENS) if type(n := body.get(name)) is int and n > 0 else 1 for name in ("n", "best_of"))
+    return max(_count(body, name) for name in ("n", "best_of"))
+
+
+def _count(body: dict[str, object], name: str) -> int:
+    return min(n, MAX_TOKENS) if type(n := body.get(name)) is int and n > 0 else 1
 
 
 def text_length(body: object) -> int:

@@ -108,9 +108,12 @@ def test_keys_that_stand_twice_are_found_in_one_pass() -> None:
         ({"stop": "a" * 8193}, "stop"),
         ({"stop_sequences": ["a" * 5000] * 2}, "stop_sequences"),
         ({"bad_words": ["a"] * 100_000}, "bad_words"),
-        ({"prompt": ["a"] * 300, "n": 64}, "prompt"),
-        ({"prompt": [[1]] * 20_000}, "prompt"),
-        ({"prompt": ["a"] * 300, "best_of": 64}, "prompt"),
+        ({"n": 1025}, "n"),
+        ({"best_of": 10**30}, "best_of"),
+        ({"prompt": ["a"] * 17, "n": 64}, "prompt"),
+        ({"prompt": [[1]] * 1025}, "prompt"),
+        ({"prompt": ["a"] * 17, "best_of": 64}, "prompt"),
+        ({"messages": [[{"role": "user", "content": "a"}]] * 1025}, "messages"),
         ({"n": "16"}, "n"),  # which engines take for 16
         ({"n": 16.0}, "n"),
         ({"best_of": True}, "best_of"),
@@ -126,9 +129,12 @@ def test_what_is_too_much_for_any_engine_is_refused_at_the_door(asked: dict[str,
 
 def test_what_is_not_too_much_is_left_to_the_app() -> None:
     bodies: list[dict[str, object]] = [
-        {"stop": ["a"] * 64, "bad_words": "a" * 8192, "prompt": ["a"] * 256, "n": 64},
+        {"stop": ["a"] * 64, "bad_words": "a" * 8192, "prompt": ["a"] * 16, "n": 64},
+        {"n": 1024},
+        {"messages": [{"role": "user", "content": "a"}] * 1025},
+        {"messages": [[]] * 1024, "n": None},
         {"prompt": [1] * 100_000, "n": 64},
-        {"prompt": [], "n": -1, "best_of": 10**30, "stop": 7, "bad_words": {"x": 1}},
+        {"prompt": [], "n": -1, "best_of": 0, "stop": 7, "bad_words": {"x": 1}},
         {"prompt": None, "stop": None, "stop_token_ids": 5, "logit_bias": None},
         {"stop_token_ids": [1] * 1024, "logit_bias": {"1": 5}, "n": 64},
     ]

@@ -38,7 +38,8 @@ import psutil
 from benchmarks.engines import ENVIRONMENT
 from benchmarks.overhead import WITHOUT
 from benchmarks.results import Result, benchmark_parser
-from steer.direction import digest, write_file
+from steer.direction import digest
+from steer.files import write_file
 from steer.serve.audit import verify
 from tests import models
 from tests.hostile import WILD, Hostile, wild

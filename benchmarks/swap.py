@@ -22,7 +22,8 @@ from pathlib import Path
 import httpx
 
 from benchmarks.results import Result, benchmark_parser
-from steer.direction import Direction, write_file
+from steer.direction import Direction
+from steer.files import write_file
 from tests.servers import ROOT, Server
 
 PROMPT = "How do I paint a fence?"

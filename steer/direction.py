@@ -31,9 +31,7 @@ import json
 import math
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeGuard
@@ -47,7 +45,15 @@ from typing_extensions import TypedDict
 
 from steer._version import TOOL, made_at
 from steer.errors import DirectionError, brief, prefixed, problems_of, unique_keys
-from steer.files import foreign_kind, open_file, safetensors_problem
+from steer.files import (
+    folder_problem,
+    foreign_kind,
+    holds_model,
+    open_file,
+    safetensors_problem,
+    sorted_metadata,
+    write_file,
+)
 from steer.geometry import angle
 from steer.names import MAX_STRENGTH, MEASUREMENT_KEY, MODES, TURNING, Mode, Site, acts_on_terms, site_problem
 
@@ -450,6 +456,7 @@ class Direction:
 
     def save(self, path: str | os.PathLike[str]) -> str:
         """Write the file atomically and return its digest."""
+        _check_path(path)
         data = self.to_bytes()
         write_file(path, data)
         return digest(data)
@@ -496,49 +503,11 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         raise DirectionError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def folder_problem(path: str | os.PathLike[str]) -> str:
-    """What is wrong with `path`, a folder that was given in place of a file: whether it is a model."""
-    return "this is a model" if (Path(path) / "config.json").exists() else "this is a folder"
-
-
-def holds_model(names: Iterable[str]) -> bool:
-    """Whether tensors with these `names` belong to a model, whose tensors are named after modules (`….weight`)."""
-    return any(name.endswith(".weight") for name in names)
-
-
 def _check_path(path: object) -> None:
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):
         raise DirectionError(
             f"{brief(path, python=True)} is not accepted: the path of a direction file, as a text or a Path"
         )
-
-
-def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` so that a reader sees either the old file or the new one, never a part of it."""
-    _check_path(path)
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary file beside `path` to write to.
-
-    At the end of the `with` block the file is fsynced and renamed to `path`; after an error it is removed.
-    """
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _dense(tensor: object) -> TypeGuard[Tensor]:
@@ -603,19 +572,6 @@ def _axis_problems(axis: Tensor, rows: Tensor) -> list[str]:
     bad = torch.nonzero(off > UNIT_TOLERANCE).flatten().tolist()
     rule = "a unit vector orthogonal to the direction, zero where there is none"
     return [f"tensor 'axis': not {rule} at layers {bad} (off by up to {float(off.max()):.2g})"] if bad else []
-
-
-def sorted_metadata(data: bytes) -> bytes:
-    """Return the file `data` (or its header alone) with the metadata keys sorted.
-
-    safetensors writes the keys in any order, but the file's bytes identify the direction.
-    """
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _read_tensors(data: bytes) -> dict[str, Tensor]:

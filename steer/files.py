@@ -1,10 +1,15 @@
-"""Read files that users name. What would never end is refused, and a damaged safetensors file is reported in words."""
+"""Read and write files that users name. What would never end is refused, a damaged safetensors file is reported in
+words, and a file is replaced as a whole."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,3 +65,53 @@ def problem_of_file(path: str | os.PathLike[str], error: Exception) -> str:
             return safetensors_problem(file.read(8), Path(path).stat().st_size, error)
     except OSError as unreadable:
         return f"cannot be read: {unreadable.strerror}"
+
+
+def folder_problem(path: str | os.PathLike[str]) -> str:
+    """What is wrong with `path`, a folder that was given in place of a file: whether it is a model."""
+    return "this is a model" if (Path(path) / "config.json").exists() else "this is a folder"
+
+
+def holds_model(names: Iterable[str]) -> bool:
+    """Whether tensors with these `names` belong to a model, whose tensors are named after modules (`….weight`)."""
+    return any(name.endswith(".weight") for name in names)
+
+
+def sorted_metadata(data: bytes) -> bytes:
+    """Return the file `data` (or its header alone) with the metadata keys sorted.
+
+    safetensors writes the keys in any order, but the file's bytes identify the direction.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` so that a reader sees either the old file or the new one, never a part of it."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary file beside `path` to write to.
+
+    At the end of the `with` block the file is fsynced and renamed to `path`; after an error it is removed.
+    """
+    target = Path(path)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -19,9 +19,10 @@ from typing import Protocol
 
 import numpy as np
 
-from steer.direction import Direction, DirectionMeta, read_file, write_file
+from steer.direction import Direction, DirectionMeta, read_file
 from steer.direction import digest as digest_of
 from steer.errors import DirectionError, NoRoom, SpecError, SteerError, UnknownDirection, prefixed, printable
+from steer.files import write_file
 from steer.names import OTHER_SUFFIXES, SITE_RULES, SITES, SUFFIX, TURNING, Mode, check_name, readable
 from steer.readout import FIELD, MAX_DIRECTIONS, Line, Readout, RequestedReadout
 from steer.shape import Shape

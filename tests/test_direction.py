@@ -25,8 +25,9 @@ from torch import Tensor
 
 import steer
 from steer import direction as module
-from steer.direction import Direction, DirectionMeta, check_fits, digest, read_file, write_file
+from steer.direction import Direction, DirectionMeta, check_fits, digest, read_file
 from steer.errors import DirectionError
+from steer.files import write_file
 from steer.names import check_name
 from tests import models
 

@@ -20,8 +20,9 @@ import safetensors.torch
 import torch
 
 from steer import registry as registry_module
-from steer.direction import Direction, digest, write_file
+from steer.direction import Direction, digest
 from steer.errors import DirectionError, NoRoom, SpecError, UnknownDirection
+from steer.files import write_file
 from steer.names import Mode, Site
 from steer.registry import Admission, Move, Registry
 from steer.shape import Shape

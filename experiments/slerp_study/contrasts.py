@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from experiments.slerp_study.draws import FITTING, PRIMARY, UNIT, VALIDATION, DrawsTrial
 from experiments.slerp_study.summary import geometry
 from steer._version import __version__
-from steer.direction import write_file
+from steer.files import write_file
 from steer.lab import tables
 from steer.lab.plots import Compared, forest, picture
 from steer.lab.statistics import RESAMPLES, Estimate, holm

@@ -39,7 +39,7 @@ def new_key(
 ) -> None:
     """Make an API key. Its secret is printed once and stored nowhere."""
 
-    from steer.direction import write_file
+    from steer.files import write_file
     from steer.serve.policy import PolicyError, fetch, hash_of, new_secret, read
 
     secret = new_secret()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 
-from steer.direction import Direction, digest, read_file, write_file
+from steer.direction import Direction, digest, read_file
 from steer.errors import InvalidInput, SteerError
+from steer.files import write_file
 from steer.names import check_name
 from steer.spec import Condition
 

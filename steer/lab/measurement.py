@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steer._version import TOOL, made_at
-from steer.direction import Dataset, folder_problem, holds_model, no_bool, replacing, sorted_metadata
+from steer.direction import Dataset, no_bool
 from steer.errors import DegenerateError, InvalidInput, problems_of
-from steer.files import open_file, problem_of_file
+from steer.files import folder_problem, holds_model, open_file, problem_of_file, replacing, sorted_metadata
 from steer.geometry import MIN_ANGLE, winsorise
 from steer.lab.prompts import Rendering
 from steer.names import MEASUREMENT_KEY

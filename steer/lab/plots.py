@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from steer.direction import replacing
 from steer.errors import imported
+from steer.files import replacing
 from steer.lab.statistics import undominated
 
 #: The palette of Okabe and Ito, without yellow, which is hardly visible on white paper.

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from steer.direction import write_file
 from steer.errors import InvalidInput
+from steer.files import write_file
 
 
 class ResultFile:

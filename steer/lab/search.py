@@ -25,8 +25,9 @@ from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial
 from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator
 
-from steer.direction import Dataset, write_file
+from steer.direction import Dataset
 from steer.errors import InvalidInput, brief, noted, problems_of
+from steer.files import write_file
 from steer.lab import plots
 from steer.lab.behaviour import Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, layer_weights

@@ -12,7 +12,8 @@ from urllib.parse import quote
 
 import httpx
 
-from steer.direction import digest, write_file
+from steer.direction import digest
+from steer.files import write_file
 from tests.fuzz import fields
 from tests.fuzz.surface import Outcome
 from tests.serve.rules import POLICY, bearer

@@ -20,7 +20,8 @@ import httpx
 import psutil
 import pytest
 
-from steer.direction import MAX_BYTES, digest, write_file
+from steer.direction import MAX_BYTES, digest
+from steer.files import write_file
 from steer.serve.audit import verify
 from tests import models
 from tests.serve.rules import POLICY, bearer

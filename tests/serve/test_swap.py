@@ -15,7 +15,8 @@ import httpx
 import pytest
 import torch
 
-from steer.direction import Direction, digest, write_file
+from steer.direction import Direction, digest
+from steer.files import write_file
 from tests import models
 from tests.servers import Server, receipt, text
 from tests.waiting import eventually

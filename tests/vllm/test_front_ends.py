@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from steer.direction import digest, write_file
+from steer.direction import digest
+from steer.files import write_file
 from steer.serve.audit import verify
 from steer.serve.policy import hash_of
 from tests import models

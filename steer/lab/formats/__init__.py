@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steer.direction import Direction, folder_problem
+from steer.direction import Direction
 from steer.errors import InvalidInput
-from steer.files import open_file
+from steer.files import folder_problem, open_file
 from steer.lab.formats import control_vector
 from steer.lab.formats.foreign import DIRECTION, MEAN_DIFFS, Foreign, read_pickled, read_plain, write_arditi
 from steer.lab.measurement import Measurement, load_tensors

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.direction import Direction, replacing
+from steer.direction import Direction
 from steer.errors import InvalidInput, brief, imported
+from steer.files import replacing
 from steer.lab.formats.foreign import Foreign, direction_of, width_of
 from steer.names import MAX_STRENGTH, Mode
 from steer.runtime.op import GAMMA, coefficients

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.direction import Direction, DirectionMeta, holds_model, write_file
+from steer.direction import Direction, DirectionMeta
 from steer.errors import DegenerateError, InvalidInput
+from steer.files import holds_model, write_file
 from steer.geometry import orthonormalise
 from steer.lab.measurement import Measurement, MeasurementMeta, ModelFacts, Statistics
 from steer.names import Mode

@@ -125,8 +125,8 @@ def check_name(name: str) -> str:
     if not named or name.endswith(SUFFIX):
         without = f"; without the suffix of its file: '{name.removesuffix(SUFFIX)}'" if named else ""
         raise DirectionError(
-            f"direction name {brief(name, python=True)} is not acceptable: 1 to 64 letters, digits, '.', '_' or '-', "
-            f"beginning with a letter or digit, and none of {', '.join(sorted(_RESERVED))}{without}",
+            f"direction name {brief(name, python=True)} is not acceptable: 1 to 64 of a to z, A to Z, 0 to 9, '.', '_' "
+            f"and '-', beginning with a letter or digit, and none of {', '.join(sorted(_RESERVED))}{without}",
             param="name",
         )
     return name

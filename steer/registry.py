@@ -27,7 +27,7 @@ from steer.names import OTHER_SUFFIXES, SITE_RULES, SITES, SUFFIX, TURNING, Mode
 from steer.readout import FIELD, MAX_DIRECTIONS, Line, Readout, RequestedReadout
 from steer.shape import Shape
 from steer.shared import Shared
-from steer.spec import MAX_PLACES, PHASES, Entry, RequestedDirection, Spec, decimal_comma_hint
+from steer.spec import MAX_PLACES, PHASES, Entry, RequestedDirection, Spec, decimal_comma_hint, norms
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
@@ -204,7 +204,7 @@ class Registry:
         names = tuple(own) if wanted.names is None else wanted.names
         if not names:
             raise SpecError(
-                f"{FIELD}: true means the directions that steer this request, but none does; name the directions",
+                f"{FIELD}: without 'directions' those that steer this request are read, but none does; name them",
                 param=FIELD,
             )
         if len(names) > MAX_DIRECTIONS:
@@ -258,9 +258,14 @@ class Registry:
         if len({entry.condition for entry in entries}) > 1:
             each = ", ".join(dict.fromkeys(f"if {e.condition}" if e.condition else "always" for e in entries))
             return [f"the directions of one request act under different conditions ({each}); accepted: one for all"]
-        if len({bool(entry.norm_preserving) for entry in entries if entry.mode not in TURNING}) > 1:
+        if len(norms(entries)) > 1:
+            asked, others = (
+                ", ".join(e.direction for e in entries if e.mode not in TURNING and bool(e.norm_preserving) is kept)
+                for kept in (True, False)
+            )
             return [
-                "norm_preserving: some directions of the request have it and some not; accepted: all of them or none"
+                f"norm_preserving: asked for with {asked} and not with {others}; accepted: with all directions of one "
+                "request, or with none; those in modes that rotate need no mark"
             ]
         with self._state:
             needed = sum(self._versions[entry.digest].direction.rows_in(entry.mode) for entry in entries)

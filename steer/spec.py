@@ -25,14 +25,14 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain, islice
 from numbers import Integral, Real
 
 from steer.errors import DirectionError, SpecError, brief, unique_keys
-from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
+from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, TURNING, Mode, check_name
 from steer.tokenization import Phase, Thinking
 
 MAX_ITEMS = 16
@@ -58,7 +58,7 @@ TOKENS = {
     "first-N": "The first N positions of the prompt.",
     "last-N": "The last N positions of the prompt.",
     "thinking": "From the position that predicts the first token of the model's thinking to the one before its end.",
-    "after-thinking": "The token that ends the model's thinking, which predicts the first one after it, and all after.",
+    "after-thinking": "From the token that ends the model's thinking on, which predicts the first one of the answer.",
 }
 #: Those of `TOKENS` that depend on the tokens of the answer.
 PHASES = ("thinking", "after-thinking")
@@ -249,6 +249,12 @@ def variant(item: RequestedDirection | Entry) -> str:
     return f"{NORM if item.norm_preserving else ''}{shift}"
 
 
+def norms(entries: Iterable[Entry]) -> set[bool]:
+    """Whether the norm is kept, of the entries in modes that do not keep it by themselves. They cannot differ in one
+    request."""
+    return {bool(entry.norm_preserving) for entry in entries if entry.mode not in TURNING}
+
+
 def _layers(entry: Entry) -> str:
     return f"@layers {entry.layers}" if entry.layers else ""
 
@@ -432,7 +438,7 @@ def _from_object(value: Mapping[object, object], param: str, problems: list[str]
     if layers is not None and span is None:
         problems.append(
             f"{param}.layers: {brief(layers)} is not accepted: the first and the last layer like '10-20' (the first "
-            "not after the last), or one layer like 10, and the first of all is 0"
+            f"not after the last), or one layer like 10, and the first of all is 0{_order(layers)}"
         )
     version = None if digest is None else _digest(digest, param, problems)
     decided = None if condition is None else _condition(condition, param, problems)
@@ -455,7 +461,9 @@ def _digest(value: object, param: str, problems: list[str]) -> str | None:
     """The digest of a version, or the beginning of one; None for anything else, with a problem."""
     if isinstance(value, str) and _DIGEST.fullmatch(value):
         return value
-    problems.append(f"{param}.digest: {brief(value)} is not accepted: the digits of a digest, the first 12 or more")
+    problems.append(
+        f"{param}.digest: {brief(value)} is not accepted: the first 12 to 64 digits of a digest, 0 to 9 and a to f"
+    )
     return None
 
 
@@ -466,8 +474,8 @@ def _within(value: object, most: float, field: str, problems: list[str], accepte
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= most:
         return float(value) + 0.0  # which turns -0.0 into 0.0
     shown = value if isinstance(value, _Unread) else brief(value)  # NaN too
-    accepted = accepted or f"a number from {-most:g} to {most:g}{_order(value)}"
-    problems.append(f"{field}: {shown} is not accepted: {accepted}")
+    accepted = accepted or f"a number from {-most:g} to {most:g}"
+    problems.append(f"{field}: {shown} is not accepted: {accepted}{_order(value)}")
     return None
 
 

@@ -205,6 +205,35 @@ def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch)
     assert ServeSettings().port == 9123
 
 
+def test_a_switch_in_the_environment_is_on_or_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEER_INSECURE", "maybe")
+    done = run("serve", code=2)
+    assert "'maybe' is not accepted: true or false" in " ".join(done.stderr.split())
+
+
+def test_lists_are_given_by_commas_or_again_and_again(tiny_folder: Path, sets: tuple[str, str], tmp_path: Path) -> None:
+    made = tmp_path / "d.safetensors"
+    derived(tiny_folder, sets, made)
+    told = ("--mode", "ablate,one_sided", "--mode", "ablate:norm", "--strengths", "0.5", "--max-tokens", "2")
+    report = tmp_path / "report"
+    run(
+        "eval",
+        str(tiny_folder),
+        "--direction",
+        str(made),
+        "--harmful",
+        sets[0],
+        "--harmless",
+        sets[1],
+        *told,
+        "--report",
+        str(report),
+    )
+    found = (report / "report.json").read_text()
+    for arm in ("d:ablate=0.5", "d:ablate:norm=0.5", "d:one_sided=0.5"):
+        assert f'"{arm}"' in found
+
+
 def derived(model: Path, sets: tuple[str, str], output: Path, *options: str) -> Any:
     """A direction of a model that shows nothing, of which `steer fit` would find none."""
     measured = output.with_name("measured.safetensors")
@@ -1046,11 +1075,11 @@ def test_lists_by_commas_may_have_spaces() -> None:
     def command(*, sites: Sites, numbers: Annotated[tuple[int, ...], "a list"]) -> None:
         seen.append((sites, numbers))
 
-    expanded(command)(sites="resid_post, writers, writers", numbers="-1, -2")
+    expanded(command)(sites=["resid_post, writers", "writers"], numbers=["-1, -2"])
     assert seen == [(("resid_post", "writers"), (-1, -2))]
     for numbers in ("", "1,a", "1.5"):
         with pytest.raises(InvalidInput, match=r"--sites: .*; --numbers: "):
-            expanded(command)(sites="nowhere", numbers=numbers)
+            expanded(command)(sites=["nowhere"], numbers=[numbers])
     assert ServeSettings(sites="resid_post, writers").site_list == ("resid_post", "writers")
     file = ROOT / "directions" / "refusal.safetensors"
     assert {arm.asked.mode for arm in Applied(mode=("ablate", "one_sided")).arms([file])} == {"ablate", "one_sided"}

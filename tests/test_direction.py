@@ -565,7 +565,7 @@ def test_a_name_is_a_short_plain_word(name: str) -> None:
         assert check_name(name) == name
         assert Path("folder", f"{name}.safetensors").resolve().parent == Path("folder").resolve()
     else:
-        with pytest.raises(DirectionError, match="1 to 64 letters") as caught:
+        with pytest.raises(DirectionError, match="1 to 64 of a to z") as caught:
             check_name(name)
         assert caught.value.param == "name"
         assert str(caught.value).encode()

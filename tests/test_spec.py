@@ -314,7 +314,7 @@ def test_a_text_with_no_such_mode_or_no_name_is_refused(value: str) -> None:
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a/b", "a" * 65, "off", "true", "é", "a\n", "-x"])
 def test_a_name_that_cannot_be_one_is_refused_in_every_form(name: str) -> None:
     for value in ({"direction": name}, [{"direction": name}], f"x,{name}/=1"):
-        assert any("is not acceptable: 1 to 64 letters" in problem for problem in problems_of(value))
+        assert any("is not acceptable: 1 to 64 of a to z" in problem for problem in problems_of(value))
 
 
 @pytest.mark.parametrize(
@@ -582,7 +582,11 @@ def test_the_page_says_of_tokens_what_the_code_says() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["d=1?h@3>0", "d^0.25:one_sided", "d@answer^0.2", "d=1^0.5", "d=0.5@answer", "d=1:norm", "d^0.25:norm"]
+    "spec",
+    [
+        *("d=1?h@3>0", "d^0.25:one_sided", "d@answer^0.2", "d=1^0.5", "d=0.5@answer", "d=1:norm", "d^0.25:norm"),
+        *("d@3-5:norm", "d@3:ablate=1", "d?h@3>3:norm", "d?h@3>3@answer"),
+    ],
 )
 def test_a_part_in_another_place_is_told_the_order(spec: str) -> None:
     (problem,) = problems_of(spec)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.markup import escape
 from typer.core import TyperCommand
 
@@ -26,7 +27,7 @@ from steer.cli.options import (
     nearest_option,
     unknown_options,
 )
-from steer.errors import InvalidInput
+from steer.errors import InvalidInput, problem_text
 from steer.lab.tables import shown, terminal_width, wrapped
 from steer.settings import ServeSettings, check_directions_folder, served_name
 from steer.spec import Condition
@@ -48,6 +49,8 @@ class _Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
+            if isinstance(error.__cause__, ValidationError):  # of a flag in the environment
+                error.message = problem_text(error.__cause__.errors(include_url=False)[0])
             if not error.message and not {"vllm", "--backend=vllm"}.intersection(given):  # missing; no options of vLLM
                 near = ((one, nearest_option(ctx, one)) for one in given if one.startswith("--"))
                 error.message = next((f"{one}: not an option of this command{end}" for one, end in near if end), "")

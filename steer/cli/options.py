@@ -203,7 +203,7 @@ def _types(kind: Any) -> list[Any]:
 
 
 def _is_list(kind: Any) -> bool:
-    """Return whether an option is a list, which is written as one text, separated by commas."""
+    """Return whether an option is a list, which is written as one text, separated by commas, or given repeatedly."""
     return get_origin(_types(kind)[0]) is tuple
 
 
@@ -218,10 +218,10 @@ def _option(name: str, kind: Any, default: object) -> inspect.Parameter:
         read: Any = kind.__origin__
         flag, (first, *_) = read is bool, _types(kind)
         if not flag and first is not Path and get_origin(first) is not list:
-            read = str if default is not None else str | None
+            read = list[str] | None if _is_list(kind) else str if default is not None else str | None
         metavar = None if flag else f"<{_taken(kind)}>"
         kind = Annotated[read, typer.Option(*names, help=help_text, metavar=metavar, autocompletion=_completion(kind))]
-    shown: object = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    shown: object = [",".join(map(str, default))] if isinstance(default, tuple) else default
     if type(shown) in (int, float):
         shown = f"{shown:g}"
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=kind)
@@ -262,7 +262,7 @@ def expanded(command: Callable[..., object]) -> Callable[..., None]:
 
     def run(**given: Any) -> None:
         own = {name: given[name] for name in rules}
-        lists = {name: text for name, text in own.items() if text is not None and _is_list(rules[name])}
+        lists = {name: ",".join(texts) for name, texts in own.items() if texts and _is_list(rules[name])}
         own |= {name: split(text) if text else [text] for name, text in lists.items()}
         types: dict[str, Any] = {name: (kind, None) for name, kind in rules.items()}
         problems: list[str] = []

@@ -20,6 +20,7 @@ from steer import readout
 from steer.direction import Direction, read_file
 from steer.errors import DirectionError, InvalidInput, SpecError, UnsupportedModel, brief, noted
 from steer.hf.internals import Call
+from steer.hf.load import check_causal
 from steer.hf.steering import Steering
 from steer.names import MAX_RANK, MAX_ROWS, SITES, Site, check_name
 from steer.readout import Line
@@ -413,6 +414,7 @@ def _inner(model: object) -> nn.Module:
             raise UnsupportedModel(
                 f"{kind} is no causal language model with its head, such as AutoModelForCausalLM loads"
             )
+        check_causal("this model", [kind])
         return cast("nn.Module", model)
     for around in ("get_base_model", "_orig_mod", "module", "model"):
         inner = getattr(model, around, None)

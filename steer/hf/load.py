@@ -93,7 +93,7 @@ def load(
     source = find_model(name, revision)
     options = {**source.options, "trust_remote_code": trust_remote_code}
     config = _config(name, source, trust_remote_code)
-    check_causal(name, config)
+    check_causal(f"the model '{name}'", getattr(config, "architectures", None) or ())
     of_tokenizer = (
         "it has no tokenizer that transformers can read (tokenizer.json and tokenizer_config.json, as "
         "`save_pretrained` writes them): "
@@ -320,19 +320,20 @@ def check_gguf() -> None:
         raise UnsupportedModel("a GGUF file needs the package gguf: pip install 'steer-llm[gguf]'")
 
 
-def check_causal(name: str, config: PreTrainedConfig) -> None:
-    """Raise UnsupportedModel for an encoder: transformers would load it as a causal model that was never trained."""
+def check_causal(what: str, architectures: Sequence[str]) -> None:
+    """Raise UnsupportedModel for an encoder, by the names of its classes: transformers would load it as a causal model
+    that was never trained. `what`: what cannot be used."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    kinds = set(getattr(config, "architectures", None) or ())
+    kinds = set(architectures)
     encoders = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()) - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if kinds and kinds <= encoders:
         raise UnsupportedModel(
-            f"cannot load the model '{name}': {', '.join(sorted(kinds))} fills in masked tokens and generates no text; "
-            "accepted: a causal language model"
+            f"cannot use {what}: {', '.join(sorted(kinds))} fills in masked tokens and generates no text; accepted: a "
+            "causal language model"
         )
 
 

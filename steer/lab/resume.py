@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from steer.errors import InvalidInput
 from steer.files import write_file
@@ -114,7 +114,7 @@ class Cache:
         rows were made under other conditions."""
         if self.folder is None:
             return [row for at in range(0, count, CHUNK) for row in make(at, min(at + CHUNK, count))]
-        path = self.folder / f"{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', name)}.jsonl"
+        path = self.folder / f"{quote(name, safe='=+')}.jsonl"
         record = ResultFile(path, {"name": name, "rows": count} | self.conditions | conditions)
         if len(record.lines) != count:
             record.keep(len(record.lines) // CHUNK * CHUNK)

@@ -104,6 +104,18 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
     return undominated(whole, lambda t: t.values)
 
 
+def _option(setting: str) -> str:
+    """The option of `steer search` for a setting."""
+    return f"--{'max-tokens' if setting == 'tokens' else setting.replace('_', '-')}"
+
+
+def _value(setting: object) -> str:
+    """A setting as JSON, briefly; of prompts their source, and the beginning of their hash."""
+    if isinstance(setting, dict) and setting.keys() == Dataset.model_fields.keys():
+        return "{name} ({count} prompts, sha256 {sha256:.8}…)".format(**setting)
+    return brief(setting)
+
+
 class Search:
     """The state of a search in its folder."""
 
@@ -144,10 +156,9 @@ class Search:
             each |= each.pop("space")
         found_out = ("measurement_sha256", "layers", "depth")
         if different := [name for name in have if name not in found_out and asked[name] != have[name]]:
-            raise InvalidInput(
-                [f"{folder}: was started with {n} {brief(have[n])}, not {brief(asked[n])}" for n in different]
-                + ["give the same options again, or another folder"]
-            )
+            started = [f"{_option(name)} {_value(have[name])}, not {_value(asked[name])}" for name in different]
+            again = "give the same options again, or another folder"
+            raise InvalidInput([*(f"{folder}: was started with {each}" for each in started), again])
         return begun
 
     @classmethod

@@ -47,7 +47,7 @@ from steer.tokenization import Chat
 log = logging.getLogger("steer")
 
 #: Routes of the vLLM backend, which get an error that says so.
-ONLY_VLLM = ("/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize")
+ONLY_VLLM = ("/v1/responses", "/v1/messages", "/tokenize", "/detokenize")
 
 
 class Health(routes.ServerState):

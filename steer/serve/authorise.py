@@ -21,7 +21,7 @@ from steer.registry import Admission, Registry
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import ANY, CALIBRATED, ROUNDING, KeyRules, Limits, Policy
-from steer.spec import Entry, RequestedDirection, Spec, text, variant
+from steer.spec import Entry, RequestedDirection, Spec, norms, text, variant
 
 #: Where `Access` leaves the caller in an ASGI scope.
 CALLER = "steer.caller"
@@ -98,14 +98,14 @@ class Rules:
     policy: Policy | None = None
     off: Callable[[Spec], Refusal] | None = None
 
-    def limits(self, registry: Registry) -> Mapping[str, Sequence[Limits]]:
-        """The policy's limits on single directions, by the digest of the version: a limit on one name of a version
-        holds for its other names too."""
+    def limits(self, registry: Registry) -> Mapping[str, Mapping[str, Limits]]:
+        """The policy's limits on single directions, by the digest of the version and the name in the policy: a limit on
+        one name of a version holds for its other names too."""
         digests = registry.digests()
-        found: dict[str, list[Limits]] = {}
+        found: dict[str, dict[str, Limits]] = {}
         for name, limits in self.policy.directions.items() if self.policy else ():
             if name in digests:
-                found.setdefault(digests[name], []).append(limits)
+                found.setdefault(digests[name], {})[name] = limits
         return found
 
 
@@ -228,6 +228,10 @@ def _authorised(asked: Spec, carried: Carried, registry: Registry, caller: Calle
         if asked.phased != required.phased:
             message = "what is required for this key acts at tokens that do not go together with those asked for"
             raise forbidden("required", message, asked) from None
+        if len(norms(asked.entries) | norms(required.entries)) > 1:
+            kept = "keeps the norm, and so must" if True in norms(required.entries) else "keeps no norm, nor may"
+            message = f"what is required for this key {kept} what is asked for ('norm_preserving', or `refusal:norm`)"
+            raise forbidden("required", message, asked) from None
         raise
 
 
@@ -246,12 +250,17 @@ def _violations(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rul
     for digest in dict.fromkeys(entry.digest for entry in asked.entries):
         entries = [entry for entry in asked.entries if entry.digest == digest]
         out += _exceeded(entries, tools, own, "this key")
-        for each in limits.get(digest, ()):
-            out += [(f"direction_{rule}", message) for rule, message in _exceeded(entries, tools, each, "any key")]
+        for name, each in limits.get(digest, {}).items():
+            who = (
+                "any key"
+                if name in {e.direction for e in entries}
+                else "any key (by a rule on another name of the file)"
+            )
+            out += [(f"direction_{rule}", message) for rule, message in _exceeded(entries, tools, each, who)]
     for probe in {entry.condition for entry in asked.entries if entry.condition}:
         out += [
             ("direction_conditions", f"direction '{probe.direction}': for any key no condition is allowed on it")
-            for each in limits.get(probe.digest, ())
+            for each in limits.get(probe.digest, {}).values()
             if not each.conditional
         ]
     if own.max_strength == CALIBRATED:
@@ -259,7 +268,7 @@ def _violations(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rul
     dosed = [
         entry
         for entry in asked.entries
-        if any(each.max_strength == CALIBRATED for each in limits.get(entry.digest, ()))
+        if any(each.max_strength == CALIBRATED for each in limits.get(entry.digest, {}).values())
     ]
     if dosed:
         out += [("direction_max_strength", message) for message in _overdosed(dosed, registry)]
@@ -268,9 +277,15 @@ def _violations(asked: Spec, tools: bool, own: KeyRules, registry: Registry, rul
 
 def _overdosed(entries: Sequence[Entry], registry: Registry) -> Iterator[str]:
     """A message if the entries take more than one calibrated dose together."""
+    if unmeasured := [entry for entry in entries if variant(entry)]:
+        yield (
+            f"{text(unmeasured)}: doses are calibrated without a shift and without the norm kept, so no strength of it "
+            "is allowed"
+        )
+        return
     doses = [meta.calibrated for meta in registry.metas(Spec(tuple(entries)))]
     if sum(map(_share, entries, doses)) > 1 + ROUNDING:
-        asked = ", ".join(f"{e.direction}:{e.mode}{variant(e)}={e.strength:g}" for e in entries)
+        asked = ", ".join(f"{e.direction}:{e.mode}={e.strength:g}" for e in entries)
         by_name = {entry.direction: dose for entry, dose in zip(entries, doses, strict=True)}
         if without := [name for name, dose in by_name.items() if not dose]:
             listed = " and ".join(f"'{name}'" for name in without)
@@ -299,10 +314,9 @@ def _exceeded(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -
 
 
 def _share(entry: Entry, dose: Mapping[Mode, Dose]) -> float:
-    """The share of its calibrated dose that an entry takes; infinite for what was not measured, such as a shift
-    or a norm that is kept."""
+    """The share of its calibrated dose that an entry takes; infinite in a mode that was not measured."""
     low, high = dose.get(entry.mode, (0.0, 0.0))
-    largest = 0.0 if entry.shift or entry.norm_preserving else high if entry.strength > 0 else -low
+    largest = high if entry.strength > 0 else -low
     return abs(entry.strength) / largest if largest else math.inf
 
 

@@ -62,9 +62,16 @@ MEDIA = [
     *("image_url", "audio_url", "video_url", "input_audio", "file", "file_data", "source", "data"),
     *("image", "audio", "video", "image_embeds", "audio_embeds", "video_embeds"),
 ]
-#: Limit of prompts × n of one request, on any engine. vLLM makes its requests of all of them in one go, which holds its
-#: event loop for about 0.1 ms each.
-MAX_ANSWERS = 1024
+#: Limit of prompts × n of one request, on any engine. For vLLM each of these answers is a request of its own, which it
+#: makes on its event loop, in about 0.1 ms and some time for its copy of the options. So these are limited too: the
+#: bytes, as JSON, of all fields but the prompts, times the answers.
+MAX_ANSWERS, MAX_OPTIONS = 1024, 4 * 2**20
+#: The fields of prompts, in several APIs: an engine has them once.
+PROMPTS = frozenset(
+    ("prompt", "messages", "input", "prompt_embeds", "system", "instructions", "tools", "functions", "documents")
+)
+#: Limit of the messages or items of one request, over all of its conversations: vLLM reads them on its event loop.
+MAX_MESSAGES = 2048
 #: Limit in bytes, as JSON, of the forms of an answer that one request asks for: schemas, grammars, regular expressions
 #: and choices, which an engine compiles while all others wait. A small form can be expensive too, so a policy decides
 #: who may ask for one (`forms`).
@@ -196,8 +203,8 @@ def check_size(body: dict[str, object]) -> None:
             raise RequestError(f"{name}: {problem}", param=name)
     for name in ("stop_token_ids", "logit_bias"):
         tokens = len(value) if isinstance(value := body.get(name), list | dict) else 0
-        if (listed := tokens * _answers(body)) > MAX_LISTED:
-            raise RequestError(f"{name}: {tokens} tokens × n are {listed}, over {MAX_LISTED}", param=name)
+        if (listed := tokens * answer_count(body)) > MAX_LISTED:
+            raise RequestError(f"{name}: {tokens} tokens × answers are {listed}, over {MAX_LISTED}", param=name)
     for name in ("n", "best_of"):  # engines would accept '16' and 16.0 too
         if (value := body.get(name)) is not None and type(value) is not int:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
@@ -205,6 +212,16 @@ def check_size(body: dict[str, object]) -> None:
         several = "messages" if isinstance(body.get("messages"), list) else "prompt"
         name = several if prompt_count(body) > 1 else "n" if _count(body, "n") > MAX_ANSWERS else "best_of"
         raise RequestError(f"{name}: prompts × n are {answers} answers, over {MAX_ANSWERS}", param=name)
+    for name in ("messages", "input"):
+        items = value if isinstance(value := body.get(name), list) else ()
+        if (count := sum(len(item) if isinstance(item, list) else 1 for item in items)) > MAX_MESSAGES:
+            raise RequestError(f"{name}: {count} items, over {MAX_MESSAGES}", param=name)
+    if answers > 1:
+        sizes = {name: len(json.dumps(value)) for name, value in body.items() if name not in PROMPTS}
+        if (repeated := answers * sum(sizes.values())) > MAX_OPTIONS:
+            name = max(sizes, key=sizes.__getitem__)
+            message = f"the options × answers are {repeated} bytes, over {MAX_OPTIONS}; this field is the largest"
+            raise RequestError(f"{name[:100]}: {message}", param=name[:100])
     size = 0
     for name, key in FORMS.items():
         form = body.get(name)

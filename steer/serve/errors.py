@@ -224,7 +224,8 @@ BASE_URL = "the base URL of a client ends in /v1, as in /v1/chat/completions"
 
 
 def no_route(path: str) -> JSONResponse:
-    return response(Code.NOT_FOUND, f"there is no route {path[:100]!r} here; {BASE_URL}")
+    hint = "" if "/v1/" in path else f"; {BASE_URL}"
+    return response(Code.NOT_FOUND, f"there is no route {path[:100]!r} here{hint}")
 
 
 async def on_http_exception(request: Request, error: Exception) -> JSONResponse:

@@ -323,7 +323,9 @@ class Policy(BaseModel, extra="forbid", frozen=True):
         owner: dict[str, str] = {}
         for name, rules in value.items():
             if not _KEY_NAME.fullmatch(name):
-                problems.append(((name,), f"'{name}' is not a key's name: 1 to 64 letters, digits, '.', '_' or '-'"))
+                problems.append(
+                    ((name,), f"'{name}' is not a key's name: 1 to 64 of a to z, A to Z, 0 to 9, '.', '_' and '-'")
+                )
             for each in rules.hashes:
                 if owner.setdefault(each, name) != name:
                     problems.append(((name, "hash"), f"'{owner[each]}' and '{name}' have the same hash"))

@@ -3,7 +3,7 @@ the kill switch, and what `/health` says. If the middleware has parsed a body, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Annotated, Literal, NotRequired
 
@@ -260,12 +260,12 @@ def _directions(control: Control) -> APIRouter:
 
 
 def card(
-    name: str, version: Version, registry: Registry, caller: Caller, limits: Mapping[str, Sequence[Limits]]
+    name: str, version: Version, registry: Registry, caller: Caller, limits: Mapping[str, Mapping[str, Limits]]
 ) -> DirectionCard:
     """The card of a direction as `caller` may see it. Only the managing role sees how many requests use it now, which
     says something about others. `limits`: those of each version (`Rules.limits`)."""
     meta, problems = version.direction.meta, registry.failures.get(name)
-    may = bounds((caller.rules, *limits.get(version.digest, ())), registry.placement.shape)
+    may = bounds((caller.rules, *limits.get(version.digest, {}).values()), registry.placement.shape)
     found = meta.condition if may["conditions"] and "answer" in may["tokens"] else None
     out: DirectionCard = {
         "id": name,

@@ -16,8 +16,8 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,6 +185,8 @@ class Passage:
         asked: whether the engine was asked.
         over: whether a ticket let the request pass and its answer has ended.
         refused: the reason, once something was refused.
+        turn: see `in_turn`.
+        added: whether a request was added to the engine.
     """
 
     plain: bool = False
@@ -193,10 +195,28 @@ class Passage:
     asked: bool = False
     over: bool = False
     refused: HTTPProblem | None = None
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    added: bool = False
 
 
 #: The passage of the network request that runs in this context; None if there is none, as in a Python program.
 passage: ContextVar[Passage | None] = ContextVar("steer_passage", default=None)
+
+
+@asynccontextmanager
+async def in_turn() -> AsyncIterator[None]:
+    """Add the requests that vLLM makes of one network request one after the other, and have the event loop serve others
+    in between. vLLM would add them all in one turn of the loop: a list of a thousand prompts held it for half a second,
+    and for ten with options that take long to copy."""
+    if (way := passage.get()) is None:
+        yield
+        return
+    async with way.turn:
+        if way.added:
+            await asyncio.sleep(0)
+        way.added = True
+        yield
+
 
 #: The call of `add_request` that runs in this context.
 _adding: ContextVar[_Call | None] = ContextVar("steer_adding", default=None)

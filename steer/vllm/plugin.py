@@ -18,7 +18,7 @@ from steer.errors import InvalidInput, UnsupportedModel, brief
 from steer.settings import KEEP_ALIVE
 from steer.spec import Spec
 from steer.vllm import internals, parent
-from steer.vllm.frontend import ATTRIBUTE, Frontend, in_self_check, parted
+from steer.vllm.frontend import ATTRIBUTE, Frontend, in_self_check, in_turn, parted
 from steer.vllm.selfcheck import Job, ProbeAnswer, self_check
 from steer.vllm.settings import KEY, EngineSettings
 from steer.vllm.settings import read as settings_of
@@ -160,16 +160,17 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
         request_id: str, prompt: object, params: types.SamplingParams, *args: object, **kwargs: object
     ) -> object:
         await ready()
-        try:
-            with frontend.admitted(params) as admitted:
-                try:
-                    return await add_request(request_id, prompt, admitted, *args, **kwargs)
-                except BaseException:  # as in `_attach_sync`; also if the client has left
-                    if left := frontend.left_of_call():
-                        await internals.engine.abort_async(engine, left)
-                    raise
-        except ValueError as error:  # InvalidInput, and errors of vLLM's own
-            raise internals.engine.client_error(error) from error
+        async with in_turn():
+            try:
+                with frontend.admitted(params) as admitted:
+                    try:
+                        return await add_request(request_id, prompt, admitted, *args, **kwargs)
+                    except BaseException:  # as in `_attach_sync`; also if the client has left
+                        if left := frontend.left_of_call():
+                            await internals.engine.abort_async(engine, left)
+                        raise
+            except ValueError as error:  # InvalidInput, and errors of vLLM's own
+                raise internals.engine.client_error(error) from error
 
     engine.get_supported_tasks = tasks
     engine.add_request = adding

@@ -42,6 +42,7 @@ from steer.serve.body import (
     LARGE,
     SIZE,
     Gone,
+    check_size,
     engine_bytes,
     offload,
     parse_body,
@@ -298,14 +299,7 @@ class Generation:
         def forward(body: dict[str, object], admission: Admission) -> None:
             nonlocal ticket
             check_text(body, scope[SIZE], front)
-            if (repeated := engine_bytes(body, scope[SIZE])) > MAX_BODY:
-                raise HTTPProblem(
-                    Code.BODY_TOO_LARGE,
-                    "the prompt counts n times, and 4 times more for each log-probability of it (`prompt_logprobs`, or "
-                    f"`logprobs` with `echo`): that is {repeated} bytes, and the limit is {MAX_BODY}; lower these, or "
-                    "send several requests",
-                    param="n",
-                )
+            check_repeated(body, scope[SIZE])
             xargs = body.get(carriers.XARGS) or {}
             check_absent(xargs, served=True)
             check_reserved(body, control.caller(scope))
@@ -399,6 +393,7 @@ class Other(_Layer):
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
             check_text(body, len(data), front_end_of(app))
+            check_repeated(body, len(data))
             run.caller = control.renewed(scope)
             check_reserved(body, run.caller)
             served = internals.server.served_names(app)
@@ -457,8 +452,13 @@ async def _understood(scope: Scope, data: bytes) -> object:
                 return {name: value for name, value in form.multi_items() if not isinstance(value, UploadFile)}
         except HTTPException:
             return None
+
+    def read() -> dict[str, object]:
+        check_size(body := parse_body(data))
+        return body
+
     try:
-        return await understood(lambda: parse_body(data), len(data)) if data else {}
+        return await understood(read, len(data)) if data else {}
     except HTTPProblem as error:
         if error.code is Code.BODY_TOO_COMPLEX or error.param:  # vLLM would parse it on the event loop, or accept it
             raise
@@ -475,6 +475,19 @@ def check_text(body: object, size: int, front: Frontend) -> None:
     if size > most and text_length(body) > most:
         raise HTTPProblem(
             Code.BODY_TOO_LARGE, f"the texts of the body have more than {most} characters, the limit here"
+        )
+
+
+def check_repeated(body: object, size: int) -> None:
+    """Raise HTTPProblem if the prompts of a body of `size` bytes, which the engine has once for each answer, are too
+    much."""
+    if isinstance(body, dict) and (repeated := engine_bytes(body, size)) > MAX_BODY:
+        raise HTTPProblem(
+            Code.BODY_TOO_LARGE,
+            "the prompt counts n times, and 4 times more for each log-probability of it (`prompt_logprobs`, or "
+            f"`logprobs` with `echo`): that is {repeated} bytes, and the limit is {MAX_BODY}; lower these, or send "
+            "several requests",
+            param="n",
         )
 
 

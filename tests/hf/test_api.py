@@ -1038,6 +1038,11 @@ def test_offloaded_weights(d: steer.Direction, tmp_path: Path) -> None:
         torch.testing.assert_close(logits(model), expected)
 
 
+def encoder() -> Any:
+    sizes = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    return tf.BertForMaskedLM(tf.BertConfig(**sizes)).eval()
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -1047,6 +1052,7 @@ def test_offloaded_weights(d: steer.Direction, tmp_path: Path) -> None:
         (lambda m: nn.Linear(2, 2), "Linear is no model of transformers"),
         (lambda m: None, "NoneType is no model of transformers"),
         (lambda m: m.model, "LlamaModel is no causal language model with its head"),
+        (lambda m: encoder(), "cannot use this model: BertForMaskedLM fills in masked tokens and generates no text"),
         (lambda m: models.tiny("gpt2").train(), r"training mode .* call model\.eval\(\)"),
     ],
 )

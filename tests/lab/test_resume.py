@@ -91,6 +91,14 @@ def test_rows_are_made_in_chunks_and_kept(tmp_path: Path, folder: bool) -> None:
     assert again.spans == ([] if folder else make.spans)
 
 
+def test_no_two_names_share_a_file(tmp_path: Path) -> None:
+    names = ["a:rotate_one_sided=1", "a_rotate:one_sided=1", "x y", "x_y", "x%20y", "d@3>0.3", "d@3<0.3", "a/b"]
+    cache = Cache(tmp_path, {})
+    for at, name in enumerate(names):
+        assert cache.value(name, {}, lambda at=at: at) == at
+    assert [cache.value(name, {}, lambda: None) for name in names] == list(range(len(names)))
+
+
 def test_an_interrupted_run_goes_on_with_the_same_chunks(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Cache(tmp_path, {}).rows("a", {}, COUNT, Counting(until=2 * CHUNK))

@@ -227,8 +227,12 @@ def test_other_settings_are_another_search(whole: Search, begin: Begin, tmp_path
     assert begin(folder).settings == whole.settings
     with pytest.raises(InvalidInput) as caught:
         begin(folder, seed=3, tokens=9, borderline=None, space=SearchSpace(t=(0.0, 1.0)))
-    text = "\n".join(caught.value.problems)
-    for part in ("started with seed 0, not 3", "tokens 3, not 9", "borderline {", "with t [-1.0, 1.0], not [0.0, 1.0]"):
+    text, border = "\n".join(caught.value.problems), whole.settings.borderline
+    assert border is not None
+    for part in (
+        *("started with --seed 0, not 3", "--max-tokens 3, not 9", "with --t [-1.0, 1.0], not [0.0, 1.0]"),
+        f"--borderline {border.name} ({border.count} prompts, sha256 {border.sha256[:8]}…)",
+    ):
         assert part in text
     replace(whole.measurement, meta=whole.measurement.meta.model_copy(update={"tool": "other"})).save(
         folder / MEASUREMENT

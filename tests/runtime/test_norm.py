@@ -169,4 +169,4 @@ def test_what_acts_on_terms_has_no_norm_to_keep() -> None:
 
 
 def test_all_directions_of_a_request_say_the_same() -> None:
-    assert refused("d:norm,e=0.5").startswith("norm_preserving: some directions of the request have it and some not")
+    assert refused("d:norm,e=0.5").startswith("norm_preserving: asked for with d and not with e; accepted: ")

@@ -25,6 +25,7 @@ NAMES = (
     "certain",
     "torn",
     "steady",
+    "level",
 )
 SECRETS = {name: new_secret() for name in NAMES}
 HASH = {name: hash_of(secret) for name, secret in SECRETS.items()}
@@ -64,6 +65,11 @@ hash = "{HASH["bound"]}"
 directions = ["*"]
 required = "verbosity:add=0.5"
 conditions = true
+
+[keys.level]
+hash = "{HASH["level"]}"
+directions = ["refusal"]
+required = "verbosity:add:norm=0.5"
 
 [keys.torn]  # whose default does not go together with what is required
 hash = "{HASH["torn"]}"
@@ -145,7 +151,9 @@ CASES = (
     Case("narrow", "refusal:norm@0@answer", FORBIDDEN, "for this key 'norm_preserving' is not allowed"),
     Case("steady", "refusal:norm", [("refusal", "ablate", 1.0)]),
     Case("steady", "refusal", FORBIDDEN, "'norm_preserving' is required, or one of the modes rotate, rotate_one_sided"),
-    Case("bound", "refusal:norm", UNKNOWN, "norm_preserving: some directions of the request have it and some not"),
+    Case("bound", "refusal:norm", FORBIDDEN, "what is required for this key keeps no norm, nor may what is asked for"),
+    Case("level", "refusal:norm", [("refusal", "ablate", 1.0), ("verbosity", "add", 0.5)]),
+    Case("level", "refusal", FORBIDDEN, "what is required for this key keeps the norm, and so must what is asked for"),
     Case("reader", "off", []),
     Case("reader", None, []),
     Case("reader", "refusal=1.01", FORBIDDEN, "strength 1.01 is over the 1 that this key may use"),
@@ -177,7 +185,7 @@ CASES = (
     Case("all", "refusal=2", [("refusal", "ablate", 2.0)]),
     Case("all", "verbosity:affine=3", [("verbosity", "affine", 3.0)]),
     Case("all", "refusal=2.5", FORBIDDEN, "strength 2.5 is over the 2 that any key may use"),
-    Case("all", "copy=2.5", FORBIDDEN, "strength 2.5 is over the 2 that any key may use"),
+    Case("all", "copy=2.5", FORBIDDEN, "is over the 2 that any key (by a rule on another name of the file) may use"),
     Case("all", "refusal=1.5,copy:add=1.5", FORBIDDEN, "strength 3 is over the 2 that any key may use"),
     Case("bound", None, [REQUIRED]),
     Case("bound", "off", [REQUIRED]),

@@ -220,6 +220,8 @@ def test_what_else_is_wrong(tiny_server: Server) -> None:
     assert error(tiny_server.client.get("/v1/models/gpt-4"), 404)["code"] == "model_not_found"
     told = error(tiny_server.client.post("/chat/completions", json={}), 404)
     assert (told["code"], "the base URL of a client ends in /v1" in told["message"]) == ("not_found", True)
+    told = error(tiny_server.client.post("/v1/embeddings", json={}), 404)
+    assert told["message"] == "there is no route '/v1/embeddings' here"
     assert error(tiny_server.client.get("/v1/completions"), 405)["code"] == "method_not_allowed"
     long = error(tiny_server.complete("x" * 600), 400)
     assert long["code"] == "context_length_exceeded"
@@ -397,7 +399,7 @@ def test_a_client_brings_no_template_but_variables_of_the_models_own(tiny_server
 
 def test_a_request_is_counted_before_work_is_done_for_it(tiny_server: Server) -> None:
     too_long = ["x" * 600] * 500  # which is found out by tokenizing
-    assert error(tiny_server.complete(too_long, n=32), 429)["code"] == "queue_full"
+    assert error(tiny_server.complete(too_long, n=2), 429)["code"] == "queue_full"
     assert error(tiny_server.complete(too_long[:1], n=64), 400)["code"] == "context_length_exceeded"
     longer = error(tiny_server.complete("x" * 8_000_000), 400)
     assert "no text of more than 2560" in longer["message"]

@@ -114,6 +114,14 @@ def test_keys_that_stand_twice_are_found_in_one_pass() -> None:
         ({"prompt": [[1]] * 1025}, "prompt"),
         ({"prompt": ["a"] * 17, "best_of": 64}, "prompt"),
         ({"messages": [[{"role": "user", "content": "a"}]] * 1025}, "messages"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2049}, "messages"),
+        ({"messages": [[{"role": "user", "content": "a"}] * 3] * 700}, "messages"),
+        ({"input": [{"role": "user", "content": "a"}] * 2049}, "input"),
+        ({"prompt": ["a"] * 1024, "logit_bias": {str(i): 1 for i in range(100)}}, "logit_bias"),
+        ({"prompt": ["a"] * 1024, "stop_token_ids": [1] * 65}, "stop_token_ids"),
+        ({"prompt": ["a"] * 1024, "vllm_xargs": {str(i): "x" for i in range(3000)}}, "vllm_xargs"),
+        ({"prompt": ["a"] * 1024, "response_format": {"json_schema": "a" * 20_000}}, "response_format"),
+        ({"n": 64, "allowed_token_ids": list(range(100_000))}, "allowed_token_ids"),
         ({"n": "16"}, "n"),  # which engines take for 16
         ({"n": 16.0}, "n"),
         ({"best_of": True}, "best_of"),
@@ -129,8 +137,10 @@ def test_what_is_too_much_for_any_engine_is_refused_at_the_door(asked: dict[str,
 
 def test_what_is_not_too_much_is_left_to_the_app() -> None:
     bodies: list[dict[str, object]] = [
-        {"stop": ["a"] * 64, "bad_words": "a" * 8192, "prompt": ["a"] * 16, "n": 64},
-        {"n": 1024},
+        {"stop": ["a"] * 64, "bad_words": "a" * 8192, "prompt": ["a"] * 16, "n": 16},
+        {"n": 1024, "messages": [{"role": "user", "content": "a" * 10_000}], "tools": [{"name": "a" * 10_000}]},
+        {"prompt": [1] * 100_000, "n": 64, "allowed_token_ids": list(range(8000))},
+        {"allowed_token_ids": list(range(100_000))},
         {"messages": [{"role": "user", "content": "a"}] * 1025},
         {"messages": [[]] * 1024, "n": None},
         {"prompt": [1] * 100_000, "n": 64},

@@ -130,9 +130,9 @@ def test_a_calibrated_dose_is_what_the_file_says_for_each_mode_and_side(rules: s
             asked(rules, spec, NO)
         assert caught.value.rule == ("direction_" if "[directions" in rules else "") + "max_strength"
     # at another threshold, or with the norm kept, nothing was measured
-    with pytest.raises(Refusal, match=r"d:ablate:norm=0\.1 is over what was calibrated"):
+    with pytest.raises(Refusal, match=r"d:ablate:norm=0\.1: doses are calibrated without a shift and without the norm"):
         asked(rules, "d:ablate:norm=0.1", NO)
-    with pytest.raises(Refusal, match=r"d:one_sided\^-0\.5=1 is over what was calibrated"):
+    with pytest.raises(Refusal, match=r"d:one_sided\^-0\.5=1\.0: doses are calibrated without a shift"):
         asked(f"max_shift = 1.0\n{rules}", "d:one_sided^-0.5=1", NO)
 
 

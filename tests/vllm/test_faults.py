@@ -1,8 +1,10 @@
 """vLLM under faults: clients that leave free what they held, that an engine was killed is told at once, and a server
-that is killed leaves nothing behind."""
+that is stopped while it starts, or is killed, leaves nothing behind."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.servers import Server, receipt
+from tests.servers import Server, free_port, receipt
 from tests.vllm.engines import Home
 from tests.vllm.test_server import OPTIONS
 from tests.waiting import eventually
@@ -81,6 +83,26 @@ def test_an_engine_that_is_killed_is_told_of(server: Server) -> None:
             return False
 
     eventually(told, 60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_stopped_while_its_engine_starts_ends(number: signal.Signals, tmp_path: Path) -> None:
+    """vLLM drops the signal where it waits for its engine, and serves."""
+    home, log = Home.make("llama", tmp_path), tmp_path / "log"
+    command = [sys.executable, "-m", "steer", "serve", str(home.folder), "--backend", "vllm", *OPTIONS]
+    more = ["--directions", str(home.directions), "--enforce-eager", "--port", str(free_port())]
+    with log.open("w") as out, subprocess.Popen([*command, *more], stdout=out, stderr=out) as process:
+        try:
+            eventually(lambda: "Initializing a V1" in log.read_text(), 300)
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(number)
+            assert process.wait(120) == 128 + number
+        finally:
+            process.kill()
+    gone, left = psutil.wait_procs(started, timeout=60)
+    assert gone
+    assert not left, [each.name() for each in left]
+    assert "Application startup complete" not in log.read_text()
 
 
 @pytest.mark.parametrize("fronts", [1, 2])

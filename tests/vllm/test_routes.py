@@ -10,6 +10,7 @@ import types
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from steer.serve.errors import HTTPProblem
 from steer.serve.policy import KeyRules
 from steer.spec import parse as parse_spec
 from steer.vllm import internals
+from steer.vllm.frontend import Passage, in_turn, passage
 from tests import models
 
 MODEL = models.tiny("llama")
@@ -308,6 +310,44 @@ def test_what_would_be_tokenized_is_bounded_and_images_are_not(
     output = {"type": "tool_result", "content": [{"type": "image", "source": {"type": "base64", "data": long}}]}
     for content in (image, output):
         assert client.post(path, json={"model": "tiny", "messages": [{"content": [content]}]}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/invocations", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"response_format": {"json_schema": "a" * 40_000}}, "response_format"),
+        ({"messages": [[{"role": "user", "content": "a"}]] * 1025}, "messages"),
+        ({"prompt": ["a"] * 1000, "vllm_xargs": {str(i): "x" for i in range(3000)}}, "vllm_xargs"),
+    ],
+)
+def test_what_is_too_much_for_any_engine_is_too_much_on_every_route(
+    client: TestClient, asked: list[str | None], path: str, body: dict[str, Any], param: str
+) -> None:
+    told = client.post(path, json={"model": "tiny"} | body)
+    assert (told.status_code, told.json()["error"]["param"], asked) == (400, param, []), told.text
+
+
+def test_requests_of_one_are_added_in_turn_and_others_run_in_between() -> None:
+    order: list[str] = []
+
+    async def adding(name: str) -> None:
+        async with in_turn():
+            order.append(name)
+
+    async def other() -> None:
+        while len(order) < 200:
+            order.append("other")
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        passage.set(Passage())
+        await asyncio.gather(*(adding(f"added {n}") for n in range(20)), other())
+
+    asyncio.run(run())
+    added = [i for i, name in enumerate(order) if name != "other"]
+    assert [order[i] for i in added] == [f"added {n}" for n in range(20)]
+    assert all(after - before > 1 for before, after in pairwise(added))
 
 
 def test_many_answers_to_a_long_prompt_are_bounded_together(client: TestClient, asked: list[str | None]) -> None:

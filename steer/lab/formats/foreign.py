@@ -59,7 +59,7 @@ class Foreign:
     def refuse(self, source: object, *names: str) -> None:
         """Raise InvalidInput with each of `names` that was given although `source` leaves no choice of it."""
         given = [name for name in names if getattr(self, "facts" if name == "model" else name) is not None]
-        InvalidInput.raise_for(f"--{name}: is not for {source}, which leaves no choice of it" for name in given)
+        InvalidInput.raise_for(f"--{name}: leave it out: {source} leaves no choice of it" for name in given)
 
     def model(self, source: object, d_model: int) -> ModelFacts:
         """The facts of the model. Raises InvalidInput if they were not given, or if the model's d_model is not

@@ -126,8 +126,9 @@ export class Steering {
     }
     this.at = 0;
     this.show();
-    return entries.filter((entry) => !this.entries.some((taken) => ["direction", "mode", "strength", "shift", "if"].every((key) => (taken[key] || "") === (entry[key] || ""))))
-      .map(({ direction, mode, strength, shift, if: condition }) => `${direction}${mode && `:${mode}`}=${strength}${shift && `^${shift}`}${condition && `?${condition}`}`);
+    return entries.filter((entry) => !this.entries.some((taken) => ["direction", "mode", "norm_preserving", "strength", "shift", "if"].every((key) => (taken[key] || "") === (entry[key] || ""))))
+      .map(({ direction, mode, norm_preserving: norm, strength, shift, if: condition }) =>
+        `${direction}${mode && `:${mode}`}${norm ? ":norm" : ""}${shift && `^${shift}`}${condition && `?${condition}`}=${strength}`);
   }
 
   /** The least and the largest strength that the key may ask for in an entry's mode, as entry `at` beside the others:

@@ -6,8 +6,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import InvalidInput, RequestError, UnsupportedModel, brief
@@ -360,7 +363,8 @@ def _attaching(construct: Method, prepare: Prepare[T], attach: Attach[T]) -> Met
         if found is not None:
             context = usage(bound.arguments)
             check_entry(context)
-        construct(self, *args, **kwargs)
+        with nullcontext() if found is None else _ended_by_signals():
+            construct(self, *args, **kwargs)
         if found is None:
             return
         try:
@@ -371,6 +375,27 @@ def _attaching(construct: Method, prepare: Prepare[T], attach: Attach[T]) -> Met
 
     constructing._steer = True  # type: ignore[attr-defined]
     return constructing
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have a signal that asks a server to stop end it while its engine starts, too: vLLM raises KeyboardInterrupt then,
+    and 0.32 drops it where it waits for its engine (`zmq_socket_ctx`). A program without a handler of SIGTERM keeps
+    what it has."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _shut_down(engine: object) -> None:

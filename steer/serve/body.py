@@ -63,9 +63,11 @@ MEDIA = [
     *("image", "audio", "video", "image_embeds", "audio_embeds", "video_embeds"),
 ]
 #: Limit of prompts × n of one request, on any engine. For vLLM each of these answers is a request of its own, which it
-#: makes on its event loop, in about 0.1 ms and some time for its copy of the options. So these are limited too: the
-#: bytes, as JSON, of all fields but the prompts, times the answers.
-MAX_ANSWERS, MAX_OPTIONS = 1024, 4 * 2**20
+#: makes on its event loop, in about 0.1 ms and the time for a copy of the options.
+MAX_ANSWERS = 1024
+#: Limits of the options, all fields but the prompts, as bytes of JSON times the answers, and times the prompts. vLLM
+#: checks them again for each prompt.
+MAX_OPTIONS = {"answers": 4 * 2**20, "prompts": 2**20}
 #: The fields of prompts, in several APIs: an engine has them once.
 PROMPTS = frozenset(
     ("prompt", "messages", "input", "prompt_embeds", "system", "instructions", "tools", "functions", "documents")
@@ -218,10 +220,11 @@ def check_size(body: dict[str, object]) -> None:
             raise RequestError(f"{name}: {count} items, over {MAX_MESSAGES}", param=name)
     if answers > 1:
         sizes = {name: len(json.dumps(value)) for name, value in body.items() if name not in PROMPTS}
-        if (repeated := answers * sum(sizes.values())) > MAX_OPTIONS:
-            name = max(sizes, key=sizes.__getitem__)
-            message = f"the options × answers are {repeated} bytes, over {MAX_OPTIONS}; this field is the largest"
-            raise RequestError(f"{name[:100]}: {message}", param=name[:100])
+        for what, count in (("answers", answers), ("prompts", prompt_count(body))):
+            if (repeated := count * sum(sizes.values())) > MAX_OPTIONS[what]:
+                name = max(sizes, key=sizes.__getitem__)[:100]
+                message = f"the options × {what} are {repeated} bytes, over {MAX_OPTIONS[what]}; this is the largest"
+                raise RequestError(f"{name}: {message}", param=name)
     size = 0
     for name, key in FORMS.items():
         form = body.get(name)

@@ -3,6 +3,7 @@ that is stopped while it starts, or is killed, leaves nothing behind."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def test_a_server_that_is_stopped_while_its_engine_starts_ends(number: signal.Si
     home, log = Home.make("llama", tmp_path), tmp_path / "log"
     command = [sys.executable, "-m", "steer", "serve", str(home.folder), "--backend", "vllm", *OPTIONS]
     more = ["--directions", str(home.directions), "--enforce-eager", "--port", str(free_port())]
-    with log.open("w") as out, subprocess.Popen([*command, *more], stdout=out, stderr=out) as process:
+    environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
+    with log.open("w") as out, subprocess.Popen([*command, *more], stdout=out, stderr=out, env=environment) as process:
         try:
             eventually(lambda: "Initializing a V1" in log.read_text(), 300)
             started = psutil.Process(process.pid).children(recursive=True)

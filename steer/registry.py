@@ -27,7 +27,7 @@ from steer.names import OTHER_SUFFIXES, SITE_RULES, SITES, SUFFIX, TURNING, Mode
 from steer.readout import FIELD, MAX_DIRECTIONS, Line, Readout, RequestedReadout
 from steer.shape import Shape
 from steer.shared import Shared
-from steer.spec import MAX_PLACES, PHASES, Entry, RequestedDirection, Spec, decimal_comma_hint, norms
+from steer.spec import MAX_PLACES, PHASES, Entry, RequestedDirection, Spec, decimal_comma_hint
 from steer.watch import Follower
 
 log = logging.getLogger("steer")
@@ -81,6 +81,12 @@ class Move:
     old: str | None
     new: str | None
     seconds: float
+
+
+def norms(entries: Iterable[Entry]) -> set[bool]:
+    """Whether the norm is kept, of the entries in modes that do not keep it by themselves. They cannot differ in one
+    request."""
+    return {bool(entry.norm_preserving) for entry in entries if entry.mode not in TURNING}
 
 
 class Registry:

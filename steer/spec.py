@@ -25,14 +25,14 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain, islice
 from numbers import Integral, Real
 
 from steer.errors import DirectionError, SpecError, brief, unique_keys
-from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, TURNING, Mode, check_name
+from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.tokenization import Phase, Thinking
 
 MAX_ITEMS = 16
@@ -247,12 +247,6 @@ def variant(item: RequestedDirection | Entry) -> str:
     """What follows the mode in a text: that the norm is kept, and the shift."""
     shift = "" if item.shift is None else f"^{item.shift!r}"
     return f"{NORM if item.norm_preserving else ''}{shift}"
-
-
-def norms(entries: Iterable[Entry]) -> set[bool]:
-    """Whether the norm is kept, of the entries in modes that do not keep it by themselves. They cannot differ in one
-    request."""
-    return {bool(entry.norm_preserving) for entry in entries if entry.mode not in TURNING}
 
 
 def _layers(entry: Entry) -> str:

@@ -17,11 +17,11 @@ from steer.direction import Dose
 from steer.errors import SpecError
 from steer.names import MAX_SHIFT, Mode
 from steer.readout import RequestedReadout
-from steer.registry import Admission, Registry
+from steer.registry import Admission, Registry, norms
 from steer.serve.carriers import FIELD, Carried
 from steer.serve.errors import Code, HTTPProblem
 from steer.serve.policy import ANY, CALIBRATED, ROUNDING, KeyRules, Limits, Policy
-from steer.spec import Entry, RequestedDirection, Spec, norms, text, variant
+from steer.spec import Entry, RequestedDirection, Spec, text, variant
 
 #: Where `Access` leaves the caller in an ASGI scope.
 CALLER = "steer.caller"

@@ -203,24 +203,28 @@ def check_size(body: dict[str, object]) -> None:
         texts = [text for text in as_list(body.get(name)) if isinstance(text, str)]
         if problem := too_many(texts):
             raise RequestError(f"{name}: {problem}", param=name)
+    prompts, each = prompt_count(body), _answers(body)
+    answers = prompts * each
     for name in ("stop_token_ids", "logit_bias"):
         tokens = len(value) if isinstance(value := body.get(name), list | dict) else 0
-        if (listed := tokens * answer_count(body)) > MAX_LISTED:
+        if (listed := tokens * answers) > MAX_LISTED:
             raise RequestError(f"{name}: {tokens} tokens × answers are {listed}, over {MAX_LISTED}", param=name)
     for name in ("n", "best_of"):  # engines would accept '16' and 16.0 too
         if (value := body.get(name)) is not None and type(value) is not int:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
-    if (answers := answer_count(body)) > MAX_ANSWERS:
+    if answers > MAX_ANSWERS:
         several = "messages" if isinstance(body.get("messages"), list) else "prompt"
-        name = several if prompt_count(body) > 1 else "n" if _count(body, "n") > MAX_ANSWERS else "best_of"
+        name = several if prompts > 1 else "n" if body.get("n") == each else "best_of"
         raise RequestError(f"{name}: prompts × n are {answers} answers, over {MAX_ANSWERS}", param=name)
     for name in ("messages", "input"):
-        items = value if isinstance(value := body.get(name), list) else ()
-        if (count := sum(len(item) if isinstance(item, list) else 1 for item in items)) > MAX_MESSAGES:
-            raise RequestError(f"{name}: {count} items, over {MAX_MESSAGES}", param=name)
+        items = 0
+        for item in value if isinstance(value := body.get(name), list) else ():
+            items += len(item) if isinstance(item, list) else 1
+        if items > MAX_MESSAGES:
+            raise RequestError(f"{name}: {items} items, over {MAX_MESSAGES}", param=name)
     if answers > 1:
         sizes = {name: len(json.dumps(value)) for name, value in body.items() if name not in PROMPTS}
-        for what, count in (("answers", answers), ("prompts", prompt_count(body))):
+        for what, count in (("answers", answers), ("prompts", prompts)):
             if (repeated := count * sum(sizes.values())) > MAX_OPTIONS[what]:
                 name = max(sizes, key=sizes.__getitem__)[:100]
                 message = f"the options × {what} are {repeated} bytes, over {MAX_OPTIONS[what]}; this is the largest"
@@ -275,11 +279,7 @@ def answer_count(body: dict[str, object]) -> int:
 
 def _answers(body: dict[str, object]) -> int:
     """How many answers a body asks for to each prompt."""
-    return max(_count(body, name) for name in ("n", "best_of"))
-
-
-def _count(body: dict[str, object], name: str) -> int:
-    return min(n, MAX_TOKENS) if type(n := body.get(name)) is int and n > 0 else 1
+    return max(min(n, MAX_TOKENS) if type(n := body.get(name)) is int and n > 0 else 1 for name in ("n", "best_of"))
 
 
 def text_length(body: object) -> int:

@@ -1117,6 +1117,7 @@ def test_what_of_a_links_steering_is_not_served_is_told(demo: Server, visit: Ope
         {"direction": "other", "mode": "ablate", "strength": 1},
         {"direction": "refusal", "mode": "nosuch", "strength": 1},
         {"direction": "refusal", "mode": "ablate", "strength": 99},
+        {"direction": "refusal", "mode": "rotate", "strength": 1, "norm_preserving": "kept"},
         {"direction": "refusal", "mode": "ablate", "strength": 0.5},
     ]
     for entry in entries:
@@ -1129,7 +1130,8 @@ def test_what_of_a_links_steering_is_not_served_is_told(demo: Server, visit: Ope
             expect(opened.page.locator("#notice")).to_be_hidden()
             expect(opened.page.locator("#number")).to_have_value("0.5")
         else:
-            told = "Not served here as it was: {direction}:{mode}={strength}.".format(**entry)
+            norm = ":norm" if "norm_preserving" in entry else ""
+            told = "Not served here as it was: {direction}:{mode}{norm}={strength}.".format(**entry, norm=norm)
             expect(opened.page.locator("#notice")).to_contain_text(told)
 
 

@@ -177,9 +177,11 @@ class DrawsTrial:
         count = len(self.harmful.test) + len(self.harmless.test)
         arms = len(self.ways) * len(self.draws)
         progress.plan("plain", count * each)
-        progress.plan(UNIT, arms * (count * each + len(self.harmless.test)))
+        along = len(self.harmless.test) * each  # the plain answers that KL is measured along, once
+        progress.plan(UNIT, along + arms * (count * each + len(self.harmless.test)))
         for dose in self.conditions[1:]:
-            progress.plan(dose, arms * (count * each + len(self.harmless.test) + VALIDATION * TRIES))
+            along = VALIDATION * each if dose == self.conditions[1] else 0
+            progress.plan(dose, along + arms * (count * each + len(self.harmless.test) + VALIDATION * TRIES))
         with progress.part("plain"):
             if "plain" not in self.ledger:
                 self.ledger.put("plain", self._outcomes(None))

@@ -104,9 +104,13 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
     return undominated(whole, lambda t: t.values)
 
 
+#: The options of `steer search` with other names than their settings.
+_OPTIONS = {"tokens": "max-tokens", "methods": "method", "modes": "mode"}
+
+
 def _option(setting: str) -> str:
     """The option of `steer search` for a setting."""
-    return f"--{'max-tokens' if setting == 'tokens' else setting.replace('_', '-')}"
+    return f"--{_OPTIONS.get(setting, setting.replace('_', '-'))}"
 
 
 def _value(setting: object) -> str:

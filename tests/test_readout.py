@@ -122,7 +122,7 @@ def test_refusals_name_the_rule_and_pin_nothing(registry: Registry) -> None:
         assert caught.value.param == "steer_readout"
         return caught.value
 
-    refused(RequestedReadout(None), "true means the directions that steer this request, but none does")
+    refused(RequestedReadout(None), "those that steer this request are read, but none does")
     assert isinstance(refused(RequestedReadout(("nobody",)), "'nobody' is not served; served: a, b"), UnknownDirection)
     refused(RequestedReadout(("a",), (0, 3)), "3: this model has the layers 0 to 2")
     refused(RequestedReadout(("written",)), "acts at the site 'writers'; what is read is 'resid_post'")

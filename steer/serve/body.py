@@ -213,8 +213,8 @@ def check_size(body: dict[str, object]) -> None:
         if (value := body.get(name)) is not None and type(value) is not int:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
     if answers > MAX_ANSWERS:
-        several = "messages" if isinstance(body.get("messages"), list) else "prompt"
-        name = several if prompts > 1 else "n" if body.get("n") == each else "best_of"
+        lists = {name: len(value) for name in PROMPTS if isinstance(value := body.get(name), list)}
+        name = max(lists, key=lists.__getitem__) if prompts > 1 else "n" if body.get("n") == each else "best_of"
         raise RequestError(f"{name}: prompts × n are {answers} answers, over {MAX_ANSWERS}", param=name)
     for name in ("messages", "input"):
         items = 0

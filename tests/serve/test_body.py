@@ -114,6 +114,7 @@ def test_keys_that_stand_twice_are_found_in_one_pass() -> None:
         ({"prompt": [[1]] * 1025}, "prompt"),
         ({"prompt": ["a"] * 17, "best_of": 64}, "prompt"),
         ({"messages": [[{"role": "user", "content": "a"}]] * 1025}, "messages"),
+        ({"prompt": "a", "prompt_embeds": ["a"] * 1024}, "prompt_embeds"),
         ({"messages": [{"role": "user", "content": "a"}] * 2049}, "messages"),
         ({"messages": [[{"role": "user", "content": "a"}] * 3] * 700}, "messages"),
         ({"input": [{"role": "user", "content": "a"}] * 2049}, "input"),

@@ -168,7 +168,7 @@ def test_what_is_read_is_the_version_that_steers_whatever_is_swapped_in_between(
     ("value", "says"),
     [
         ("nobody", "direction 'nobody' is not served; served: refusal, verbosity"),
-        (True, "none does; name the directions"),
+        (True, "but none does; name them"),
         (7, "7 is not understood"),
         ({"directions": "refusal", "layers": [7]}, "7: this model has the layers 0 to 2"),
         ({"directions": "refusal", "layers": "source"}, "refusal: each layer has its own direction"),

@@ -435,7 +435,7 @@ def test_reading_changes_no_answer_and_its_bounds_are_told(server: Server) -> No
     assert words(asked) == words(ask(server, "/v1/completions", steer="refusal"))
     assert "steer_readout" not in ask(server, "/v1/completions", steer="refusal").text
     for more, message in (
-        ({"steer_readout": True}, "none does; name the directions"),
+        ({"steer_readout": True}, "but none does; name them"),
         ({"steer_readout": "nobody"}, "not served"),
         ({"steer_readout": "refusal", "n": 2}, "one prompt, and n = 1"),
         ({"steer_readout": {"directions": "refusal", "layers": [7]}}, "this model has the layers 0 to 2"),

@@ -83,10 +83,14 @@ class Move:
     seconds: float
 
 
-def norms(entries: Iterable[Entry]) -> set[bool]:
-    """Whether the norm is kept, of the entries in modes that do not keep it by themselves. They cannot differ in one
-    request."""
-    return {bool(entry.norm_preserving) for entry in entries if entry.mode not in TURNING}
+def norms(entries: Iterable[Entry]) -> dict[bool, list[str]]:
+    """The directions of the entries in modes that do not keep the norm by themselves, by whether it is kept. One
+    request cannot have both."""
+    found: dict[bool, list[str]] = {}
+    for entry in entries:
+        if entry.mode not in TURNING:
+            found.setdefault(bool(entry.norm_preserving), []).append(entry.direction)
+    return found
 
 
 class Registry:
@@ -264,11 +268,8 @@ class Registry:
         if len({entry.condition for entry in entries}) > 1:
             each = ", ".join(dict.fromkeys(f"if {e.condition}" if e.condition else "always" for e in entries))
             return [f"the directions of one request act under different conditions ({each}); accepted: one for all"]
-        if len(norms(entries)) > 1:
-            asked, others = (
-                ", ".join(e.direction for e in entries if e.mode not in TURNING and bool(e.norm_preserving) is kept)
-                for kept in (True, False)
-            )
+        if len(named := norms(entries)) > 1:
+            asked, others = (", ".join(named[kept]) for kept in (True, False))
             return [
                 f"norm_preserving: asked for with {asked} and not with {others}; accepted: with all directions of one "
                 "request, or with none; those in modes that rotate need no mark"

@@ -228,7 +228,7 @@ def _authorised(asked: Spec, carried: Carried, registry: Registry, caller: Calle
         if asked.phased != required.phased:
             message = "what is required for this key acts at tokens that do not go together with those asked for"
             raise forbidden("required", message, asked) from None
-        if len(norms(asked.entries) | norms(required.entries)) > 1:
+        if len(norms((*asked.entries, *required.entries))) > 1:
             kept = "keeps the norm, and so must" if True in norms(required.entries) else "keeps no norm, nor may"
             message = f"what is required for this key {kept} what is asked for ('norm_preserving', or `refusal:norm`)"
             raise forbidden("required", message, asked) from None

@@ -363,7 +363,7 @@ def _attaching(construct: Method, prepare: Prepare[T], attach: Attach[T]) -> Met
         if found is not None:
             context = usage(bound.arguments)
             check_entry(context)
-        with nullcontext() if found is None else _ended_by_signals():
+        with nullcontext() if found is None or context in _IN_PYTHON else _ended_by_signals():
             construct(self, *args, **kwargs)
         if found is None:
             return
@@ -380,7 +380,7 @@ def _attaching(construct: Method, prepare: Prepare[T], attach: Attach[T]) -> Met
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Have a signal that asks a server to stop end it while its engine starts, too: vLLM raises KeyboardInterrupt then,
-    and 0.32 drops it where it waits for its engine (`zmq_socket_ctx`). A program without a handler of SIGTERM keeps
+    and 0.32 drops it where it waits for its engine (`zmq_socket_ctx`). A process without a handler of SIGTERM keeps
     what it has."""
 
     def end(number: int, _frame: object) -> None:

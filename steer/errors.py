@@ -23,6 +23,7 @@ import itertools
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -144,11 +145,13 @@ def _range(gt: str = "", ge: str = "", lt: str = "", le: str = "", **_: str) -> 
     return low + high
 
 
-def whole_ranges(items: Iterable[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:
-    """The items of a ValidationError of `model`, each with both ends of the range of its field: for a number out of
-    range pydantic gives only the end that it is beyond."""
+def with_rules(items: Iterable[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:
+    """The items of a ValidationError of `model`, each with what pydantic leaves out: both ends of the range of a number
+    (it gives only the end that the number is beyond), and for an unknown field the names of the fields."""
     out: list[ErrorDetails] = list(items)
     for item in out:
+        if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
+            item["ctx"] = {"fields": list(model.model_fields)}
         field = model.model_fields.get(str(next(iter(item["loc"]), "")))
         if field is not None and _ENDS & (ctx := item.get("ctx", {})).keys():
             of_union = [info for kind in get_args(field.annotation) for info in getattr(kind, "__metadata__", ())]
@@ -157,12 +160,21 @@ def whole_ranges(items: Iterable[ErrorDetails], model: type[BaseModel]) -> list[
     return out
 
 
+def unknown_field(name: str, fields: Iterable[str], listed: bool = True) -> str:
+    """The problem of a field that is none of `fields`, with the one that may be meant; `listed`: with all of them."""
+    fields = list(fields)
+    near = get_close_matches(name[:40], fields, 1, 0.8)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    return f"unknown field{meant}" + (f"; accepted: {', '.join(fields) or 'none'}" if listed else "")
+
+
 def problem_text(item: ErrorDetails) -> str:
     """An item of a pydantic ValidationError as a sentence: the value, and what would be accepted."""
     if item["type"] == "missing":
         return "missing; it is required"
     if item["type"] == "extra_forbidden":
-        return "unknown field"
+        fields = item.get("ctx", {}).get("fields")
+        return unknown_field(str(item["loc"][-1]), fields or (), listed=fields is not None)
     if item["type"] == "json_invalid":
         return f"not JSON: {item['ctx']['error']}"
     if item["type"] == "value_error":
@@ -206,7 +218,7 @@ def problems_by_field(items: Iterable[ErrorDetails], whole: str) -> dict[str, st
 
 def problems_of(error: ValidationError, whole: str, model: type[BaseModel]) -> Iterator[str]:
     """Each problem of `error`, a ValidationError of `model`, as "field: problem"; see `problems_by_field`."""
-    for field, problem in problems_by_field(whole_ranges(error.errors(include_url=False), model), whole).items():
+    for field, problem in problems_by_field(with_rules(error.errors(include_url=False), model), whole).items():
         yield f"{field}: {problem}"
 
 

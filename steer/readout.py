@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final, Literal
 
-from steer.errors import SpecError, brief
+from steer.errors import SpecError, brief, unknown_field
 from steer.spec import MAX_ITEMS, OFF_TEXTS
 
 FIELD: Final = "steer_readout"
@@ -99,8 +99,8 @@ def parse(value: object) -> RequestedReadout | None:
     angle = False
     if isinstance(value, dict):
         problems += [
-            f"{FIELD}.{str(key)[:40]}: unknown field; accepted: {', '.join(_FIELDS)}"
-            for key in islice((key for key in value if key not in _FIELDS), MAX_ITEMS)
+            f"{FIELD}.{key[:40]}: {unknown_field(key, _FIELDS)}"
+            for key in islice((str(key) for key in value if key not in _FIELDS), MAX_ITEMS)
         ]
         layers = _layers(value.get("layers", "all"), problems)
         if type(angle := value.get("angle", False)) is not bool:

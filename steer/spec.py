@@ -31,7 +31,7 @@ from functools import lru_cache
 from itertools import chain, islice
 from numbers import Integral, Real
 
-from steer.errors import DirectionError, SpecError, brief, unique_keys
+from steer.errors import DirectionError, SpecError, brief, unique_keys, unknown_field
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, Mode, check_name
 from steer.tokenization import Phase, Thinking
 
@@ -396,7 +396,7 @@ def _from_text(value: str, param: str, problems: list[str]) -> list[RequestedDir
 
 def _from_object(value: Mapping[object, object], param: str, problems: list[str]) -> RequestedDirection | None:
     for key in islice((str(key) for key in value if key not in _FIELDS), MAX_ITEMS):
-        problems.append(f"{param}.{key[:40]}: unknown field; accepted: {', '.join(_FIELDS)}")
+        problems.append(f"{param}.{key[:40]}: {unknown_field(key, _FIELDS)}")
     if "direction" not in value:
         problems.append(f"{param}.direction: missing; it names the direction, like {{'direction': 'refusal'}}")
         return None
@@ -494,7 +494,7 @@ def _condition(value: object, param: str, problems: list[str]) -> Condition | No
         return None
     before, name, layer, number = len(problems), value["direction"], value["layer"], None
     for key in islice((str(key) for key in value if key not in _CONDITION_FIELDS), MAX_ITEMS):
-        problems.append(f"{param}.if.{key[:40]}: unknown field; accepted: {', '.join(_CONDITION_FIELDS)}")
+        problems.append(f"{param}.if.{key[:40]}: {unknown_field(key, _CONDITION_FIELDS)}")
     try:
         name = check_name(name if isinstance(name, str) else "")
     except DirectionError as error:

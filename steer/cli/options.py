@@ -28,7 +28,7 @@ from steer.errors import (
     UnsupportedModel,
     noted,
     prefixed,
-    whole_ranges,
+    with_rules,
 )
 from steer.files import open_file
 from steer.lab.methods import METHODS, make_method, summaries
@@ -232,7 +232,7 @@ def _checked(kind: type[BaseModel], values: Mapping[str, object], problems: list
     try:
         return kind(**values)
     except ValidationError as error:
-        problems += option_problems(whole_ranges(error.errors(include_url=False), kind))
+        problems += option_problems(with_rules(error.errors(include_url=False), kind))
         return None
 
 

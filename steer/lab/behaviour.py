@@ -183,11 +183,7 @@ def _valid(kind: type[Told], tree: dict[str, object], path: Path) -> Told:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        fields = f"; accepted: {', '.join(kind.model_fields)}"
-        raise InvalidInput(
-            f"{path}: {problem}{fields if problem.endswith(': unknown field') else ''}"
-            for problem in problems_of(error, "behaviour", kind)
-        ) from error
+        raise InvalidInput(f"{path}: {problem}" for problem in problems_of(error, "behaviour", kind)) from error
 
 
 def _tree(path: Path) -> dict[str, object]:

@@ -13,7 +13,6 @@ import re
 import secrets
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -32,7 +31,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails
 from typing_extensions import TypedDict
 
 from steer import spec
-from steer.errors import InvalidInput, brief, noted, problem_text, whole_ranges
+from steer.errors import InvalidInput, brief, noted, problem_text, with_rules
 from steer.files import open_file
 from steer.names import MAX_SHIFT, MAX_STRENGTH, MODES, TURNING, Mode, check_name
 
@@ -415,11 +414,9 @@ def _problem(item: ErrorDetails, lines: dict[tuple[str, ...], int]) -> tuple[int
     table: type[BaseModel] = Policy if len(item["loc"]) == 1 else KeyRules
     if len(item["loc"]) > 1 and item["loc"][0] == "directions":
         table = Limits
-    message = problem_text(*whole_ranges([{**item, "loc": item["loc"][2:]}], table))
-    if item["type"] == "extra_forbidden":
-        near = get_close_matches(str(item["loc"][-1])[:40], table.model_fields, 1, 0.8)
-        message = f"unknown{f' (did you mean {near[0]}?)' if near else ''}; accepted: {', '.join(table.model_fields)}"
-    elif item["type"] in ("dict_type", "model_type"):
+    own = item["loc"] if table is Policy else item["loc"][2:]
+    message = problem_text(*with_rules([{**item, "loc": own}], table))
+    if item["type"] in ("dict_type", "model_type"):
         message = f"{brief(item['input'])} is not accepted: a table"
     if item["loc"] == ("keys",):
         message += "; `steer keys new NAME --policy FILE` adds a [keys.NAME]"

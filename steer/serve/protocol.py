@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from itertools import islice
 from types import NoneType
 from typing import Annotated, ClassVar, Literal, get_args
@@ -18,7 +17,7 @@ from pydantic import BaseModel, FailFast, Field, field_validator, model_validato
 from pydantic.fields import FieldInfo
 
 from steer import readout, spec
-from steer.errors import MAX_PROBLEMS, RequestError, brief
+from steer.errors import MAX_PROBLEMS, RequestError, brief, unknown_field
 from steer.hf.load import template_parameters
 from steer.hf.sampling import Sampling
 from steer.serve import body, carriers
@@ -243,8 +242,7 @@ def _wrong(name: str, value: object, meant: set[str], own: Mapping[str, tuple[ob
     if neutral is None:
         if name in OF_ROUTE:
             return f"not of this route: {OF_ROUTE[name]} takes it"
-        near = get_close_matches(name[:40], meant, 1, 0.8)
-        return f"unknown field{f'; did you mean {near[0]}?' if near else ''}"
+        return unknown_field(name, meant, listed=False)
     if _among(value, neutral):
         return ""
     takes = ["null", *map(brief, neutral), *(["{'steer': 'refusal'}"] if name == carriers.XARGS else [])]

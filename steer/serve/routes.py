@@ -16,7 +16,7 @@ from starlette.types import Scope
 from typing_extensions import TypedDict
 
 from steer.direction import MAX_BYTES, DirectionMeta, Dose, LayerProfile
-from steer.errors import NoRoom, SteerError, UnknownDirection, whole_ranges
+from steer.errors import NoRoom, SteerError, UnknownDirection, with_rules
 from steer.names import MODE_SCALES, MODE_SUMMARIES, SHIFTING, TURNING, Mode, Scale, Site, check_name
 from steer.registry import Registry, Version
 from steer.serve import errors
@@ -37,7 +37,7 @@ def _checked(model: type[BaseModel], body: object) -> BaseModel:
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise RequestValidationError(whole_ranges(error.errors(include_url=False), model)) from None
+        raise RequestValidationError(with_rules(error.errors(include_url=False), model)) from None
 
 
 class JsonRoute(APIRoute):

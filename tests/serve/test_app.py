@@ -153,7 +153,7 @@ def test_carriers_that_say_the_same_agree_and_others_conflict(tiny_server: Serve
     ("steer", "says"),
     [
         ("nobody", "direction 'nobody' is not served; served: refusal, verbosity"),
-        ({"direction": "refusal", "strenght": 1}, "steer.strenght: unknown field; accepted: direction, mode, strength"),
+        ({"direction": "refusal", "strenght": 1}, "steer.strenght: unknown field (did you mean strength?); accepted: dir"),
         ({"direction": "refusal", "strength": "much"}, "a number from -10 to 10"),
         ({"direction": "refusal", "strength": 11}, "11 is not accepted"),
         ({"direction": "refusal", "strength": True}, "true is not accepted"),
@@ -417,6 +417,8 @@ def test_json_says_that_it_is_json(tiny_server: Server) -> None:
         headers = {"content-type": said}
         assert tiny_server.client.post("/v1/completions", content=raw, headers=headers).status_code == 200
     assert error(tiny_server.client.post("/v1/steering", json={"enabled": True, "reason": "x" * 20_000}), 413)
+    told = error(tiny_server.client.post("/v1/steering", json={"enabled": True, "reson": "x"}), 400)["message"]
+    assert told == "reson: unknown field (did you mean reason?); accepted: enabled, reason"
 
 
 def test_what_a_message_carries_reaches_the_template_or_is_refused(tiny_server: Server) -> None:

@@ -85,7 +85,7 @@ max_strength = "1"
         5: "directions.bad name.max_strength",
         8: "keys.alice.hash",
         9: "keys.alice.directions",
-        13: "keys.alice.max_strenght: unknown (did you mean max_strength?); accepted: max_strength, max_shift, norm",
+        13: "keys.alice.max_strenght: unknown field (did you mean max_strength?); accepted: max_strength, max_shift",
         17: "keys.bob.modes",
         18: "keys.bob.requests_per_minute",
         19: "keys.bob.default",

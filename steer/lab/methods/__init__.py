@@ -57,8 +57,5 @@ def make_method(name: str, parameters: Mapping[str, object] | None = None) -> Me
     try:
         return kind.model_validate(dict(parameters or {}))
     except ValidationError as error:
-        accepted = ", ".join(kind.model_fields) or "none"
-        raise InvalidInput(
-            f"method '{name}': parameter {problem}; its parameters: {accepted}"
-            for problem in problems_of(error, "of no name", kind)
-        ) from error
+        problems = problems_of(error, "of no name", kind)
+        raise InvalidInput(f"method '{name}': parameter {problem}" for problem in problems) from error

@@ -66,8 +66,7 @@ def new_key(
             # a table may stand anywhere in TOML: the new one is appended, and the rest stays as it is
             whole = b"\n\n".join(filter(None, (before.rstrip(), whole)))
         read(whole, policy.name)
-        write_file(policy, whole)
-        policy.chmod(mode)
+        write_file(policy, whole, mode)
         typer.echo(f"added '{name}' to {policy}", err=True)
     typer.echo(secret)
 

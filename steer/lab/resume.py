@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import weakref
@@ -94,6 +95,16 @@ class Alone(AbstractContextManager["Alone"]):
 #: Rows that are made and written together. Batches never cross this border, so a resumed run has the same batches as an
 #: uninterrupted one, and with them the same answers to the last bit.
 CHUNK = 128
+#: Characters of a record's file name, which may have 255 with all that is put around it.
+MAX_NAME = 180
+
+
+def _file_name(name: str) -> str:
+    """A file's name for a record's, which may have any character and any length: another one for each."""
+    quoted = quote(name, safe="=+", errors="surrogateescape")
+    if len(quoted) <= MAX_NAME:
+        return quoted
+    return f"{quoted[:MAX_NAME]}~{hashlib.sha256(quoted.encode()).hexdigest()[:16]}"
 
 
 class Cache:
@@ -114,7 +125,7 @@ class Cache:
         rows were made under other conditions."""
         if self.folder is None:
             return [row for at in range(0, count, CHUNK) for row in make(at, min(at + CHUNK, count))]
-        path = self.folder / f"{quote(name, safe='=+')}.jsonl"
+        path = self.folder / f"{_file_name(name)}.jsonl"
         record = ResultFile(path, {"name": name, "rows": count} | self.conditions | conditions)
         if len(record.lines) != count:
             record.keep(len(record.lines) // CHUNK * CHUNK)

@@ -38,6 +38,7 @@ SMALL = 16 * 1024
 #: The fields that limit the length of an answer, by route. Which of several counts is for the engine to decide.
 LIMITS: Mapping[str, tuple[str, ...]] = {
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/chat/completions/batch": ("max_completion_tokens", "max_tokens"),
     "/v1/completions": ("max_tokens",),
     "/v1/messages": ("max_tokens",),
     "/v1/responses": ("max_output_tokens",),
@@ -69,9 +70,10 @@ MAX_ANSWERS = 1024
 #: checks them again for each prompt.
 MAX_OPTIONS = {"answers": 4 * 2**20, "prompts": 2**20}
 #: The fields of prompts, in several APIs: an engine has them once.
-PROMPTS = frozenset(
-    ("prompt", "messages", "input", "prompt_embeds", "system", "instructions", "tools", "functions", "documents")
-)
+PROMPTS = {
+    *("prompt", "prompt_embeds", "messages", "input", "items"),
+    *("system", "instructions", "tools", "functions", "documents"),
+}
 #: Limit of the messages or items of one request, over all of its conversations: vLLM reads them on its event loop.
 MAX_MESSAGES = 2048
 #: Limit in bytes, as JSON, of the forms of an answer that one request asks for: schemas, grammars, regular expressions
@@ -213,8 +215,8 @@ def check_size(body: dict[str, object]) -> None:
         if (value := body.get(name)) is not None and type(value) is not int:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
     if answers > MAX_ANSWERS:
-        lists = {name: len(value) for name in PROMPTS if isinstance(value := body.get(name), list)}
-        name = max(lists, key=lists.__getitem__) if prompts > 1 else "n" if body.get("n") == each else "best_of"
+        counts = _prompts(body)
+        name = max(counts, key=counts.__getitem__) if prompts > 1 else "n" if body.get("n") == each else "best_of"
         raise RequestError(f"{name}: prompts × n are {answers} answers, over {MAX_ANSWERS}", param=name)
     for name in ("messages", "input"):
         items = 0
@@ -223,7 +225,7 @@ def check_size(body: dict[str, object]) -> None:
         if items > MAX_MESSAGES:
             raise RequestError(f"{name}: {items} items, over {MAX_MESSAGES}", param=name)
     if answers > 1:
-        sizes = {name: len(json.dumps(value)) for name, value in body.items() if name not in PROMPTS}
+        sizes = {name: _json_bytes(value) for name, value in body.items() if name not in PROMPTS}
         for what, count in (("answers", answers), ("prompts", prompts)):
             if (repeated := count * sum(sizes.values())) > MAX_OPTIONS[what]:
                 name = max(sizes, key=sizes.__getitem__)[:100]
@@ -234,21 +236,34 @@ def check_size(body: dict[str, object]) -> None:
         form = body.get(name)
         if key is not None:
             form = form.get(key) if isinstance(form, dict) else None
-        if form is not None and (size := size + len(json.dumps(form, ensure_ascii=False).encode())) > MAX_FORM:
+        if form is not None and (size := size + _json_bytes(form)) > MAX_FORM:
             raise RequestError(
                 f"{name}: the form of an answer is {size} bytes of JSON or more, at most {MAX_FORM} are accepted",
                 param=name,
             )
 
 
+def _json_bytes(value: object) -> int:
+    return len(json.dumps(value, ensure_ascii=False).encode())
+
+
 def prompt_count(body: dict[str, object]) -> int:
-    """How many prompts an unchecked body has: a list of numbers is one prompt, each item of `prompt_embeds` is one
-    more, and vLLM's route for batches of conversations has a list of lists as its `messages`."""
-    prompt, messages, embeds = body.get("prompt"), body.get("messages"), body.get("prompt_embeds")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    if isinstance(messages, list) and messages and isinstance(messages[0], list):
-        prompts = len(messages)
-    return prompts + (len(embeds) if isinstance(embeds, list) else embeds is not None)
+    """How many prompts an unchecked body has."""
+    return max(1, sum(_prompts(body).values()))
+
+
+def _prompts(body: dict[str, object]) -> dict[str, int]:
+    """How many prompts each field of an unchecked body has. A list of numbers is one prompt. On routes of vLLM's own,
+    `messages` is a list of conversations, and each of the `items` to score is a prompt."""
+    parts: dict[str, type] = {"prompt": int, "messages": dict}  # of one prompt
+    counts = {}
+    for name in ("prompt", "prompt_embeds", "messages", "items"):
+        value = body.get(name)
+        if isinstance(value, list) and value and not isinstance(value[0], parts.get(name, ())):
+            counts[name] = len(value)
+        elif value is not None:
+            counts[name] = 1
+    return counts
 
 
 def _ids(body: dict[str, object]) -> int:

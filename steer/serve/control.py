@@ -482,11 +482,15 @@ class Control:
 
     def end(self, run: Run, outcome: str, usage: metrics.Usage) -> None:
         self.discard(run)
+        self.charge(run, usage)
+        metrics.count(run.spec, outcome, usage)
+        self._note_end(run, outcome, usage.prompt, usage.completion)
+
+    def charge(self, run: Run, usage: metrics.Usage) -> None:
+        """Charge the tokens that the request has used."""
         used = usage.prompt + usage.again + usage.completion
         if run.caller.name is not None:
             self._tokens.charge(run.caller.name, run.caller.rules.tokens_per_minute, used)
-        metrics.count(run.spec, outcome, usage)
-        self._note_end(run, outcome, usage.prompt, usage.completion)
 
     def _note_end(self, run: Run, outcome: str, prompt: int, completion: int) -> None:
         if run.line is not None:

@@ -69,6 +69,13 @@ def wrap_routes(app: Starlette, layers: Mapping[tuple[str, str], Callable[[ASGIA
     return found
 
 
+async def refuse(control: Control, error: SteerError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with an error, and count and log the refusal."""
+    metrics.REFUSED.labels(reason=type(error).__name__).inc()
+    control.refused(error, scope)
+    await errors.of(error)(scope, receive, send)
+
+
 class RenderingWatch:
     """Warns once in the log if the chats that a direction steers are rendered in another way than the prompts that it
     was measured on: a direction that was measured without thinking may not suit answers with thinking.
@@ -126,9 +133,8 @@ class SteerMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             run = self.control.enter(self.control.caller(scope))
-        except errors.HTTPProblem as error:
-            self.control.refused(error, scope)
-            await errors.of(error)(scope, receive, send)
+        except SteerError as error:
+            await refuse(self.control, error, scope, receive, send)
             return
         try:
             await self._handle(run, scope, receive, send)
@@ -161,9 +167,7 @@ class SteerMiddleware:
         except Gone:
             return
         except SteerError as error:
-            metrics.REFUSED.labels(reason=type(error).__name__).inc()
-            control.refused(error, scope)
-            await errors.of(error)(scope, receive, send)
+            await refuse(control, error, scope, receive, send)
             return
         answer = _Answer(send, run)
         with metrics.counting_usage() as usage:

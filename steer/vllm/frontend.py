@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, UnsupportedModel
+from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, SteerError, UnsupportedModel
 from steer.names import readable
 from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading
@@ -44,7 +44,6 @@ from steer.vllm.settings import KEY, READ, RESOLVED, EngineSettings, check_absen
 from steer.vllm.steering_module import code_digest
 
 if TYPE_CHECKING:
-    from steer.serve.errors import HTTPProblem
     from steer.tokenization import Decoder
     from steer.vllm.internals.types import EngineCoreRequest, RequestState, SamplingParams, VllmConfig
 
@@ -182,23 +181,27 @@ class Passage:
         plain: whether the request may be plain.
         forms: whether answers may be held to a form.
         manages: whether the request has the managing role.
+        reserve: charges the request's key when the engine is asked for the first answer; None if it is charged already.
         asked: whether the engine was asked.
         over: whether a ticket let the request pass and its answer has ended.
         refused: the reason, once something was refused.
         turn: see `in_turn`.
-        added: whether a request was added to the engine.
+        since: when the event loop last served others while requests were added to the engine.
     """
 
     plain: bool = False
     forms: bool = True
     manages: bool = True
+    reserve: Callable[[], None] | None = None
     asked: bool = False
     over: bool = False
-    refused: HTTPProblem | None = None
+    refused: SteerError | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    added: bool = False
+    since: float = 0.0
 
 
+#: Seconds for which one network request may add requests to the engine before the event loop serves others.
+TURN = 0.002
 #: The passage of the network request that runs in this context; None if there is none, as in a Python program.
 passage: ContextVar[Passage | None] = ContextVar("steer_passage", default=None)
 
@@ -206,15 +209,16 @@ passage: ContextVar[Passage | None] = ContextVar("steer_passage", default=None)
 @asynccontextmanager
 async def in_turn() -> AsyncIterator[None]:
     """Add the requests that vLLM makes of one network request one after the other, and have the event loop serve others
-    in between. vLLM would add them all in one turn of the loop: a list of a thousand prompts held it for half a second,
-    and for ten with options that take long to copy."""
+    after each `TURN`. vLLM would add them all in one turn of the loop: a list of a thousand prompts held it for half a
+    second, and for ten with options that take long to copy."""
     if (way := passage.get()) is None:
         yield
         return
+    now = asyncio.get_running_loop().time
     async with way.turn:
-        if way.added:
+        if now() - way.since > TURN:
             await asyncio.sleep(0)
-        way.added = True
+            way.since = now()
         yield
 
 
@@ -429,7 +433,13 @@ class Frontend:
             yield params
             return
         if (way := passage.get()) is not None:
-            way.asked = True
+            first, way.asked = not way.asked, True
+            if first and way.reserve is not None:
+                try:
+                    way.reserve()
+                except SteerError as error:
+                    way.refused = error
+                    raise
             if internals.engine.has_form(params) and not way.forms:
                 from steer.serve.authorise import NO_FORMS, forbidden
 

@@ -42,6 +42,7 @@ from steer.serve.body import (
     LARGE,
     SIZE,
     Gone,
+    answer_count,
     check_size,
     engine_bytes,
     offload,
@@ -50,12 +51,13 @@ from steer.serve.body import (
     read_body,
     replay,
     text_length,
+    tokens_of,
     understood,
 )
 from steer.serve.connection import PROTOCOL
 from steer.serve.control import Control, Run, request_id
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.middleware import RenderingWatch, SteerMiddleware, wrap_routes
+from steer.serve.middleware import RenderingWatch, SteerMiddleware, refuse, wrap_routes
 from steer.settings import ControlSettings
 from steer.spec import Spec
 from steer.vllm import frontend as front_ends
@@ -379,7 +381,7 @@ class Other(_Layer):
         try:
             run = control.enter(control.caller(scope))
         except SteerError as error:
-            await self._refuse(error, scope, receive, send)
+            await refuse(control, error, scope, receive, send)
             return
         try:
             await self._handle(run, scope, receive, send)
@@ -392,10 +394,11 @@ class Other(_Layer):
         try:
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
-            check_text(body, len(data), front_end_of(app))
-            check_repeated(body, len(data))
+            front, fields = front_end_of(app), _fields(body)
+            check_text(body, len(data), front)
+            check_repeated(fields, len(data))
             run.caller = control.renewed(scope)
-            check_reserved(body, run.caller)
+            check_reserved(fields, run.caller)
             served = internals.server.served_names(app)
             traces = carriers.traces(body, Headers(scope=scope), served, scope["query_string"])
             found = await understood(lambda: next(traces, None), len(data))
@@ -406,9 +409,11 @@ class Other(_Layer):
         except Gone:
             return
         except SteerError as error:
-            await self._refuse(error, scope, receive, send)
+            await refuse(control, error, scope, receive, send)
             return
-        way = Passage(body is not None and _may_be_plain(scope), run.caller.rules.forms, run.caller.manages)
+        rules, tokens = run.caller.rules, tokens_of(fields, len(data), front.context, scope["path"])
+        reserve = partial(control.reserve, run, scope, tokens, answer_count(fields))
+        way = Passage(body is not None and _may_be_plain(scope), rules.forms, run.caller.manages, reserve)
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
@@ -416,18 +421,16 @@ class Other(_Layer):
             await send(message)
 
         control.add(run)
-        try:
-            await run.serve(
-                partial(_run, self.app, control, way, body), scope, replay(data, receive), Outgoing(sending)
-            )
-        finally:
-            control.discard(run)
-
-    async def _refuse(self, error: SteerError, scope: Scope, receive: Receive, send: Send) -> None:
-        control = control_of(scope["app"])
-        metrics.REFUSED.labels(reason=type(error).__name__).inc()
-        control.refused(error, scope)
-        await errors.of(error)(scope, receive, send)
+        with metrics.counting_usage() as usage:
+            if fields.get("use_beam_search"):
+                usage.prompts = prompt_count(fields)
+            try:
+                await run.serve(
+                    partial(_run, self.app, control, way, body), scope, replay(data, receive), Outgoing(sending)
+                )
+            finally:
+                control.discard(run)
+                control.charge(run, usage)
 
 
 def _may_be_plain(scope: Scope) -> bool:
@@ -454,7 +457,7 @@ async def _understood(scope: Scope, data: bytes) -> object:
             return None
 
     def read() -> dict[str, object]:
-        check_size(body := parse_body(data))
+        check_size(_fields(body := parse_body(data)))
         return body
 
     try:
@@ -463,6 +466,13 @@ async def _understood(scope: Scope, data: bytes) -> object:
         if error.code is Code.BODY_TOO_COMPLEX or error.param:  # vLLM would parse it on the event loop, or accept it
             raise
         return None
+
+
+def _fields(body: object) -> dict[str, object]:
+    """The fields of a body, with those that some routes of vLLM have in its `sampling_params`."""
+    fields = dict(body) if isinstance(body, dict) else {}
+    params = fields.pop("sampling_params", None)
+    return fields | params if isinstance(params, dict) else fields
 
 
 async def _nothing() -> Message:
@@ -478,10 +488,10 @@ def check_text(body: object, size: int, front: Frontend) -> None:
         )
 
 
-def check_repeated(body: object, size: int) -> None:
+def check_repeated(body: dict[str, object], size: int) -> None:
     """Raise HTTPProblem if the prompts of a body of `size` bytes, which the engine has once for each answer, are too
     much."""
-    if isinstance(body, dict) and (repeated := engine_bytes(body, size)) > MAX_BODY:
+    if (repeated := engine_bytes(body, size)) > MAX_BODY:
         raise HTTPProblem(
             Code.BODY_TOO_LARGE,
             "the prompt counts n times, and 4 times more for each log-probability of it (`prompt_logprobs`, or "
@@ -491,9 +501,9 @@ def check_repeated(body: object, size: int) -> None:
         )
 
 
-def check_reserved(body: object, caller: Caller) -> None:
+def check_reserved(body: dict[str, object], caller: Caller) -> None:
     """Raise HTTPProblem for a field that this caller may not use."""
-    if caller.manages or not isinstance(body, dict):
+    if caller.manages:
         return
     xargs = body.get(carriers.XARGS)
     for field, reason in MANAGER_FIELDS.items():
@@ -573,8 +583,8 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 class _Held:
     """An answer that is held back until the engine has got the request with its admission, or until the answer's end.
 
-    So a request gets a 400 if the engine refuses it or never gets it as it was admitted. Without this, some routes
-    begin a stream before they ask the engine, and others answer with a 500.
+    So a request gets a 400 if the engine refuses it or never gets it as it was admitted; of several prompts the first
+    decides. Without this, some routes begin a stream before they ask the engine, and others answer with a 500.
     """
 
     def __init__(

@@ -93,6 +93,7 @@ def test_rows_are_made_in_chunks_and_kept(tmp_path: Path, folder: bool) -> None:
 
 def test_no_two_names_share_a_file(tmp_path: Path) -> None:
     names = ["a:rotate_one_sided=1", "a_rotate:one_sided=1", "x y", "x_y", "x%20y", "d@3>0.3", "d@3<0.3", "a/b"]
+    names += ["模型" * 30, "模型" * 31, "a" * 1000, "not text: \udcff"]
     cache = Cache(tmp_path, {})
     for at, name in enumerate(names):
         assert cache.value(name, {}, lambda at=at: at) == at

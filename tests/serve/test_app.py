@@ -153,7 +153,10 @@ def test_carriers_that_say_the_same_agree_and_others_conflict(tiny_server: Serve
     ("steer", "says"),
     [
         ("nobody", "direction 'nobody' is not served; served: refusal, verbosity"),
-        ({"direction": "refusal", "strenght": 1}, "steer.strenght: unknown field (did you mean strength?); accepted: dir"),
+        (
+            {"direction": "refusal", "strenght": 1},
+            "strenght: unknown field (did you mean strength?); accepted: direction",
+        ),
         ({"direction": "refusal", "strength": "much"}, "a number from -10 to 10"),
         ({"direction": "refusal", "strength": 11}, "11 is not accepted"),
         ({"direction": "refusal", "strength": True}, "true is not accepted"),

@@ -123,6 +123,12 @@ def test_keys_that_stand_twice_are_found_in_one_pass() -> None:
         ({"prompt": ["a"] * 1024, "vllm_xargs": {str(i): "x" for i in range(3000)}}, "vllm_xargs"),
         ({"prompt": ["a"] * 1024, "response_format": {"json_schema": "a" * 20_000}}, "response_format"),
         ({"n": 64, "allowed_token_ids": list(range(100_000))}, "allowed_token_ids"),
+        ({"prompt_embeds": "a", "n": 1025}, "n"),
+        ({"prompt_embeds": "a", "prompt": "a", "n": 600}, "prompt"),  # the first of two fields with as many
+        ({"prompt_embeds": ["a"] * 1025}, "prompt_embeds"),
+        ({"prompt_embeds": ["a"] * 2, "prompt": [1] * 5000, "n": 500}, "prompt_embeds"),
+        ({"messages": [[{}]] * 40, "tools": [{}] * 50, "n": 32}, "messages"),
+        ({"query": "a", "items": ["a"] * 1025}, "items"),
         ({"n": "16"}, "n"),  # which engines take for 16
         ({"n": 16.0}, "n"),
         ({"best_of": True}, "best_of"),
@@ -148,6 +154,10 @@ def test_what_is_not_too_much_is_left_to_the_app() -> None:
         {"prompt": [], "n": -1, "best_of": 0, "stop": 7, "bad_words": {"x": 1}},
         {"prompt": None, "stop": None, "stop_token_ids": 5, "logit_bias": None},
         {"stop_token_ids": [1] * 1024, "logit_bias": {"1": 5}, "n": 64},
+        {"prompt_embeds": ["a"] * 1024},
+        {"prompt_embeds": "a", "n": 1024},
+        {"prompt_embeds": "a", "logit_bias": {str(i): 1 for i in range(40_000)}},
+        {"prompt": ["a"] * 100, "chat_template": "é" * 4000},  # bytes as they are sent
     ]
     for asked in bodies:
         check_size(asked)

@@ -46,6 +46,16 @@ SINGLE = f"""
 [keys.single]
 hash = "{hash_of("single")}"
 requests_at_once = 1
+
+[keys.one_manager]
+hash = "{hash_of("one_manager")}"
+manage = true
+requests_at_once = 1
+
+[keys.metered]
+hash = "{hash_of("metered")}"
+manage = true
+tokens_per_minute = 60
 """
 ONE = {"Authorization": "Bearer single"}
 STEERED = {"max_tokens": 4, "temperature": 0, "extra_args": {"steer": "refusal"}}
@@ -219,6 +229,33 @@ def test_a_request_of_any_route_is_one_at_once_to_its_end(server: Server) -> Non
 
     eventually(holds)
     eventually(lambda: asked() == 200)
+
+
+def test_an_answer_is_charged_on_every_route_and_only_an_answer(server: Server) -> None:
+    chat, completion = BODIES["/v1/chat/completions"], BODIES["/v1/completions"]
+    ids = {"model": "tiny", "token_ids": [1, 5, 6]}
+    several: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions/batch": chat | {"messages": [MESSAGES] * 3},
+        "/invocations": completion | {"n": 3, "stream": True, "temperature": 1},
+        "/inference/v1/generate": ids | {"sampling_params": {"n": 3, "max_tokens": 4}},
+    }
+
+    def asked(key: str, path: str, body: dict[str, Any]) -> httpx.Response:
+        return server.client.post(path, json=body, headers={"Authorization": f"Bearer {key}"})
+
+    for path, body in several.items():
+        told = asked("one_manager", path, body)
+        assert told.status_code == 400, (path, told.text)
+        assert "prompts × n are 3 answers, and this key may have 1 at once" in told.json()["error"]["message"]
+        one: dict[str, Any] = {"messages": [MESSAGES]} if "messages" in body else {"n": 1, "temperature": 0}
+        one = {"sampling_params": {"max_tokens": 4}} if "sampling_params" in body else one
+        assert asked("one_manager", path, body | one).status_code == 200, path
+    for _ in range(5):
+        assert asked("metered", "/tokenize", {"model": "tiny", "prompt": "hello " * 60}).status_code == 200
+    long = several["/v1/chat/completions/batch"] | {"max_tokens": 100, "ignore_eos": True}
+    assert asked("metered", "/v1/chat/completions/batch", long).status_code == 200
+    over = asked("metered", "/tokenize", {"model": "tiny", "prompt": "hello"})
+    assert (over.status_code, "tokens_per_minute" in over.text) == (429, True), over.text
 
 
 def test_what_never_becomes_a_request_is_not_kept(server: Server) -> None:

@@ -107,6 +107,27 @@ def test_a_server_that_is_stopped_while_its_engine_starts_ends(number: signal.Si
     assert "Application startup complete" not in log.read_text()
 
 
+def test_a_signal_that_is_ignored_does_not_end_a_start() -> None:
+    """As SIGINT is in the background of a script, where Ctrl-C is for another."""
+    from steer.vllm.internals.engine import _ended_by_signals
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handler(*_: object) -> None:
+        pass
+
+    try:
+        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with pytest.raises(SystemExit) as ended, _ended_by_signals():
+            list(map(signal.raise_signal, (signal.SIGINT, signal.SIGTERM)))
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (handler, signal.SIG_IGN)
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)
+
+
 @pytest.mark.parametrize("fronts", [1, 2])
 def test_a_server_that_is_killed_leaves_no_process(fronts: int, tmp_path: Path) -> None:
     """An engine that stayed would keep the device's memory, and no other one would start there."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 import types
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator
@@ -28,7 +29,7 @@ from steer.serve.errors import HTTPProblem
 from steer.serve.policy import KeyRules
 from steer.spec import parse as parse_spec
 from steer.vllm import internals
-from steer.vllm.frontend import Passage, in_turn, passage
+from steer.vllm.frontend import TURN, Passage, in_turn, passage
 from tests import models
 
 MODEL = models.tiny("llama")
@@ -333,6 +334,7 @@ def test_requests_of_one_are_added_in_turn_and_others_run_in_between() -> None:
 
     async def adding(name: str) -> None:
         async with in_turn():
+            time.sleep(2 * TURN)  # noqa: ASYNC251 - adding takes the loop
             order.append(name)
 
     async def other() -> None:
@@ -415,11 +417,12 @@ def test_some_fields_need_the_managing_role() -> None:
     for field in MANAGER_FIELDS:
         check_reserved({field: {"min_pixels": 1}}, managing)
         check_reserved({field: None}, ordinary)
-        for body in ({field: {"min_pixels": 1}}, {"vllm_xargs": {field: "x"}}):
+        bodies: list[dict[str, object]] = [{field: {"min_pixels": 1}}, {"vllm_xargs": {field: "x"}}]
+        for body in bodies:
             with pytest.raises(HTTPProblem, match="needs a key with the managing role") as caught:
                 check_reserved(body, ordinary)
             assert caught.value.param == field
-    check_reserved(None, ordinary)
+    check_reserved({}, ordinary)
 
 
 def test_another_priority_needs_the_managing_role_whatever_gives_it(engine: Engine) -> None:

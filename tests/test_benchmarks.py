@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from benchmarks import __main__ as bench
 from benchmarks.growth import Case
 from benchmarks.results import Ratio, Result, Table, machine, typed
 from tests.servers import ROOT
+from tests.waiting import eventually
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -45,6 +47,24 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
         assert "gpu-7b: left out, it needs an NVIDIA GPU" in second.stdout
         assert json.loads((tmp_path / "all.json").read_text())["missing"] == {"gpu-7b": "it needs an NVIDIA GPU"}
     assert "[admission](admission.md)" in (tmp_path / "all.md").read_text()
+
+
+def test_what_is_ended_ends_what_it_has_started(tmp_path: Path) -> None:
+    """By SIGTERM too, as a job runner sends it, and where a shell has it ignore Ctrl-C in the background."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path), "--only", "swap"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            asked = psutil.Process(process.pid)
+            eventually(lambda: len(asked.children(recursive=True)) > 1, 300)
+            started = asked.children(recursive=True)
+            process.terminate()
+            said, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "the same command measures the rest" in said
+    _, left = psutil.wait_procs(started, timeout=60)
+    assert not left, [each.name() for each in left]
 
 
 def test_what_has_changed_is_measured_again(tmp_path: Path) -> None:

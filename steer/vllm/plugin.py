@@ -180,15 +180,7 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
 
 def _wrap_requests(engine: types.LLMEngine | types.AsyncLLM, frontend: Frontend) -> None:
     outputs = internals.seam(engine, "output_processor")
-    internals.engine.wrap_requests(
-        outputs,
-        frontend.check_added,
-        frontend.has_added,
-        frontend.let_go,
-        frontend.held,
-        frontend.lost,
-        frontend.decided,
-    )
+    internals.engine.wrap_requests(outputs, frontend)
     _trace(outputs, frontend.applied)
 
 

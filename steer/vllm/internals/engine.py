@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         LLMEngine,
         OutputProcessor,
         RequestOutput,
+        Requests,
         RequestState,
         SamplingParams,
         VllmConfig,
@@ -71,29 +72,8 @@ async def call_workers_async(engine: AsyncLLM, method: str, *args: object) -> li
     return list(await seam(engine, "collective_rpc")(method, args=args))
 
 
-def wrap_requests(
-    outputs: OutputProcessor,
-    adds: Callable[[EngineCoreRequest], None],
-    added: Callable[[EngineCoreRequest, RequestState], None],
-    ended: Callable[[str], None],
-    watched: Mapping[str, object],
-    lost: Callable[[str], Exception],
-    decided: Callable[[str, bool], None],
-) -> None:
-    """Wrap the methods of an OutputProcessor so that they report requests to these functions.
-
-    Args:
-        adds: called with each EngineCoreRequest before the OutputProcessor takes it.
-        added: called afterwards with the request and the state that is kept for it.
-        ended: called with the id of each `watched` request that the OutputProcessor has released: because it has
-            finished, was stopped by a string, or was aborted.
-        watched: the requests to watch, by id.
-        lost: called with the id of a request whose stream was lost, and returns the error with which the request ends.
-            The error is raised where the answer of an AsyncLLM is read. An answer of an LLM has the finish reason
-            `error`.
-        decided: called with the id of a request with a condition, and whether the condition holds, before any output
-            of the request is processed.
-    """
+def wrap_requests(outputs: OutputProcessor, requests: Requests) -> None:
+    """Wrap the methods of an OutputProcessor so that `requests` is told of each request."""
     add, process, abort = (
         seam(outputs, "add_request"),
         seam(outputs, "process_outputs"),
@@ -103,15 +83,15 @@ def wrap_requests(
     formed = set[str]()  # the ids of requests whose answers are held to a form
 
     def adding(request: EngineCoreRequest, *args: object, **kwargs: object) -> object:
-        adds(request)
+        requests.check_added(request)
         try:
             out = add(request, *args, **kwargs)
         except BaseException:
             if request.request_id not in states:  # it was not taken, so nothing else will end it
-                ended(request.request_id)
+                requests.let_go(request.request_id)
             raise
         if (state := states.get(request.request_id)) is not None:
-            added(request, state)
+            requests.has_added(request, state)
             if has_form(request.sampling_params):
                 formed.add(request.request_id)
             metrics.current_usage().answer(lambda: answer_length(state))
@@ -122,23 +102,23 @@ def wrap_requests(
         if formed:
             _tell_of_forms(engine_core_outputs, states, formed)
             formed.difference_update([each for each in formed if each not in states])
-        if watched:
-            engine_core_outputs, fallen = _without_lost(engine_core_outputs, states, watched, lost, decided)
+        if requests.held:
+            engine_core_outputs, fallen = _without_lost(engine_core_outputs, states, requests)
         try:
             out = process(engine_core_outputs, *args, **kwargs)
             if fallen:
                 seam(out, "reqs_to_abort").extend(fallen)  # otherwise the engine would go on with them
             return out
         finally:
-            if watched:
+            if requests.held:
                 for one in engine_core_outputs:
-                    if one.request_id in watched and one.request_id not in states:
-                        ended(one.request_id)
+                    if one.request_id in requests.held and one.request_id not in states:
+                        requests.let_go(one.request_id)
 
     def aborting(*args: object, **kwargs: object) -> object:
         out = abort(*args, **kwargs)
         for request_id in out:
-            ended(request_id)
+            requests.let_go(request_id)
         return out
 
     outputs.add_request, outputs.process_outputs, outputs.abort_requests = adding, processing, aborting
@@ -156,20 +136,16 @@ def _tell_of_forms(outputs: Sequence[EngineCoreOutput], states: Mapping[str, Any
 
 
 def _without_lost(
-    outputs: Sequence[EngineCoreOutput],
-    states: Mapping[str, RequestState],
-    watched: Mapping[str, object],
-    lost: Callable[[str], Exception],
-    decided: Callable[[str, bool], None],
+    outputs: Sequence[EngineCoreOutput], states: Mapping[str, RequestState], requests: Requests
 ) -> tuple[Sequence[EngineCoreOutput], list[str]]:
     """The EngineCoreOutputs with an end in place of each output that reports a lost stream, and the ids of the requests
     that end so."""
     found: list[str] = []
-    for one in [one for one in outputs if getattr(one, CORRUPTED) >> ABOVE and one.request_id in watched]:
+    for one in [one for one in outputs if getattr(one, CORRUPTED) >> ABOVE and one.request_id in requests.held]:
         position, holds = news_of(getattr(one, CORRUPTED))
         setattr(one, CORRUPTED, getattr(one, CORRUPTED) & ((1 << ABOVE) - 1))  # keep only the bits of vLLM's own count
         if holds is not None:
-            decided(one.request_id, holds)
+            requests.decided(one.request_id, holds)
         if position is not None and one.request_id in states:
             found.append(one.request_id)
     if not found:
@@ -178,7 +154,7 @@ def _without_lost(
 
     fallen: dict[str, str] = {}
     for request_id in found:
-        error = lost(request_id)
+        error = requests.lost(request_id)
         fallen[request_id] = str(error)
         if (queue := getattr(states[request_id], "queue", None)) is not None:
             # Put the error in before the output: the queue then takes no output any more. The other answers to the same

@@ -4,7 +4,7 @@ only small objects. If vLLM is installed, their types are checked against vLLM's
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
@@ -44,6 +44,30 @@ if TYPE_CHECKING:
 Call: TypeAlias = Callable[..., list[Any]]
 #: The same on the event loop that drives the engine.
 CallAsync: TypeAlias = Callable[..., Awaitable[list[Any]]]
+
+
+class Requests(Protocol):
+    """Who is told of the requests of an engine."""
+
+    @property
+    def held(self) -> Mapping[str, object]:
+        """The requests, by id, of whose end it is told."""
+
+    def check_added(self, request: EngineCoreRequest) -> None:
+        """Told of each request before the OutputProcessor takes it."""
+
+    def has_added(self, request: EngineCoreRequest, state: RequestState) -> None:
+        """Told afterwards, with the state that is kept for the request."""
+
+    def let_go(self, request_id: str) -> None:
+        """Told of the end of a held request: it has finished, was stopped by a string, or was aborted."""
+
+    def lost(self, request_id: str) -> Exception:
+        """Told that the stream of a held request was lost. Returns the error with which the request ends: it is raised
+        where the answer of an AsyncLLM is read, and an answer of an LLM has the finish reason `error`."""
+
+    def decided(self, request_id: str, holds: bool) -> None:
+        """Told whether the condition of a held request holds, before any of its output is processed."""
 
 
 class Worker(Protocol):

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from steer.errors import EngineFailed, NoRoom, RequestFailed, SteerError
+from steer.errors import EngineFailed, NoRoom, RequestError, RequestFailed, SteerError
 from steer.hf.internals import Decoding, check_model, logits_in_pieces
 from steer.hf.sampling import NO_LOGITS, Sampler, Sampling, Token, report, sample
 from steer.hf.steering import Steering
@@ -93,8 +93,12 @@ class Engine(abc.ABC):
         """Answer as `generate` does, without a check of the capacity: the self-check at start makes as many requests as
         it needs."""
 
-    def admit(self, count: int) -> None:
-        """Raise NoRoom if there is no place for `count` more requests."""
+    def admit(self, count: int, param: str = "n") -> None:
+        """Raise NoRoom if there is no place for `count` more requests now, and RequestError if there never is. `param`:
+        the field that asks for them."""
+        if count > self.capacity:
+            message = f"{param}: prompts × n are {count} answers, and at most {self.capacity} can be in flight here"
+            raise RequestError(message, param=param)
         if self.in_flight + count > self.capacity:
             raise NoRoom(
                 f"{self.in_flight} requests are running or waiting and {count} more came; at most {self.capacity} can "

@@ -114,9 +114,9 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     raise errors.HTTPProblem(errors.Code.BODY_TOO_LARGE, f"the body is over the limit of {limit} bytes")
 
 
-async def understood(work: Callable[[], T], size: int) -> T:
+async def understood(work: Callable[[], T], size: int, kind: Kind = "body") -> T:
     """Run `work` on a body of `size` bytes, in a thread unless the body is small."""
-    return work() if size <= SMALL else await offload("body", size, work)
+    return work() if size <= SMALL else await offload(kind, size, work)
 
 
 def parse_body(data: bytes) -> dict[str, object]:
@@ -215,8 +215,7 @@ def check_size(body: dict[str, object]) -> None:
         if (value := body.get(name)) is not None and type(value) is not int:
             raise RequestError(f"{name}: {brief(value)} is not accepted: a whole number", param=name)
     if answers > MAX_ANSWERS:
-        counts = _prompts(body)
-        name = max(counts, key=counts.__getitem__) if prompts > 1 else "n" if body.get("n") == each else "best_of"
+        name = asks_most(body)
         raise RequestError(f"{name}: prompts × n are {answers} answers, over {MAX_ANSWERS}", param=name)
     for name in ("messages", "input"):
         items = 0
@@ -252,14 +251,22 @@ def prompt_count(body: dict[str, object]) -> int:
     return max(1, sum(_prompts(body).values()))
 
 
+def asks_most(body: dict[str, object]) -> str:
+    """The field that asks for the most answers, or for the most prompts if there are several."""
+    counts, each = _prompts(body), _answers(body)
+    if sum(counts.values()) > 1:
+        return max(counts, key=counts.__getitem__)
+    return "n" if each == 1 or body.get("n") == each else "best_of"
+
+
 def _prompts(body: dict[str, object]) -> dict[str, int]:
     """How many prompts each field of an unchecked body has. A list of numbers is one prompt. On routes of vLLM's own,
     `messages` is a list of conversations, and each of the `items` to score is a prompt."""
-    parts: dict[str, type] = {"prompt": int, "messages": dict}  # of one prompt
+    parts: dict[str, type | tuple[type, ...]] = {"prompt": (int, float), "messages": dict}  # of one prompt
     counts = {}
     for name in ("prompt", "prompt_embeds", "messages", "items"):
         value = body.get(name)
-        if isinstance(value, list) and value and not isinstance(value[0], parts.get(name, ())):
+        if isinstance(value, list) and not (value and isinstance(value[0], parts.get(name, ()))):
             counts[name] = len(value)
         elif value is not None:
             counts[name] = 1

@@ -124,7 +124,7 @@ def router(served: Served) -> APIRouter:
         served.check_model(body.model)
         admission: Admission = request.scope["steer"]
         read, prompts = admission.readout, body.prompts
-        engine.admit(len(prompts) * body.n)
+        engine.admit(len(prompts) * body.n, "prompt" if len(prompts) > 1 else "n")
         if body.stream and (body.echo or body.max_tokens == 0):
             raise errors.unsupported("echo and max_tokens 0 are not served as a stream", "stream")
 

@@ -54,12 +54,16 @@ class Run:
     Attributes:
         tokens: charged to its key's rates in advance, and given back at the end.
         answers: how many it counts for `requests_at_once`.
+        usage: the tokens that it has used.
+        left: whether it counts for its key no more.
         spec, request_id, line: of an admitted request; `line` is the number of its line in the audit log.
     """
 
     caller: Caller
     tokens: int = 0
     answers: int = 1
+    usage: metrics.Usage = field(default_factory=metrics.Usage)
+    left: bool = False
     spec: Spec = field(default_factory=Spec)
     request_id: str = ""
     line: int | None = None
@@ -406,9 +410,9 @@ class Control:
                 self.shared.count_own(_at_once(name), 1)
         return Run(caller)
 
-    def reserve(self, run: Run, scope: Scope, tokens: int, answers: int = 1) -> None:
+    def reserve(self, run: Run, scope: Scope, tokens: int, answers: int = 1, param: str = "n") -> None:
         """Charge all the tokens that the request may use, and count each of its answers as a running request, by the
-        rules in force now.
+        rules in force now. `param`: the field that asks for several answers.
 
         Raises:
             Refusal: 429 over a limit, 401 if the key was removed meanwhile.
@@ -418,9 +422,8 @@ class Control:
         rules, name = run.caller.rules, run.caller.name
         if name is not None and answers > 1 and (limit := rules.requests_at_once) is not None:
             if answers > limit:
-                raise RequestError(
-                    f"n: prompts × n are {answers} answers, and this key may have {limit} at once", param="n"
-                )
+                message = f"{param}: prompts × n are {answers} answers, and this key may have {limit} at once"
+                raise RequestError(message, param=param)
             with self.shared.lock():
                 if self.shared.total(_at_once(name)) + answers - 1 > limit:
                     raise _over("requests_at_once", rules, 1)
@@ -433,11 +436,15 @@ class Control:
             run.tokens += tokens
 
     def leave(self, run: Run) -> None:
-        """The request has ended in any way: give back what it has charged."""
+        """The answer is complete, or the request has ended in another way: give back what was reserved for it, and
+        charge what it has used. A second call does nothing."""
+        if run.left:
+            return
+        run.left = True
         if (name := run.caller.name) is not None:
             self.shared.count_own(_at_once(name), -run.answers)
-            self._tokens.charge(name, run.caller.rules.tokens_per_minute, -run.tokens)
-            run.tokens = 0
+            used = run.usage.prompt + run.usage.again + run.usage.completion
+            self._tokens.charge(name, run.caller.rules.tokens_per_minute, used - run.tokens)
 
     async def begin(self, run: Run, spec: Spec, model: str | None, scope: Scope) -> None:
         """The request is admitted. Raises Refusal (503) if it is steered and its audit line cannot be written.
@@ -480,17 +487,10 @@ class Control:
             self.shared.count_own(STEERED, -1)
             metrics.STEERED_RUNNING.dec()
 
-    def end(self, run: Run, outcome: str, usage: metrics.Usage) -> None:
+    def end(self, run: Run, outcome: str) -> None:
         self.discard(run)
-        self.charge(run, usage)
-        metrics.count(run.spec, outcome, usage)
-        self._note_end(run, outcome, usage.prompt, usage.completion)
-
-    def charge(self, run: Run, usage: metrics.Usage) -> None:
-        """Charge the tokens that the request has used."""
-        used = usage.prompt + usage.again + usage.completion
-        if run.caller.name is not None:
-            self._tokens.charge(run.caller.name, run.caller.rules.tokens_per_minute, used)
+        metrics.count(run.spec, outcome, run.usage)
+        self._note_end(run, outcome, run.usage.prompt, run.usage.completion)
 
     def _note_end(self, run: Run, outcome: str, prompt: int, completion: int) -> None:
         if run.line is not None:

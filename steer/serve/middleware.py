@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
@@ -26,13 +26,14 @@ from steer.errors import SteerError
 from steer.readout import RequestedReadout
 from steer.registry import Admission, Registry
 from steer.serve import carriers, errors, metrics
-from steer.serve.asgi import Outgoing, with_headers
+from steer.serve.asgi import Outgoing, is_event_stream, with_headers
 from steer.serve.authorise import NO_READOUT, admit
 from steer.serve.body import (
     BODY,
     SIZE,
     Gone,
     answer_count,
+    asks_most,
     check_size,
     parse_body,
     prompt_count,
@@ -67,6 +68,39 @@ def wrap_routes(app: Starlette, layers: Mapping[tuple[str, str], Callable[[ASGIA
                 found.add(path)
                 break
     return found
+
+
+def _before_end(send: Send, done: Callable[[], None]) -> Send:
+    """A `send` that calls `done` before it sends the end of an answer: a client that has read the end may ask again
+    before the app has returned. Clients of OpenAI's API take `[DONE]` for the end of a stream."""
+    streams = False
+
+    async def sending(message: Message) -> None:
+        nonlocal streams
+        if message["type"] == "http.response.start":
+            streams = is_event_stream(message)
+        elif not message.get("more_body") or (streams and message.get("body", b"").rstrip().endswith(b"data: [DONE]")):
+            done()
+        await send(message)
+
+    return sending
+
+
+#: Answers one request, which counts for its key.
+Handler = Callable[[Run, Scope, Receive, Send], Awaitable[None]]
+
+
+async def counted(control: Control, handle: Handler, scope: Scope, receive: Receive, send: Send) -> None:
+    """Have `handle` answer a request, which counts for its key up to the end of the answer."""
+    try:
+        run = control.enter(control.caller(scope))
+    except SteerError as error:
+        await refuse(control, error, scope, receive, send)
+        return
+    try:
+        await handle(run, scope, receive, _before_end(send, partial(control.leave, run)))
+    finally:
+        control.leave(run)
 
 
 async def refuse(control: Control, error: SteerError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,15 +165,7 @@ class SteerMiddleware:
     context: int = 2**15
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            run = self.control.enter(self.control.caller(scope))
-        except SteerError as error:
-            await refuse(self.control, error, scope, receive, send)
-            return
-        try:
-            await self._handle(run, scope, receive, send)
-        finally:
-            self.control.leave(run)
+        await counted(self.control, self._handle, scope, receive, send)
 
     async def _handle(self, run: Run, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.perf_counter()
@@ -148,7 +174,8 @@ class SteerMiddleware:
             check_kind(scope, JSON)
             data = await read_body(scope, receive, self.max_body)
             body, carried, wanted = await understood(partial(self._understand, data, scope), len(data))
-            control.reserve(run, scope, tokens_of(body, len(data), self.context, scope["path"]), answer_count(body))
+            tokens = tokens_of(body, len(data), self.context, scope["path"])
+            control.reserve(run, scope, tokens, answer_count(body), asks_most(body))
             admission = admit(
                 carried,
                 self.registry,
@@ -170,9 +197,9 @@ class SteerMiddleware:
             await refuse(control, error, scope, receive, send)
             return
         answer = _Answer(send, run)
-        with metrics.counting_usage() as usage:
+        with metrics.counting_usage() as run.usage:
             if body.get("use_beam_search"):
-                usage.prompts = prompt_count(body)
+                run.usage.prompts = prompt_count(body)
             try:
                 body.pop(carriers.FIELD, None)
                 body.pop(readout.FIELD, None)
@@ -194,7 +221,7 @@ class SteerMiddleware:
                 raise
             finally:
                 admission.release()
-                control.end(run, "error" if usage.failed else answer.outcome, usage)
+                control.end(run, "error" if run.usage.failed else answer.outcome)
 
     def _understand(
         self, data: bytes, scope: Scope

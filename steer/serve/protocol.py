@@ -110,7 +110,7 @@ _EMPTY: tuple[object, ...] = ("", [], {})
 OF_ROUTE = {"messages": "/v1/chat/completions", "prompt": "/v1/completions"}
 
 
-class StreamOptions(BaseModel, extra="allow"):
+class StreamOptions(BaseModel, extra="allow", strict=True):
     include_usage: bool = Field(False, description="end the stream with a chunk that counts tokens")
 
     @model_validator(mode="before")
@@ -120,7 +120,11 @@ class StreamOptions(BaseModel, extra="allow"):
 
 
 class GenerationRequest(
-    BaseModel, extra="allow", allow_inf_nan=False, json_schema_extra=lambda schema: schema["properties"].update(CARRIED)
+    BaseModel,
+    extra="allow",
+    strict=True,
+    allow_inf_nan=False,
+    json_schema_extra=lambda schema: schema["properties"].update(CARRIED),
 ):
     """The fields that both generation routes share."""
 
@@ -242,7 +246,7 @@ def _wrong(name: str, value: object, meant: set[str], own: Mapping[str, tuple[ob
     if neutral is None:
         if name in OF_ROUTE:
             return f"not of this route: {OF_ROUTE[name]} takes it"
-        return unknown_field(name, meant, listed=False)
+        return f"{unknown_field(name, meant, listed=False)}; /openapi.json has the fields of this route"
     if _among(value, neutral):
         return ""
     takes = ["null", *map(brief, neutral), *(["{'steer': 'refusal'}"] if name == carriers.XARGS else [])]

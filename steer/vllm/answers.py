@@ -20,6 +20,7 @@ from steer.readout import FIELD
 from steer.serve import errors
 from steer.serve.answers import ReadReport
 from steer.serve.asgi import Outgoing, is_event_stream, rewriting
+from steer.serve.body import understood
 
 EVENT = b"data: "
 #: The end of a stream. The text of a chunk cannot contain it, since its line ends are escaped.
@@ -38,20 +39,21 @@ def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
     streamed = False
     last = b""
 
-    def with_applied(answer: dict[str, Any]) -> bytes:
+    def applied(answer: dict[str, Any]) -> dict[str, Any]:
         for choice in answer.get("choices", ()):
-            if choice.get("finish_reason") and (applied := met(answer["id"], choice["index"])) is not None:
-                choice["steer_applied"] = applied
-        return json.dumps(answer).encode()
+            if choice.get("finish_reason") and (held := met(answer["id"], choice["index"])) is not None:
+                choice["steer_applied"] = held
+        return answer
 
     async def whole(body: bytes) -> bytes:
-        answer = json.loads(body)
+        answer = await understood(lambda: json.loads(body), len(body), "answer")
         if not isinstance(answer, dict) or "choices" not in answer:  # what vLLM sends to a client that has left
             return body
         if fetch is not None:
             for choice in answer["choices"]:
                 choice[FIELD] = await fetch()
-        return with_applied(answer)
+        applied(answer)
+        return await understood(lambda: json.dumps(answer).encode(), len(body), "answer")
 
     async def with_chunk(message: Message) -> Message:
         nonlocal last
@@ -60,10 +62,9 @@ def with_fields(send: Send, met: Met, fetch: Fetch | None = None) -> Send:
         before, end = (body[: done.start()], body[done.start() :]) if done else (body, b"")
         if b'"choices"' in before:
             last = before
-            lines = before.split(b"\n")
             before = b"\n".join(
-                EVENT + with_applied(json.loads(line.removeprefix(EVENT))) if ENDS.search(line) else line
-                for line in lines
+                line if not ENDS.search(line) else EVENT + json.dumps(applied(json.loads(line[len(EVENT) :]))).encode()
+                for line in before.split(b"\n")
             )
         chunk = b""
         if done and last and fetch is not None:

@@ -84,7 +84,8 @@ def salted(request: EngineCoreRequest, spec: Spec) -> str:
     """
     length = internals.engine.prompt_length(request)
     if not spec.everywhere and not length:
-        raise SpecError("tokens: cannot be used with a prompt that is given as embeddings", param="steer.tokens")
+        name = "if" if any(entry.condition for entry in spec.entries) else "tokens"
+        raise SpecError(f"{name}: cannot be used with a prompt that is given as embeddings", param=f"steer.{name}")
     prompt = prompt_of(request.sampling_params, length)
     return (request.cache_salt or "") + salt(spec, prompt, internals.engine.image_spans(request))
 

@@ -43,6 +43,7 @@ from steer.serve.body import (
     SIZE,
     Gone,
     answer_count,
+    asks_most,
     check_size,
     engine_bytes,
     offload,
@@ -57,7 +58,7 @@ from steer.serve.body import (
 from steer.serve.connection import PROTOCOL
 from steer.serve.control import Control, Run, request_id
 from steer.serve.errors import Code, HTTPProblem
-from steer.serve.middleware import RenderingWatch, SteerMiddleware, refuse, wrap_routes
+from steer.serve.middleware import RenderingWatch, SteerMiddleware, counted, refuse, wrap_routes
 from steer.settings import ControlSettings
 from steer.spec import Spec
 from steer.vllm import frontend as front_ends
@@ -90,6 +91,8 @@ MANAGER_FIELDS: Mapping[str, str] = {
 #: Routes whose answers have choices, to which the read-out and `steer_applied` are added. A server must have them.
 READ_ROUTES = ("/v1/chat/completions", "/v1/completions")
 NOT_READ = f"this route gives no read-out: ask {' or '.join(READ_ROUTES)}"
+#: The route of vLLM whose body has the options in `sampling_params`.
+NESTING_ROUTE = "/inference/v1/generate"
 MODELS_ROUTE = "/v1/models"
 HEALTH_ROUTE = "/health"
 MAX_BODY = 64 * 2**20
@@ -377,16 +380,7 @@ class Other(_Layer):
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)  # the way stays closed
             return
-        control = control_of(scope["app"])
-        try:
-            run = control.enter(control.caller(scope))
-        except SteerError as error:
-            await refuse(control, error, scope, receive, send)
-            return
-        try:
-            await self._handle(run, scope, receive, send)
-        finally:
-            control.leave(run)
+        await counted(control_of(scope["app"]), self._handle, scope, receive, send)
 
     async def _handle(self, run: Run, scope: Scope, receive: Receive, send: Send) -> None:
         app = scope["app"]
@@ -394,7 +388,7 @@ class Other(_Layer):
         try:
             data = await read_body(scope, receive, MAX_BODY)
             body = await _understood(scope, data)
-            front, fields = front_end_of(app), _fields(body)
+            front, fields = front_end_of(app), _fields(body, scope["path"])
             check_text(body, len(data), front)
             check_repeated(fields, len(data))
             run.caller = control.renewed(scope)
@@ -412,7 +406,7 @@ class Other(_Layer):
             await refuse(control, error, scope, receive, send)
             return
         rules, tokens = run.caller.rules, tokens_of(fields, len(data), front.context, scope["path"])
-        reserve = partial(control.reserve, run, scope, tokens, answer_count(fields))
+        reserve = partial(control.reserve, run, scope, tokens, answer_count(fields), asks_most(fields))
         way = Passage(body is not None and _may_be_plain(scope), rules.forms, run.caller.manages, reserve)
 
         async def sending(message: Message) -> None:
@@ -421,16 +415,15 @@ class Other(_Layer):
             await send(message)
 
         control.add(run)
-        with metrics.counting_usage() as usage:
+        with metrics.counting_usage() as run.usage:
             if fields.get("use_beam_search"):
-                usage.prompts = prompt_count(fields)
+                run.usage.prompts = prompt_count(fields)
             try:
                 await run.serve(
                     partial(_run, self.app, control, way, body), scope, replay(data, receive), Outgoing(sending)
                 )
             finally:
                 control.discard(run)
-                control.charge(run, usage)
 
 
 def _may_be_plain(scope: Scope) -> bool:
@@ -457,7 +450,7 @@ async def _understood(scope: Scope, data: bytes) -> object:
             return None
 
     def read() -> dict[str, object]:
-        check_size(_fields(body := parse_body(data)))
+        check_size(_fields(body := parse_body(data), scope["path"]))
         return body
 
     try:
@@ -468,10 +461,11 @@ async def _understood(scope: Scope, data: bytes) -> object:
         return None
 
 
-def _fields(body: object) -> dict[str, object]:
-    """The fields of a body, with those that some routes of vLLM have in its `sampling_params`."""
+def _fields(body: object, path: str) -> dict[str, object]:
+    """The fields of a body, and on `NESTING_ROUTE` those of its `sampling_params`, which are read there in their
+    place."""
     fields = dict(body) if isinstance(body, dict) else {}
-    params = fields.pop("sampling_params", None)
+    params = fields.pop("sampling_params", None) if path.endswith(NESTING_ROUTE) else None
     return fields | params if isinstance(params, dict) else fields
 
 

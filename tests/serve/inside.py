@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,10 @@ async def post(
     path: str = "/v1/completions",
     method: str = "POST",
     whole: asyncio.Event | None = None,
+    seen: Callable[[Message], object] = lambda message: None,
 ) -> tuple[int, dict[str, str], bytes]:
-    """One request, whose body comes when it is `whole`: status, headers, body."""
+    """One request, whose body comes when it is `whole`: status, headers, body. `seen` is called with each message of
+    the answer, as it is sent."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     scope: Scope = {
         "type": "http",
@@ -125,6 +127,7 @@ async def post(
 
     async def send(message: Message) -> None:
         sent.append(message)
+        seen(message)
 
     await app(scope, receive, send)
     status = int(sent[0]["status"])

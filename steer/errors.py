@@ -180,7 +180,7 @@ def problem_text(item: ErrorDetails) -> str:
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])[:MAX_PROBLEM]
     what = describe_expected(item["type"], item.get("ctx", {}))
-    if what.endswith("number") and isinstance(item.get("input"), str) and "," in item["input"]:
+    if what == "a number" and isinstance(item.get("input"), str) and "," in item["input"]:
         what += " (with a decimal point, like 0.5)"
     if what == "a list" and isinstance(item.get("input"), str):
         what = f"a list, like [{brief(item['input'])}]"

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import pytest
 import torch
@@ -27,13 +28,13 @@ from typer.testing import CliRunner, Result
 from steer._version import __version__
 from steer.cli.app import app
 from steer.cli.console import reported
-from steer.cli.evaluate import Applied
+from steer.cli.evaluate import Applied, _warn_of_swapped
 from steer.cli.options import Sites, expanded
 from steer.demo import MODEL
 from steer.direction import Direction
 from steer.errors import InvalidInput
 from steer.lab.derive import layer_weights
-from steer.lab.evaluation.report import Report
+from steer.lab.evaluation.report import Rate, Report
 from steer.lab.measurement import Measurement
 from steer.settings import ModelOrigin, ModelSettings, ServeSettings
 from tests import models
@@ -294,6 +295,25 @@ def test_derive_inspect_eval(
     assert "KL(plain ‖ steered)" in run("eval", str(tiny_folder), *options).stdout
     told = run("eval", str(tiny_folder), *options, "--harmless", harmful, code=2)
     assert "13 prompts are in both harmful.txt and harmful.txt" in told.stderr
+
+
+@pytest.mark.parametrize(("harmful", "harmless", "warned"), [(3, 1, False), (2, 2, False), (1, 3, True)])
+def test_sets_that_seem_to_be_swapped_are_told_of(
+    harmful: int, harmless: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    sets = [
+        types.SimpleNamespace(name=name, arms=[types.SimpleNamespace(shown=Rate.of([n < hits for n in range(4)]))])
+        for name, hits in (("harmful", harmful), ("harmless", harmless))
+    ]
+    _warn_of_swapped(cast(Any, sets), "refusal")
+    assert ("are they swapped?" in caplog.text) == warned
+    assert ("'refusal' in 1 of 4 answers to --harmful, in 3 of 4 to --harmless" in caplog.text) == warned
+
+
+def test_a_whole_number_is_not_asked_for_with_a_decimal_point() -> None:
+    told = run("derive", "m", "-o", "d.safetensors", "--position", "1,2", code=2).stderr
+    assert "'1,2' is not accepted: a whole number" in told
+    assert "decimal point" not in told
 
 
 def test_a_calibrated_direction_says_how_far_no_harm_was_seen(tmp_path: Path) -> None:
@@ -560,6 +580,8 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
     told = run("convert", file, str(tmp_path / "d.gguf"))
     assert "its mode is one_sided" in told.stderr
     told = run("convert", str(tmp_path / "d.gguf"), str(tmp_path / "back.safetensors"), "--model", model)
+    assert "warning: its mode is add, at all of 2 layers" in told.stderr  # a GGUF file has no block 0
+    assert "back:add@1, and `steer check` shows" in told.stderr
     assert "mode add, modes ablate, add" in told.stdout
     told = run("convert", file, str(tmp_path / "direction.pt"))
     assert f"wrote {tmp_path}/direction.pt and {tmp_path}/direction_metadata.json from a direction" in told.stdout

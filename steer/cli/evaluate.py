@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from steer.direction import Direction
     from steer.lab.behaviour import Behaviour
     from steer.lab.evaluation.arms import Arm
-    from steer.lab.evaluation.report import TaskScore
+    from steer.lab.evaluation.report import SetResult, TaskScore
     from steer.lab.resume import Cache
 
 log = logging.getLogger("steer")
@@ -208,6 +208,7 @@ def evaluate(
             text=found.text,
             tasks=lm_eval.scores(model, opening, found.arms, cache),
         )
+        _warn_of_swapped(found.sets, behaviour.name)
         if report is not None:
             two = {name: sets[name] for name in ("harmful", "harmless")}
             projections = projected(source, arms[0].direction, two, rendering, batch_size)
@@ -291,6 +292,17 @@ def _checked(
             opt.check_output(applied.calibrate, "--calibrate")
     InvalidInput.raise_for(problems)
     return rendering, behaviour
+
+
+def _warn_of_swapped(sets: Iterable[SetResult], behaviour: str) -> None:
+    """Log a warning if the plain model shows the behaviour more often in its answers to the harmless prompts."""
+    shown = {one.name: one.arms[0].shown for one in sets}
+    harmful, harmless = (shown[name] for name in ("harmful", "harmless"))
+    if harmless.rate > harmful.rate:
+        log.warning(
+            "the plain model shows '%s' in %d of %d answers to --harmful, in %d of %d to --harmless: are they swapped?",
+            *(behaviour, harmful.hits, harmful.count, harmless.hits, harmless.count),
+        )
 
 
 def _warn_of_known(arms: Sequence[Arm], sets: Mapping[str, PromptSet]) -> None:

@@ -101,7 +101,8 @@ def select(
     meta = direction.meta
     answered = [row for row in meta.selection["candidates"] if "refused" in row]
     typer.echo(f"{len(meta.selection['candidates'])} candidates, {len(answered)} of them answered:")
-    rows = [
+    rows = [["the plain model", "", "", "", f"{meta.selection['refused_plain']:.2f}", "", ""]]
+    rows += [
         [
             row["method"] + (f" t={row['parameters']['t']:g}" if "t" in row["parameters"] else ""),
             str(row["parameters"]["position"]),
@@ -212,7 +213,7 @@ def search(
         evaluator.check_room([*sets, *([] if border is None else [border])])
 
         def after(found: list[Trial]) -> None:
-            progress.write(f"\n{len(found)} of {trials} trials, the front so far:\n{front_table(found)}")
+            progress.write(f"\n{len(found)} of {most} trials, the front so far:\n{front_table(found)}")
 
         found = begun.run(evaluator, tried, trials, after, judging)
     write_front(begun, found)

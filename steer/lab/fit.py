@@ -31,7 +31,7 @@ from steer.lab.measurement import Measurement
 from steer.lab.methods import make_method
 from steer.lab.methods.base import Method
 from steer.lab.progress import answering
-from steer.lab.prompts import LEAST_SHOWN, TRIED, PromptSet, Split
+from steer.lab.prompts import TRIED, PromptSet, Split
 from steer.lab.race import Figures, Race, Sets
 from steer.lab.resume import Alone, Cache
 from steer.lab.source import Source
@@ -283,7 +283,7 @@ def fit(
     tried.progress.plan(select.CHOOSING, most_work(split, choice, tried.max_tokens, behaviour))
     with tried.progress.part(select.CHOOSING):
         selection = select.Selection(Race(tried, behaviour, sets, judge), cache)
-        _check_plain(selection.race, behaviour)
+        selection.check_shown()
         finalists = selection.run(_screened_in_turn(measurement, selection, choice, begun))
         chosen = _unharmed(selection, finalists)
     assert chosen.figures is not None
@@ -313,22 +313,6 @@ def _screened_in_turn(
         with suppress(DegenerateError):  # if none of these recipes gives a direction
             known = [*known, *(selection.screen(select.entrants_of(measurement, recipes)) if recipes else [])]
     return select.through(known, FINALISTS)
-
-
-def _check_plain(race: Race, behaviour: Behaviour) -> None:
-    """Raise NothingFound if the plain model shows the behaviour too seldom for a change to be noticed."""
-    shown, count = sum(race.plain.asked), len(race.plain.asked)
-    if shown >= LEAST_SHOWN:
-        return
-    advice = "give others that show it, or --behaviour with what is to be removed"
-    if shown:
-        advice = f"give {LEAST_SHOWN / shown:.1f} times as many prompts, or {advice}"
-    if race.unanswered:
-        advice = f"{race.unanswered} answers did not come to the end of their thinking: give more --max-tokens"
-    raise NothingFound(
-        f"the plain model shows '{behaviour.name}' in {shown} of the {count} answers on which candidates are tried, "
-        f"and fewer than {LEAST_SHOWN} tell nothing: {advice}"
-    )
 
 
 def _unharmed(selection: select.Selection, finalists: Sequence[select.Entrant]) -> select.Entrant:

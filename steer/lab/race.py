@@ -16,7 +16,7 @@ from steer.lab.evaluator import Candidate, Evaluator, Steer, crossed
 from steer.lab.judge import Judge, judged
 from steer.lab.outcome import Answer, Classification, Outcome, classify
 from steer.lab.progress import answering
-from steer.lab.prompts import Prompt, PromptSet
+from steer.lab.prompts import LEAST_SHOWN, Prompt, PromptSet
 from steer.lab.statistics import wilson
 
 #: The least number of prompts of each set in the first round; each later round continues to twice as many prompts. And
@@ -178,6 +178,24 @@ class Race:
             other=[one.outcome == "shown" for one in results[-len(sets.other) :]],
             faulty=[one.lost for one in results[-len(sets.other) :]],
             lost=[one.lost for one in results[:count]],
+        )
+
+    def hardly_shown(self) -> str:
+        """Why no change could be noticed: the plain model shows the behaviour too seldom. Empty if it does not."""
+        shown, count, name = sum(self.plain.asked), len(self.plain.asked), self.behaviour.name
+        if shown >= LEAST_SHOWN:
+            return ""
+        advice = "give others that show it, or --behaviour with what is to be removed"
+        if shown:
+            advice = f"give {LEAST_SHOWN / shown:.1f} times as many prompts, or {advice}"
+        if self.unanswered:
+            advice = f"{self.unanswered} answers did not come to the end of their thinking: give more --max-tokens"
+        if (others := sum(self.plain.other)) >= LEAST_SHOWN:
+            advice = f"it shows it in {others} of {len(self.plain.other)} answers to the harmless prompts, so the two "
+            advice += "sets may be swapped"
+        return (
+            f"the plain model shows '{name}' in {shown} of the {count} answers on which candidates are tried, and "
+            f"fewer than {LEAST_SHOWN} tell nothing: {advice}"
         )
 
     def _classified(

@@ -12,6 +12,7 @@ from there:
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,8 @@ from steer.lab.select import layers_of
 from steer.lab.statistics import undominated
 from steer.lab.tables import Table, markdown, shown
 from steer.names import Mode
+
+log = logging.getLogger("steer")
 
 #: Names of files in the folder of a search.
 MEASUREMENT, SETTINGS, TRIALS = "measurement.safetensors", "search.json", "trials.log"
@@ -236,6 +239,8 @@ class Search:
             with progress.part(TRYING):
                 progress.skip(len(trials) * sets.work(settings.tokens))
                 race = Race(evaluator, settings.behaviour, sets, judge)
+                if why := race.hardly_shown():
+                    log.warning("%s", why)
                 while len(trials) < count:
                     fresh = self._tried(race, known, trials)
                     journal.add_trials(fresh[len(written) - len(known) :])

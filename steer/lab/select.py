@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from steer.direction import Direction
-from steer.errors import DegenerateError, InvalidInput, noted, prefixed
+from steer.errors import DegenerateError, InvalidInput, NothingFound, noted, prefixed
 from steer.lab.behaviour import REFUSAL, Behaviour
 from steer.lab.derive import Recipe, check_needs, derive, separated, source_layer
 from steer.lab.evaluator import Candidate, MakeEvaluator, first_tokens
@@ -154,6 +154,11 @@ class Selection:
         #: Every candidate that was tried, with all its figures.
         self.tried: dict[Recipe, Entrant] = {}
 
+    def check_shown(self) -> None:
+        """Raise NothingFound if the plain model shows the behaviour too seldom for a change to be noticed."""
+        if why := self.race.hardly_shown():
+            raise NothingFound(why)
+
     def screen(self, entrants: Sequence[Entrant]) -> list[Entrant]:
         """Return `entrants` with their figures from one pass, or from answers if the behaviour has no openings."""
 
@@ -224,6 +229,7 @@ def select(
     Raises:
         InvalidInput: has every part of the grid that the measurement cannot make.
         DegenerateError: no candidate is left.
+        NothingFound: the plain model hardly shows the behaviour, or no candidate lessens it.
     """
     entrants = entrants_of(measurement, grid.recipes(measurement, recipe))
     sets = Sets.drawn(asked, other, limit=prompts)
@@ -232,9 +238,18 @@ def select(
     tried.progress.plan(CHOOSING, work(sets, tokens, len(entrants), survivors if screened else None))
     with tried.progress.part(CHOOSING):
         selection = Selection(Race(tried, behaviour, sets, judge))
+        selection.check_shown()
         selection.tried |= {e.recipe: e for e in entrants}
         kept = through(selection.screen(entrants), survivors) if screened else entrants
         chosen = best(selection.run(kept))
+    plain, figures = selection.race.plain, chosen.figures
+    assert figures is not None
+    if sum(figures.left) >= sum(plain.left):
+        raise NothingFound(
+            f"none of {len(entrants)} candidates lessens '{behaviour.name}': the plain model shows it in "
+            f"{sum(plain.asked)} of {len(plain.asked)} answers, the best candidate in {sum(figures.asked)}"
+            + (f", and {sum(figures.lost)} are lost" if any(figures.lost) else "")
+        )
     return derive(measurement, chosen.recipe, selection.metadata(chosen))
 
 

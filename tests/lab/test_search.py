@@ -342,22 +342,3 @@ def test_bad_options_are_errors_of_the_command(
     assert said in done.output
     assert not (files / "f" / TRIALS).exists()
     assert not (files / "f" / MEASUREMENT).exists() or "method" in changes
-
-
-def test_select_is_a_command(tiny_folder: Path, files: Path, measured: Measurement) -> None:
-    measured.save(files / "m.safetensors")
-    options = ["--harmful", str(files / "harmful.txt"), "--harmless", str(files / "harmless.txt")]
-    command = ["select", str(files / "m.safetensors"), str(tiny_folder), *options, "-o", str(files / "d.safetensors")]
-    done = CliRunner().invoke(app, [*command, "--prompts", "8", "--max-tokens", "3", "--t", "0,1", "--survivors", "3"])
-    assert done.exit_code == 0, done.output
-    direction = Direction.load(files / "d.safetensors")
-    assert len([row for row in direction.meta.selection["candidates"] if "refused" in row]) == 3
-    assert direction.meta.mode in ("ablate", "one_sided")
-    for bad, said in (
-        (["--layer", "one"], "--layer: 'one' is not accepted: a whole number"),
-        (["--mode", "no"], "mode"),
-        (["--method", "linear", "--t", "0.5"], "--t: no method of linear has a t"),
-    ):
-        done = CliRunner().invoke(app, [*command, *bad])
-        assert done.exit_code == 2
-        assert said in done.output

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from steer.cli.app import app
 from steer.demo import MODEL, PROMPTS
 from steer.direction import Direction
-from steer.errors import DegenerateError, InvalidInput
+from steer.errors import DegenerateError, InvalidInput, NothingFound
 from steer.hf.load import Loaded, load
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
@@ -119,10 +122,55 @@ def test_a_judge_decides_in_place_of_the_patterns(
     planted: Measurement, sets: tuple[PromptSet, PromptSet], evaluator: Evaluator
 ) -> None:
     grid = Grid((SLERP,), (-1,), layers=(GOOD, 0))
-    with judging(lambda _: (200, "yes")) as (url, _, _):
+    asked: list[object] = []
+
+    def verdict(body: object) -> tuple[int, str]:
+        asked.append(body)
+        return 200, "yes" if len(asked) <= 16 else "no"  # the plain answers come first, to 8 prompts of each set
+
+    with judging(verdict) as (url, _, _):
         judge = ChatJudge(url, "judge", REFUSAL)
-        found = select(planted, Recipe(), grid, *sets, lambda _rank, _tokens: evaluator, judge=judge, prompts=4)
-    assert [row["refused"] for row in found.meta.selection["candidates"]] == [1, 1]
+        found = select(planted, Recipe(), grid, *sets, lambda _rank, _tokens: evaluator, judge=judge, prompts=8)
+    assert found.meta.selection["refused_plain"] == 1
+    assert [row["refused"] for row in found.meta.selection["candidates"]] == [0, 0]
+
+
+def test_nothing_is_found_where_nothing_can_be_noticed_or_nothing_is_less(
+    planted: Measurement, sets: tuple[PromptSet, PromptSet], evaluator: Evaluator
+) -> None:
+    def tried(harmful: PromptSet, harmless: PromptSet, layer: int = GOOD, prompts: int = 8) -> Direction:
+        grid = Grid((SLERP,), (-1,), layers=(layer,))
+        return select(planted, Recipe(), grid, harmful, harmless, lambda _rank, _tokens: evaluator, prompts=prompts)
+
+    harmful, harmless = sets
+    with pytest.raises(NothingFound, match=r"in 0 of the 8 answers .* 8 of 8 answers to the harmless .* swapped"):
+        tried(harmless, harmful)
+    with pytest.raises(NothingFound, match=r"in 4 of the 4 answers .*: give 1\.8 times as many prompts"):
+        tried(harmful, harmless, prompts=4)
+    with pytest.raises(NothingFound, match=r"none of 1 candidates lessens 'refusal': .* 8 of 8 answers, .* in 8"):
+        tried(harmful, harmless, layer=0)
+
+
+def test_select_is_a_command(planted: Measurement, tmp_path: Path) -> None:
+    measured, made = tmp_path / "m.safetensors", tmp_path / "d.safetensors"
+    planted.save(measured)
+    options = [f"--{cls}={PROMPTS / name}.test.txt" for cls, name in (("harmful", "refused"), ("harmless", "harmless"))]
+    command = ["select", str(measured), str(MODEL), *options, "-o", str(made)]
+    less = ["--prompts", "8", "--max-tokens", "16", "--method", "slerp", "--t", "0,1", "--survivors", "3"]
+    done = CliRunner().invoke(app, [*command, *less, "--position", "-1", "--layer", f"0,{GOOD}"])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"the plain model [ |]*1\.00", done.output)
+    direction = Direction.load(made)
+    assert len([row for row in direction.meta.selection["candidates"] if "refused" in row]) == 3
+    assert direction.meta.mode in ("ablate", "one_sided")
+    for bad, said in (
+        (["--layer", "one"], "--layer: 'one' is not accepted: a whole number"),
+        (["--mode", "no"], "mode"),
+        (["--method", "linear", "--t", "0.5"], "--t: no method of linear has a t"),
+    ):
+        done = CliRunner().invoke(app, [*command, *bad])
+        assert done.exit_code == 2
+        assert said in done.output
 
 
 def test_a_grid_that_cannot_be_made_is_refused_with_all_reasons(

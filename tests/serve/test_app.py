@@ -90,7 +90,8 @@ def test_a_stream_says_what_the_whole_answer_says(tiny_server: Server, route: st
 def test_a_request_under_a_condition_is_plain_or_steered_and_its_end_says_which(
     tiny_server: Server, route: str
 ) -> None:
-    plain, steered = (ask(tiny_server, route, logprobs=1, steer=s) for s in ("off", "refusal@1-2@answer=3"))
+    logprobs = True if route == "chat" else 1
+    plain, steered = (ask(tiny_server, route, logprobs=logprobs, steer=s) for s in ("off", "refusal@1-2@answer=3"))
     assert text(plain) != text(steered)
     for number, holds in ((-1e6, True), (1e6, False)):
         for spec in (
@@ -402,7 +403,7 @@ def test_a_client_brings_no_template_but_variables_of_the_models_own(tiny_server
 
 def test_a_request_is_counted_before_work_is_done_for_it(tiny_server: Server) -> None:
     too_long = ["x" * 600] * 500  # which is found out by tokenizing
-    assert error(tiny_server.complete(too_long, n=2), 429)["code"] == "queue_full"
+    assert "1000 answers, and at most 512" in error(tiny_server.complete(too_long, n=2), 400)["message"]
     assert error(tiny_server.complete(too_long[:1], n=64), 400)["code"] == "context_length_exceeded"
     longer = error(tiny_server.complete("x" * 8_000_000), 400)
     assert "no text of more than 2560" in longer["message"]
@@ -624,10 +625,28 @@ def test_losing_the_client_frees_its_place_and_its_version(tiny_server: Server) 
 
 def test_a_full_queue_gets_a_429_with_retry_after(tiny_folder: Any, tmp_path: Any) -> None:
     with Server(str(tiny_folder), "--directions", str(tmp_path), "--max-requests", "2") as server:
-        response = server.complete(n=3)
-        assert error(response, 429)["code"] == "queue_full"
-        assert int(response.headers["retry-after"]) >= 1
-        assert text(server.complete(n=2))
+        never = error(server.complete(n=3), 400)
+        assert (never["param"], "3 answers, and at most 2 can be in flight" in never["message"]) == ("n", True)
+        long = {
+            "model": server.model_name,
+            "prompt": "x",
+            "n": 2,
+            "max_tokens": 480,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        refused: list[httpx.Response] = []
+
+        def full() -> bool:
+            with server.client.stream("POST", "/v1/completions", json=long) as answer:
+                next(answer.iter_lines())
+                refused.append(server.complete())  # unless the others ended before it came
+            return refused[-1].status_code == 429
+
+        eventually(full)
+        assert error(refused[-1], 429)["code"] == "queue_full"
+        assert int(refused[-1].headers["retry-after"]) >= 1
+        eventually(lambda: server.complete(n=2).status_code == 200)
 
 
 def test_a_server_default_and_how_to_switch_it_off(tiny_server: Server, tiny_folder: Any) -> None:

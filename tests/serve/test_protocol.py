@@ -133,3 +133,23 @@ def test_no_value_of_any_field_gets_past_its_row(tiny_server: Server) -> None:
     life.look()
     assert not outcome.findings, "\n".join(f"{kind}: {what}" for kind, what in outcome.findings.items())
     assert set(outcome.counts) >= {"200", "400"}
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "right"),
+    [
+        ("max_tokens", ["5", True, 5.0], 5),
+        ("n", ["2", True, 2.0], 2),
+        ("seed", ["7", False], 7),
+        ("temperature", ["0.5", True], 1),  # a whole number is a number
+        ("top_p", ["1", True], 1),
+        ("stream", ["true", 1, 1.0], True),
+        ("stop_token_ids", [[True], ["5"]], [5]),
+    ],
+)
+def test_a_value_of_another_type_is_not_taken_for_what_it_looks_like(field: str, wrong: list[Any], right: Any) -> None:
+    body = {"model": "m", "prompt": "x"}
+    assert getattr(CompletionRequest.model_validate(body | {field: right}), field) == right
+    for value in wrong:
+        with pytest.raises(ValidationError, match=field):
+            CompletionRequest.model_validate(body | {field: value})

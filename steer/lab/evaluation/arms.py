@@ -82,13 +82,15 @@ def arms_of(
     probed = None
     if condition is not None and places and places[0].condition is not None:
         name = places[0].condition.direction
-        if found := [file for file in (*files, *([probe] if probe else [])) if file.stem == name]:
+        beside = (*files, *([probe] if probe else []))
+        if found := [file for file in beside if file.stem == name]:
             data = read_file(found[-1])
             probed = Direction.from_bytes(data, source=str(found[-1]))
             version = replace(places[0].condition, digest=digest(data))
             places = [replace(place, condition=version) for place in places]
         else:
-            problems.append(f"--condition: '{name}' is no file of --direction or --probe, whose names have no suffix")
+            accepted = ", ".join(dict.fromkeys(file.stem for file in beside))
+            problems.append(f"--condition: '{name}' is no file of --direction or --probe; accepted: {accepted}")
         if probe is not None and probe.stem != name:
             problems.append(f"--probe: {probe} is not of the condition's direction, whose name is '{name}'")
     arms: list[Arm] = []

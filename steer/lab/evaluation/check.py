@@ -95,13 +95,16 @@ def check(
     sign = Sign(layer_of(arm.direction), auc, p, "none" if p >= SURE else "right" if auc > 0.5 else "wrong")
     layers = acting(arm.direction, mode)
     problems = [] if layers else [f"acts at no layer in the mode {mode}"]
-    if sign.side == "wrong":
-        message = f"wrong sign: it points from {sets[HARMFUL].name} to {sets[HARMLESS].name}"
-        (problems if mode in SIGNED else notes).append(message)
     theirs, ours = arm.direction.meta.chat_template_sha256, source.facts.chat_template_sha256
     if theirs is not None and theirs != ours:
         notes.append("the model's chat template differs from the one that the direction was measured with")
     _effect(arm, found.sets, behaviour.name, problems, unknown)
+    if sign.side == "wrong":
+        message = f"wrong sign: it points from {sets[HARMFUL].name} to {sets[HARMLESS].name}"
+        if mode in SIGNED or problems:
+            problems.insert(0, f"{message}; the sets that it was made from may have been swapped")
+        else:
+            notes.append(message)
     return CheckResult(mode, strength, layers, sign, found.sets, found.divergence[0].mean, problems, unknown, notes)
 
 
@@ -136,4 +139,5 @@ def _effect(arm: Arm, sets: tuple[SetResult, ...], behaviour: str, problems: lis
         elif change.value > 0 if brings else change.value < 0:
             unknown.append(f"{counts}: so few prompts cannot tell that from chance, give more of them with --prompts")
         else:
-            problems.append(f"no effect: {counts}")
+            wanted = f"does not {'bring' if brings else 'lessen'} it"
+            problems.append(f"{wanted if problems else 'no effect'}: {counts}")

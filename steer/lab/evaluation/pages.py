@@ -214,7 +214,7 @@ def sure(arms: Sequence[ArmOnSet]) -> str:
             small = {name: (d.value, p) for name, d in found.items() if (p := d.p_holm) is not None and p < SURE}
             named = [f"{name} {value:+.1%} (p {_p(p)})" for name, (value, p) in small.items()]
             message = f"{', '.join(named)}; other differences" if named else "all differences"
-            line = f"{arm.arm} less plain: {message} may be chance (p ≥ {SURE:g})"
+            line = f"{arm.arm} compared with plain: {message} may be chance (p ≥ {SURE:g})"
             lines.append(wrapped(line, terminal_width(), further="  "))
     return "\n".join(lines)
 

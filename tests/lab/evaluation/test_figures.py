@@ -283,8 +283,8 @@ def test_a_terminal_is_told_which_differences_may_be_chance(monkeypatch: pytest.
         )
     ]
     assert sure(arms).splitlines() == [
-        "d:ablate=1 less plain: shown -50.0% (p 2e-04); other differences may be chance (p ≥ 0.05)",
-        "d:ablate=0 less plain: all differences may be chance (p ≥ 0.05)",
+        "d:ablate=1 compared with plain: shown -50.0% (p 2e-04); other differences may be chance (p ≥ 0.05)",
+        "d:ablate=0 compared with plain: all differences may be chance (p ≥ 0.05)",
     ]
 
 

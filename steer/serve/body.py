@@ -285,13 +285,27 @@ def tokens_of(body: dict[str, object], size: int, context: int, route: str) -> i
     """The most tokens that a generation request may use: its prompts, by their bytes or ids, once for each answer
     (some engines compute them again), and its answers, by the fields that limit them on `route`, each at most
     `context`. The body's values have not been checked."""
+    prompts = max(size // BYTES_PER_TOKEN, _ids(body))
+    each = _longest(body, context, route)
+    return min(MAX_TOKENS, _answers(body) * (prompts + prompt_count(body) * each))
+
+
+def _longest(body: dict[str, object], context: int, route: str) -> int:
+    """The most tokens of one answer."""
     # without an echo some engines take 0 for no limit; and they read "false" as false
     least = 0 if body.get("echo") is True else 1
     read = next((fields for path, fields in LIMITS.items() if route.endswith(path)), ())  # after a root_path too
     given = [value for name in read if type(value := body.get(name)) is int and value >= least]
-    each = min(max(given), context) if given else context
-    prompts = max(size // BYTES_PER_TOKEN, _ids(body))
-    return min(MAX_TOKENS, _answers(body) * (prompts + prompt_count(body) * each))
+    return min(max(given), context) if given else context
+
+
+def answer_logprobs(body: dict[str, object], context: int, route: str) -> int:
+    """The most log-probabilities that the answers to a body may have, over all of them."""
+    asked, top = body.get("logprobs"), body.get("top_logprobs")
+    if not asked and not top:
+        return 0
+    each = 1 + max(_logprob_count(None if asked is True else asked), _logprob_count(top))
+    return answer_count(body) * _longest(body, context, route) * each
 
 
 def answer_count(body: dict[str, object]) -> int:

@@ -358,11 +358,30 @@ def test_many_answers_to_a_long_prompt_are_bounded_together(client: TestClient, 
     for more in ({"n": 1024}, {"n": 64, "prompt_logprobs": "20"}, {"n": 64, "logprobs": 20, "echo": True}):
         told = client.post("/v1/completions", json=ids | more)
         assert (told.status_code, told.json()["error"]["param"], asked) == (413, "n", []), told.text
-    for more in ({"n": 256}, {"prompt_logprobs": 20}, {"n": 64, "logprobs": 20}):
+    for more in ({"n": 256}, {"prompt_logprobs": 20}, {"n": 64, "logprobs": 20, "max_tokens": 90}):
         assert client.post("/v1/completions", json=ids | more).status_code == 200
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "a" * 2**20}}
     body = {"model": "tiny", "messages": [{"role": "user", "content": [image]}], "n": 128}
     assert client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_log_probabilities_of_several_answers_are_bounded_unless_they_are_streamed(client: TestClient) -> None:
+    """vLLM makes the whole answer at once, while nothing else is answered."""
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "logprobs": True}
+    completion = {"model": "tiny", "prompt": "x"}
+    for path, body in (
+        ("/v1/chat/completions", chat | {"n": 128, "top_logprobs": 20, "max_tokens": 200}),
+        ("/v1/chat/completions", chat | {"n": 1024}),  # of the whole context
+        ("/v1/completions", completion | {"n": 64, "logprobs": 20, "max_tokens": 100}),
+        ("/v1/completions", completion | {"n": 2, "logprobs": -1}),
+    ):
+        told = client.post(path, json=body)
+        assert (told.status_code, told.json()["error"]["param"]) == (400, "n"), told.text
+        assert "log-probabilities in all" in told.json()["error"]["message"]
+        assert client.post(path, json=body | {"stream": True}).status_code == 200
+        assert client.post(path, json=body | {"n": 1}).status_code == 200
+        assert client.post(path, json=body | {"logprobs": None, "top_logprobs": None}).status_code == 200
+    assert client.post("/v1/completions", json=completion | {"n": 64, "logprobs": 1}).status_code == 200
 
 
 def test_beams_of_a_program_are_steered_at_all_tokens_or_refused(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -144,8 +145,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with subprocess.Popen(command) as process:
                 try:
                     code = process.wait()
-                except KeyboardInterrupt:
+                except KeyboardInterrupt:  # in a terminal, the child has got it too
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(5)
                     process.terminate()
+                    process.wait()
                     raise
             if code:
                 missing[name] = f"its command failed with exit code {code}"

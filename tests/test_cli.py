@@ -297,17 +297,17 @@ def test_derive_inspect_eval(
     assert "13 prompts are in both harmful.txt and harmful.txt" in told.stderr
 
 
-@pytest.mark.parametrize(("harmful", "harmless", "warned"), [(3, 1, False), (2, 2, False), (1, 3, True)])
+@pytest.mark.parametrize(("harmful", "harmless", "warned"), [(19, 1, False), (9, 11, False), (1, 19, True)])
 def test_sets_that_seem_to_be_swapped_are_told_of(
     harmful: int, harmless: int, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     sets = [
-        types.SimpleNamespace(name=name, arms=[types.SimpleNamespace(shown=Rate.of([n < hits for n in range(4)]))])
+        types.SimpleNamespace(name=name, arms=[types.SimpleNamespace(shown=Rate.of([n < hits for n in range(20)]))])
         for name, hits in (("harmful", harmful), ("harmless", harmless))
     ]
     _warn_of_swapped(cast(Any, sets), "refusal")
     assert ("are they swapped?" in caplog.text) == warned
-    assert ("'refusal' in 1 of 4 answers to --harmful, in 3 of 4 to --harmless" in caplog.text) == warned
+    assert ("'refusal' in 1 of 20 answers to --harmful, in 19 of 20 to --harmless" in caplog.text) == warned
 
 
 def test_a_whole_number_is_not_asked_for_with_a_decimal_point() -> None:
@@ -581,7 +581,7 @@ def test_bake_convert_and_push_from_the_command_line(tiny_folder: Path, sets: tu
     assert "its mode is one_sided" in told.stderr
     told = run("convert", str(tmp_path / "d.gguf"), str(tmp_path / "back.safetensors"), "--model", model)
     assert "warning: its mode is add, at all of 2 layers" in told.stderr  # a GGUF file has no block 0
-    assert "back:add@1, and `steer check` shows" in told.stderr
+    assert "back:add@2, and `steer check` shows" in told.stderr
     assert "mode add, modes ablate, add" in told.stdout
     told = run("convert", file, str(tmp_path / "direction.pt"))
     assert f"wrote {tmp_path}/direction.pt and {tmp_path}/direction_metadata.json from a direction" in told.stdout

@@ -298,7 +298,7 @@ def _warn_of_swapped(sets: Iterable[SetResult], behaviour: str) -> None:
     """Log a warning if the plain model shows the behaviour more often in its answers to the harmless prompts."""
     shown = {one.name: one.arms[0].shown for one in sets}
     harmful, harmless = (shown[name] for name in ("harmful", "harmless"))
-    if harmless.rate > harmful.rate:
+    if harmless.low > harmful.high:  # not by chance
         log.warning(
             "the plain model shows '%s' in %d of %d answers to --harmful, in %d of %d to --harmless: are they swapped?",
             *(behaviour, harmful.hits, harmful.count, harmless.hits, harmless.count),

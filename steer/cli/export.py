@@ -79,12 +79,12 @@ def convert(
     for sentence in formats.write(output, direction):
         typer.echo(f"warning: {sentence}", err=True)
     meta = direction.meta
-    if meta.mode == "add" and output.suffix == ".safetensors":
-        count = int(direction.directions.any(-1).any(-1).sum())
-        layer = count // 2 if meta.source_layer is None else meta.source_layer
+    acting = [layer for layer, rows in enumerate(direction.directions) if rows.any()]
+    if meta.mode == "add" and output.suffix == ".safetensors" and len(acting) > 1:
+        layer = acting[len(acting) // 2] if meta.source_layer is None else meta.source_layer
         typer.echo(
-            f"warning: its mode is add, at all of {count} layers, which is many times as much as at one; a request for "
-            f"one layer is {output.stem}:add@{layer}, and `steer check` shows what it does",
+            f"warning: its mode is add, at all of {len(acting)} layers, which is many times as much as at one; a "
+            f"request for one layer is {output.stem}:add@{layer}, and `steer check` shows what it does",
             err=True,
         )
     beside = f" and {output.with_name(METADATA)}" if output.suffix == ".pt" else ""

@@ -14,7 +14,7 @@ from steer.cli import options as opt
 from steer.cli.console import echo_json, quiet_libraries, reported
 from steer.errors import InvalidInput, imported
 from steer.lab.progress import Progress
-from steer.lab.prompts import check_contrast, read_prompts
+from steer.lab.prompts import LEAST_SHOWN, check_contrast, read_prompts
 from steer.lab.tables import shown
 from steer.settings import ModelSettings
 
@@ -48,7 +48,7 @@ def select(
     survivors: Annotated[
         int, Field(ge=1), "candidates that generate answers, after all were screened by first tokens"
     ] = 16,
-    prompts: Annotated[int, Field(ge=1), "most prompts of each set to try candidates on"] = 48,
+    prompts: Annotated[int, Field(ge=LEAST_SHOWN), "most prompts of each set to try candidates on"] = 48,
     max_tokens: Annotated[int, Field(ge=1), "most tokens of an answer"] = 24,
     batch_size: opt.BatchRows = None,
     backend: opt.Backend = "transformers",
@@ -62,6 +62,8 @@ def select(
     engine = opt.EngineOptions(backend, model, ctx, opening)
     sets, behaviour = (read_prompts(harmful), read_prompts(harmless)), counted.loaded()
     check_contrast(*sets)
+    if len(sets[0]) < LEAST_SHOWN:
+        raise InvalidInput(f"--harmful: {sets[0].name} has {len(sets[0])} prompts, at least {LEAST_SHOWN} are needed")
     opt.check_output(output, read=(measurement,))
     quiet_libraries()
     from steer.lab.derive import Recipe
@@ -213,7 +215,8 @@ def search(
         evaluator.check_room([*sets, *([] if border is None else [border])])
 
         def after(found: list[Trial]) -> None:
-            progress.write(f"\n{len(found)} of {most} trials, the front so far:\n{front_table(found)}")
+            if found:
+                progress.write(f"\n{len(found)} of {most} trials, the front so far:\n{front_table(found)}")
 
         found = begun.run(evaluator, tried, trials, after, judging)
     write_front(begun, found)

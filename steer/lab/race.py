@@ -187,7 +187,7 @@ class Race:
             return ""
         advice = "give others that show it, or --behaviour with what is to be removed"
         if shown:
-            advice = f"give {LEAST_SHOWN / shown:.1f} times as many prompts, or {advice}"
+            advice = f"give {LEAST_SHOWN / shown:.1f} times as many prompts (and try as many), or {advice}"
         if self.unanswered:
             advice = f"{self.unanswered} answers did not come to the end of their thinking: give more --max-tokens"
         if (others := sum(self.plain.other)) >= LEAST_SHOWN:

@@ -241,15 +241,15 @@ def select(
         selection.check_shown()
         selection.tried |= {e.recipe: e for e in entrants}
         kept = through(selection.screen(entrants), survivors) if screened else entrants
-        chosen = best(selection.run(kept))
-    plain, figures = selection.race.plain, chosen.figures
-    assert figures is not None
-    if sum(figures.left) >= sum(plain.left):
+        answered = selection.run(kept)
+    plain = selection.race.plain
+    less = [e for e in answered if e.figures and not e.figures.stopped and sum(e.figures.left) < sum(plain.left)]
+    if not less:
         raise NothingFound(
-            f"none of {len(entrants)} candidates lessens '{behaviour.name}': the plain model shows it in "
-            f"{sum(plain.asked)} of {len(plain.asked)} answers, the best candidate in {sum(figures.asked)}"
-            + (f", and {sum(figures.lost)} are lost" if any(figures.lost) else "")
+            f"none of {len(entrants)} candidates lessens '{behaviour.name}', which the plain model shows in "
+            f"{sum(plain.asked)} of {len(plain.asked)} answers: as many show it, or are lost, with each of them"
         )
+    chosen = best(less)
     return derive(measurement, chosen.recipe, selection.metadata(chosen))
 
 

@@ -42,7 +42,10 @@ LIMITS: Mapping[str, tuple[str, ...]] = {
     "/v1/completions": ("max_tokens",),
     "/v1/messages": ("max_tokens",),
     "/v1/responses": ("max_output_tokens",),
+    "/inference/v1/generate": ("max_tokens",),
 }
+#: The tokens that an answer without a limit is taken to have, where its log-probabilities are bounded.
+UNLIMITED = 1024
 #: Where a scope has the parsed body, without the carriers, and how many bytes it was.
 BODY, SIZE = "steer.body", "steer.size"
 _WINDOW = 64 * 1024
@@ -71,7 +74,7 @@ MAX_ANSWERS = 1024
 MAX_OPTIONS = {"answers": 4 * 2**20, "prompts": 2**20}
 #: The fields of prompts, in several APIs: an engine has them once.
 PROMPTS = {
-    *("prompt", "prompt_embeds", "messages", "input", "items"),
+    *("prompt", "prompt_embeds", "token_ids", "messages", "input", "query", "items", "features", "content_parts"),
     *("system", "instructions", "tools", "functions", "documents"),
 }
 #: Limit of the messages or items of one request, over all of its conversations: vLLM reads them on its event loop.
@@ -275,7 +278,7 @@ def _prompts(body: dict[str, object]) -> dict[str, int]:
 
 def _ids(body: dict[str, object]) -> int:
     """How many token ids the prompts have. By bytes alone they would be counted too low: a short id takes two."""
-    prompt = body.get("prompt")
+    prompt = body.get("prompt", body.get("token_ids"))
     if not isinstance(prompt, list):
         return 0
     return sum(len(each) if isinstance(each, list) else isinstance(each, int) for each in prompt)
@@ -286,26 +289,28 @@ def tokens_of(body: dict[str, object], size: int, context: int, route: str) -> i
     (some engines compute them again), and its answers, by the fields that limit them on `route`, each at most
     `context`. The body's values have not been checked."""
     prompts = max(size // BYTES_PER_TOKEN, _ids(body))
-    each = _longest(body, context, route)
+    each = _longest(body, context, route, context)
     return min(MAX_TOKENS, _answers(body) * (prompts + prompt_count(body) * each))
 
 
-def _longest(body: dict[str, object], context: int, route: str) -> int:
-    """The most tokens of one answer."""
+def _longest(body: dict[str, object], context: int, route: str, unlimited: int) -> int:
+    """The most tokens of one answer, which are `unlimited` if the body does not limit them."""
     # without an echo some engines take 0 for no limit; and they read "false" as false
     least = 0 if body.get("echo") is True else 1
     read = next((fields for path, fields in LIMITS.items() if route.endswith(path)), ())  # after a root_path too
     given = [value for name in read if type(value := body.get(name)) is int and value >= least]
-    return min(max(given), context) if given else context
+    return min(max(given) if given else unlimited, context)
 
 
 def answer_logprobs(body: dict[str, object], context: int, route: str) -> int:
-    """The most log-probabilities that the answers to a body may have, over all of them."""
+    """The most log-probabilities that the answers to a body may have, over all of them. An answer that has neither a
+    limit nor `ignore_eos` is taken to have UNLIMITED tokens."""
     asked, top = body.get("logprobs"), body.get("top_logprobs")
     if not asked and not top:
         return 0
     each = 1 + max(_logprob_count(None if asked is True else asked), _logprob_count(top))
-    return answer_count(body) * _longest(body, context, route) * each
+    unlimited = context if body.get("ignore_eos") else UNLIMITED
+    return answer_count(body) * _longest(body, context, route, unlimited) * each
 
 
 def answer_count(body: dict[str, object]) -> int:

@@ -418,6 +418,8 @@ class Control:
             Refusal: 429 over a limit, 401 if the key was removed meanwhile.
             RequestError: the request has more answers than the key may ever have at once.
         """
+        if run.left:
+            raise Refusal(Code.STOPPING, "stopping", "the answer to this request has ended", Retry_After="1")
         run.caller = self.renewed(scope)
         rules, name = run.caller.rules, run.caller.name
         if name is not None and answers > 1 and (limit := rules.requests_at_once) is not None:

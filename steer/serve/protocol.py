@@ -236,7 +236,11 @@ def _given(
     for name in ("max_tokens", "max_completion_tokens"):
         if data.get(name) == -1:  # several servers take this for "no limit"
             data = data | {name: None}
-    return {name: value for name, value in data.items() if value is not None or _means_null(cls.model_fields.get(name))}
+    return {
+        name: int(value) if type(value) is float and value.is_integer() else value  # 5.0 is a whole number in JSON
+        for name, value in data.items()
+        if value is not None or _means_null(cls.model_fields.get(name))
+    }
 
 
 def _wrong(name: str, value: object, meant: set[str], own: Mapping[str, tuple[object, ...]]) -> str:

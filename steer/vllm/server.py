@@ -474,7 +474,8 @@ def _fields(body: object, path: str) -> dict[str, object]:
     place."""
     fields = dict(body) if isinstance(body, dict) else {}
     params = fields.pop("sampling_params", None) if path.endswith(NESTING_ROUTE) else None
-    return fields | params if isinstance(params, dict) else fields
+    kept = {name: fields[name] for name in ("token_ids", "stream") if name in fields}
+    return fields | {"stream": False} | params | kept if isinstance(params, dict) else fields
 
 
 async def _nothing() -> Message:
@@ -619,7 +620,7 @@ class _Held:
 
     async def _judge(self, ends: bool) -> None:
         way = self._way
-        taken = way.plain and (way.asked or way.forms) if self._used is None else self._used()
+        taken = way.plain and (way.asked or (way.forms and way.reserve is None)) if self._used is None else self._used()
         failed = self._kept[0]["status"] >= 400
         if self._way.refused or (ends and not (taken or failed or self._used is None)):
             await self.refuse()

@@ -145,9 +145,11 @@ def test_nothing_is_found_where_nothing_can_be_noticed_or_nothing_is_less(
     harmful, harmless = sets
     with pytest.raises(NothingFound, match=r"in 0 of the 8 answers .* 8 of 8 answers to the harmless .* swapped"):
         tried(harmless, harmful)
-    with pytest.raises(NothingFound, match=r"in 4 of the 4 answers .*: give 1\.8 times as many prompts"):
+    with pytest.raises(
+        NothingFound, match=r"in 4 of the 4 answers .*: give 1\.8 times as many prompts \(and try as many\)"
+    ):
         tried(harmful, harmless, prompts=4)
-    with pytest.raises(NothingFound, match=r"none of 1 candidates lessens 'refusal': .* 8 of 8 answers, .* in 8"):
+    with pytest.raises(NothingFound, match=r"none of 1 candidates lessens 'refusal', .* in 8 of 8 answers"):
         tried(harmful, harmless, layer=0)
 
 

@@ -138,8 +138,8 @@ def test_no_value_of_any_field_gets_past_its_row(tiny_server: Server) -> None:
 @pytest.mark.parametrize(
     ("field", "wrong", "right"),
     [
-        ("max_tokens", ["5", True, 5.0], 5),
-        ("n", ["2", True, 2.0], 2),
+        ("max_tokens", ["5", True, 5.5], 5.0),
+        ("n", ["2", True, 2.5], 2),
         ("seed", ["7", False], 7),
         ("temperature", ["0.5", True], 1),  # a whole number is a number
         ("top_p", ["1", True], 1),

@@ -32,7 +32,7 @@ OF_OTHERS = {
     *("--ssl-keyfile", "--tensor-parallel-size", "--value", "--worker-cls", "--worker-urls", "--data-parallel-size"),
     *("--data-parallel-multi-port-external-lb", "--data-parallel-hybrid-lb", "--api-servers", "--lives", "--minutes"),
     *("--only", "--again", "--quick", "--suite", "--rounds", "--busy", "--enforce-eager", "--max-num-seqs"),
-    *("--enable-prompt-embeds", "--allowed-media-domains", "--enable-lora", "--speculative-config"),
+    *("--enable-prompt-embeds", "--allowed-media-domains", "--enable-lora", "--speculative-config", "--max-logprobs"),
 }
 #: Of each file, where commands run on a copy of the tree.
 PROMPTS = 8

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from steer.errors import NothingFound
 from steer.hf.load import Loaded
 from steer.hf.steering import Steering
 from steer.lab.behaviour import REFUSAL
@@ -109,19 +110,22 @@ def test_a_measurement_does_what_it_planned_also_when_it_goes_on(loaded: Loaded,
 
 
 def test_a_selection_does_what_it_planned(loaded: Loaded, measured: Measurement) -> None:
+    """Also where nothing is found in the end, as with a behaviour that every answer shows."""
     progress = Progress()
     grid = Grid((make_method("linear"), make_method("projected")), layers=(0, 1, 2))
-    select(
-        measured,
-        Recipe(),
-        grid,
-        HARMFUL,
-        HARMLESS,
-        lambda rank, tokens: evaluator(loaded, progress, rank, tokens),
-        survivors=2,
-        prompts=8,
-        tokens=TOKENS,
-    )
+    with pytest.raises(NothingFound, match="none of 6 candidates"):
+        select(
+            measured,
+            Recipe(),
+            grid,
+            HARMFUL,
+            HARMLESS,
+            lambda rank, tokens: evaluator(loaded, progress, rank, tokens),
+            behaviour=REFUSAL.model_copy(update={"patterns": (".",), "window": None}),
+            survivors=2,
+            prompts=8,
+            tokens=TOKENS,
+        )
     screening, plain, tried = 6 * (8 + SCREEN_OTHER), 16 * answering(TOKENS), 2 * (8 * answering(TOKENS) + 8)
     assert progress.done == progress.total == pytest.approx(screening + plain + tried)
     assert progress.skipped == pytest.approx(0)

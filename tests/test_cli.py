@@ -732,7 +732,9 @@ def test_classify_asks_a_judge(tmp_path: Path) -> None:
     assert "each needs one" in run("classify", str(file), "--judge", url, code=2).stderr
 
 
-@pytest.mark.parametrize("status", [b"", b"200 OK\r\n\r\n", b"403 no\r\n\r\n"])
+@pytest.mark.parametrize(
+    "status", [b"", b"200 OK\r\n\r\n", b"403 no\r\n\r\n", b"403 no\r\nContent-Length: 200000\r\n\r\n"]
+)
 @pytest.mark.parametrize("body", [b"junk", b"{}", b"[1]", b"[" * 100_000, b'{"error": {"message": "\\u001b[2J"}}'])
 def test_the_switch_of_what_is_no_server_of_ours_is_an_error(status: bytes, body: bytes) -> None:
     class Other(socketserver.StreamRequestHandler):

@@ -166,7 +166,7 @@ def _switch(url: str, body: dict[str, Any]) -> None:
     except urllib.error.HTTPError as error:
         try:
             message = json.load(error)["error"]["message"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError, OSError, HTTPException):  # or its end never came
             message = error.reason
         hint = f" (set {KEY_VARIABLE})" if error.code == 401 else ""
         raise SteerError(f"{url}: {error.code}: {printable(str(message))}{hint}") from None

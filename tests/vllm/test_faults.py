@@ -93,7 +93,14 @@ def test_a_server_that_is_stopped_while_its_engine_starts_ends(number: signal.Si
     command = [sys.executable, "-m", "steer", "serve", str(home.folder), "--backend", "vllm", *OPTIONS]
     more = ["--directions", str(home.directions), "--enforce-eager", "--port", str(free_port())]
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
-    with log.open("w") as out, subprocess.Popen([*command, *more], stdout=out, stderr=out, env=environment) as process:
+
+    def heeding() -> None:  # also where the tests run in the background of a shell, which ignores SIGINT
+        signal.signal(number, signal.SIG_DFL)
+
+    with (
+        log.open("w") as out,
+        subprocess.Popen([*command, *more], stdout=out, stderr=out, env=environment, preexec_fn=heeding) as process,
+    ):
         try:
             eventually(lambda: "Initializing a V1" in log.read_text(), 300)
             started = psutil.Process(process.pid).children(recursive=True)

@@ -45,6 +45,7 @@ def convert(
     from steer.hf.load import describe
     from steer.lab import formats
     from steer.lab.derive import Recipe, derive
+    from steer.lab.evaluation.check import acting
     from steer.lab.formats.foreign import METADATA, Foreign
     from steer.lab.measurement import Measurement, ModelFacts
 
@@ -79,11 +80,11 @@ def convert(
     for sentence in formats.write(output, direction):
         typer.echo(f"warning: {sentence}", err=True)
     meta = direction.meta
-    acting = [layer for layer, rows in enumerate(direction.directions) if rows.any()]
-    if meta.mode == "add" and output.suffix == ".safetensors" and len(acting) > 1:
-        layer = acting[len(acting) // 2] if meta.source_layer is None else meta.source_layer
+    added = acting(direction, "add") if meta.mode == "add" and output.suffix == ".safetensors" else []
+    if len(added) > 1:
+        layer = added[len(added) // 2] if meta.source_layer is None else meta.source_layer
         typer.echo(
-            f"warning: its mode is add, at all of {len(acting)} layers, which is many times as much as at one; a "
+            f"warning: its mode is add, at all of {len(added)} layers, which is many times as much as at one; a "
             f"request for one layer is {output.stem}:add@{layer}, and `steer check` shows what it does",
             err=True,
         )

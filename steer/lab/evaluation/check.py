@@ -119,6 +119,7 @@ def _effect(arm: Arm, sets: tuple[SetResult, ...], behaviour: str, problems: lis
     """Judge the effect by the answers. To add the difference of means, or to remove a negative amount, should bring the
     behaviour to harmless prompts; anything else should remove it from the harmful ones."""
     brings = (arm.asked.mode == "add") == (arm.asked.strength > 0)
+    unchanged: list[str] = []
     for one in sets:
         plain, steered = one.arms
         count, change = plain.shown.count, steered.against_plain["shown"]
@@ -139,5 +140,6 @@ def _effect(arm: Arm, sets: tuple[SetResult, ...], behaviour: str, problems: lis
         elif change.value > 0 if brings else change.value < 0:
             unknown.append(f"{counts}: so few prompts cannot tell that from chance, give more of them with --prompts")
         else:
-            wanted = f"does not {'bring' if brings else 'lessen'} it"
-            problems.append(f"{wanted if problems else 'no effect'}: {counts}")
+            unchanged.append(counts)
+    word = f"does not {'bring' if brings else 'lessen'} it" if problems else "no effect"
+    problems += [f"{word}: {counts}" for counts in unchanged]

@@ -85,7 +85,7 @@ def tables(report: Report, *, paired: bool = True, table: Table = markdown) -> s
             )
             for s in report.tasks
         ]
-        head = ("task", "metric", "arm", "samples", "score", "less plain")
+        head = ("task", "metric", "arm", "samples", "score", "compared with plain")
         parts.append("### Tasks of lm_eval\n\n" + table(head, rows))
     return "\n\n".join(parts)
 
@@ -203,7 +203,7 @@ def _differences(arms: Sequence[ArmOnSet], table: Table) -> str:
     absent = set(OUTCOMES) - set(_seen(arms))
     figures = [it for it in dict.fromkeys(it for arm in steered for it in arm.against_plain) if it not in absent]
     rows = [(arm.arm, *(_difference(arm.against_plain[figure]) for figure in figures)) for arm in steered]
-    return table(("less plain", *figures), rows)
+    return table(("compared with plain", *figures), rows)
 
 
 def sure(arms: Sequence[ArmOnSet]) -> str:

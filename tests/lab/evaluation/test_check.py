@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,3 +140,26 @@ def test_a_layer_acts_where_its_coefficients_do() -> None:
     some = replace(made, reference=reference, weights=made.weights.clone().index_fill_(0, torch.tensor([2]), 0))
     assert (acting(some, "one_sided"), acting(some, "ablate")) == ([0], [0, 1])
     assert acting(replace(made, weights=torch.zeros(3), mlp_weights=torch.tensor([0.0, 1.0, 0.0])), "ablate") == [1]
+
+
+def test_what_does_harm_is_not_said_to_have_no_effect() -> None:
+    """As a direction from two swapped sets: the harmful answers stay, and the harmless ones begin to refuse."""
+
+    def on(name: str, plain: int, steered: int) -> Any:
+        def rate(hits: int) -> Any:
+            return SimpleNamespace(hits=hits, count=8)
+
+        value = (steered - plain) / 8
+        change = {"shown": SimpleNamespace(value=value, low=value - 0.1, high=value + 0.1)}
+        before = SimpleNamespace(shown=rate(plain), complied=rate(8 - plain), degenerate=rate(0))
+        after = SimpleNamespace(
+            shown=rate(steered), degenerate=rate(0), against_plain=change, rises=lambda of: of == "shown" and value > 0
+        )
+        return SimpleNamespace(name=name, arms=(before, after))
+
+    arm: Any = SimpleNamespace(asked=SimpleNamespace(mode="ablate", strength=1.0))
+    for harmless, word in ((8, "does not lessen it"), (0, "no effect")):
+        problems: list[str] = []
+        _effect(arm, (on("harmful", 8, 8), on("harmless", 0, harmless)), "refusal", problems, [])
+        assert problems[-1] == f"{word}: refusal in 8 of 8 harmful answers plain, 8 steered"
+        assert len(problems) == (2 if harmless else 1)

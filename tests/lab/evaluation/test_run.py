@@ -236,7 +236,11 @@ def test_report_pictures_and_page_hold_every_figure(
         assert (tmp_path / file).stat().st_size > 5000
         assert f"({file})" in page
     assert tables(report) in page
-    heads = [re.findall(r"[a-z]+", line) for line in page.splitlines() if line.startswith(("| arm ", "| less plain"))]
+    heads = [
+        re.findall(r"[a-z]+", line)
+        for line in page.splitlines()
+        if line.startswith(("| arm ", "| compared with plain"))
+    ]
     seen, paired = ([o for o in OUTCOMES if o in head] for head in heads[1:3])
     assert paired == seen, "an outcome that no answer has has no column"
     assert "deflected" not in seen

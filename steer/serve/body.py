@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from typing import Literal, TypeVar
+from typing import Literal, TypeGuard, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
@@ -43,9 +43,10 @@ LIMITS: Mapping[str, tuple[str, ...]] = {
     "/v1/messages": ("max_tokens",),
     "/v1/responses": ("max_output_tokens",),
     "/inference/v1/generate": ("max_tokens",),
+    "/invocations": ("max_completion_tokens", "max_tokens"),
 }
-#: The tokens that an answer without a limit is taken to have, where its log-probabilities are bounded.
-UNLIMITED = 1024
+#: The tokens of an answer where these fields are absent, by route; elsewhere, or if they are null, there is no limit.
+DEFAULT_LIMITS: Mapping[str, int] = {"/v1/completions": 16}
 #: Where a scope has the parsed body, without the carriers, and how many bytes it was.
 BODY, SIZE = "steer.body", "steer.size"
 _WINDOW = 64 * 1024
@@ -289,28 +290,26 @@ def tokens_of(body: dict[str, object], size: int, context: int, route: str) -> i
     (some engines compute them again), and its answers, by the fields that limit them on `route`, each at most
     `context`. The body's values have not been checked."""
     prompts = max(size // BYTES_PER_TOKEN, _ids(body))
-    each = _longest(body, context, route, context)
+    each = _longest(body, context, route)
     return min(MAX_TOKENS, _answers(body) * (prompts + prompt_count(body) * each))
 
 
-def _longest(body: dict[str, object], context: int, route: str, unlimited: int) -> int:
-    """The most tokens of one answer, which are `unlimited` if the body does not limit them."""
+def _longest(body: dict[str, object], context: int, route: str) -> int:
+    """The most tokens of one answer. A limit that an engine may read in another way than this limits nothing."""
+    path = next((path for path in LIMITS if route.endswith(path)), "")  # after a root_path too
+    limits = [body[name] for name in LIMITS.get(path, ()) if name in body]
+    if not limits and path in DEFAULT_LIMITS:
+        return min(DEFAULT_LIMITS[path], context)
     # without an echo some engines take 0 for no limit; and they read "false" as false
     least = 0 if body.get("echo") is True else 1
-    read = next((fields for path, fields in LIMITS.items() if route.endswith(path)), ())  # after a root_path too
-    given = [value for name in read if type(value := body.get(name)) is int and value >= least]
-    return min(max(given) if given else unlimited, context)
+    found = [value for value in limits if value is not None]
+    read = [int(value) for value in found if _is_whole(value) and value >= least]
+    return min(max(read), context) if read and len(read) == len(found) else context
 
 
-def answer_logprobs(body: dict[str, object], context: int, route: str) -> int:
-    """The most log-probabilities that the answers to a body may have, over all of them. An answer that has neither a
-    limit nor `ignore_eos` is taken to have UNLIMITED tokens."""
-    asked, top = body.get("logprobs"), body.get("top_logprobs")
-    if not asked and not top:
-        return 0
-    each = 1 + max(_logprob_count(None if asked is True else asked), _logprob_count(top))
-    unlimited = context if body.get("ignore_eos") else UNLIMITED
-    return answer_count(body) * _longest(body, context, route, unlimited) * each
+def _is_whole(value: object) -> TypeGuard[int | float]:
+    """Whether this is a whole number, such as 5 or 5.0; True is none."""
+    return type(value) is int or (isinstance(value, float) and value.is_integer())
 
 
 def answer_count(body: dict[str, object]) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steer.errors import EngineFailed, NoRoom, NotFinite, SpecError, SteerError, UnsupportedModel
+from steer.errors import EngineFailed, NoRoom, NotFinite, RequestError, SpecError, SteerError, UnsupportedModel
 from steer.names import readable
 from steer.registry import Admission, Registry
 from steer.runtime.readout import Reading
@@ -188,6 +188,7 @@ class Passage:
         refused: the reason, once something was refused.
         turn: see `in_turn`.
         since: when the event loop last served others while requests were added to the engine.
+        logprobs: how many log-probabilities vLLM has to put into the answer at once.
     """
 
     plain: bool = False
@@ -199,8 +200,25 @@ class Passage:
     refused: SteerError | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     since: float = 0.0
+    logprobs: int = 0
+
+    def count_logprobs(self, count: int) -> RequestError | None:
+        """Note `count` more log-probabilities. Returns an error if there are now too many."""
+        self.logprobs += count
+        if self.logprobs <= MAX_LOGPROBS:
+            return None
+        self.refused = RequestError(
+            f"logprobs: at most {MAX_LOGPROBS} log-probabilities of prompts, and of answers that are not streamed, are "
+            f"given to one request, and this one has come to {self.logprobs}: ask for a stream, or for fewer prompts, "
+            "answers, tokens or log-probabilities",
+            param="logprobs",
+        )
+        return self.refused
 
 
+#: Limit of the log-probabilities that one network request gets at once. vLLM makes them on its event loop, in about 15
+#: µs each, and nothing else is answered meanwhile.
+MAX_LOGPROBS = 2**17
 #: Seconds for which one network request may add requests to the engine before the event loop serves others.
 TURN = 0.002
 #: The passage of the network request that runs in this context; None if there is none, as in a Python program.
@@ -262,6 +280,7 @@ class Frontend:
         self.shared = Shared()
         self.dtype = internals.config.dtype_of(config)
         self.context = internals.config.context_of(config)
+        self.vocabulary = internals.config.vocabulary_of(config)
         sites = frozenset(settings.sites)
         dtype = getattr(torch, self.dtype)
         self.shape = Shape(architecture, layers, d_model, sites, settings.rank, dtype, thinking)
@@ -474,7 +493,12 @@ class Frontend:
 
     def check_added(self, request: EngineCoreRequest) -> None:
         """Check a request that the output processor is about to take. From here on the request holds its admission; a
-        steered request also gets its salt. Raises SpecError for a request that was never admitted."""
+        steered request also gets its salt.
+
+        Raises:
+            SpecError: the request was never admitted.
+            RequestError: the prompts of the network request have too many log-probabilities.
+        """
         if SALT in (request.cache_salt or ""):
             raise SpecError(f"a cache_salt must not contain '{SALT}'", param="cache_salt")
         call = _adding.get()
@@ -484,6 +508,9 @@ class Frontend:
             internals.engine.check_numbers(request)
         if (way := passage.get()) is not None and not way.manages and request.priority:
             check_priority(way)
+        prompt, _ = internals.engine.logprobs_of(request, self.vocabulary)
+        if way is not None and prompt and (error := way.count_logprobs(prompt)):
+            raise error
         self._hold(request, call)
         if call is not None:
             call.made += 1
@@ -519,13 +546,17 @@ class Frontend:
         self.held[request.request_id] = ticket
         ticket.running.add(request.request_id)
 
-    def has_added(self, request: EngineCoreRequest, state: RequestState) -> None:
-        """Note the `state` that the output processor keeps for a request that it has taken."""
-        if (call := _adding.get()) is None:
-            return
-        admission = call.ticket.admission
-        if admission.readout or admission.spec.decided_once or admission.spec.phased:
-            call.ticket.states[internals.engine.choice_of(state)] = state
+    def has_added(self, request: EngineCoreRequest, state: RequestState) -> Callable[[int], RequestError | None] | None:
+        """Note the `state` that the output processor keeps for a request that it has taken. Returns what has to be told
+        of the tokens of its answer, if their log-probabilities count."""
+        if (call := _adding.get()) is not None:
+            admission = call.ticket.admission
+            if admission.readout or admission.spec.decided_once or admission.spec.phased:
+                call.ticket.states[internals.engine.choice_of(state)] = state
+        _, each = internals.engine.logprobs_of(request, self.vocabulary)
+        if (way := passage.get()) is None or not each:
+            return None
+        return lambda tokens: way.count_logprobs(tokens * each)
 
     def let_go(self, request_id: str) -> None:
         """Release the admission of a request that has ended."""

@@ -43,7 +43,6 @@ from steer.serve.body import (
     SIZE,
     Gone,
     answer_count,
-    answer_logprobs,
     asks_most,
     check_size,
     engine_bytes,
@@ -100,11 +99,6 @@ MAX_BODY = 64 * 2**20
 #: Limit of the characters of text in one request: TEXT_PER_TOKEN for each token of the context, at least MIN_TEXT. vLLM
 #: tokenizes one request after the other, on some routes at any length, so all others wait for a long one.
 TEXT_PER_TOKEN, MIN_TEXT = 16, 2 * 2**20
-
-
-#: Limit of the log-probabilities of several answers that are not streamed. vLLM makes the whole answer at once on its
-#: event loop, in about 15 µs for each, and nothing else is answered meanwhile. A stream has them piece by piece.
-MAX_LOGPROBS = 2**17
 
 
 def install(app: FastAPI) -> None:
@@ -311,7 +305,6 @@ class Generation:
             nonlocal ticket
             check_text(body, scope[SIZE], front)
             check_repeated(body, scope[SIZE])
-            check_logprobs(body, front.context, scope["path"])
             xargs = body.get(carriers.XARGS) or {}
             check_absent(xargs, served=True)
             check_reserved(body, control.caller(scope))
@@ -398,7 +391,6 @@ class Other(_Layer):
             front, fields = front_end_of(app), _fields(body, scope["path"])
             check_text(body, len(data), front)
             check_repeated(fields, len(data))
-            check_logprobs(fields, front.context, scope["path"])
             run.caller = control.renewed(scope)
             check_reserved(fields, run.caller)
             served = internals.server.served_names(app)
@@ -474,8 +466,8 @@ def _fields(body: object, path: str) -> dict[str, object]:
     place."""
     fields = dict(body) if isinstance(body, dict) else {}
     params = fields.pop("sampling_params", None) if path.endswith(NESTING_ROUTE) else None
-    kept = {name: fields[name] for name in ("token_ids", "stream") if name in fields}
-    return fields | {"stream": False} | params | kept if isinstance(params, dict) else fields
+    kept = {"token_ids": fields["token_ids"]} if "token_ids" in fields else {}
+    return fields | params | kept if isinstance(params, dict) else fields
 
 
 async def _nothing() -> Message:
@@ -501,20 +493,6 @@ def check_repeated(body: dict[str, object], size: int) -> None:
             f"`logprobs` with `echo`): that is {repeated} bytes, and the limit is {MAX_BODY}; lower these, or send "
             "several requests",
             param="n",
-        )
-
-
-def check_logprobs(body: dict[str, object], context: int, path: str) -> None:
-    """Raise HTTPProblem if several answers that are not streamed may have too many log-probabilities."""
-    if body.get("stream") is True or answer_count(body) == 1:
-        return
-    if (count := answer_logprobs(body, context, path)) > MAX_LOGPROBS:
-        name = asks_most(body)
-        raise HTTPProblem(
-            Code.INVALID_VALUE,
-            f"{name}: several answers that are not streamed may have {MAX_LOGPROBS} log-probabilities in all, and this "
-            f"may be {count}: ask for a stream, or for fewer answers, tokens or log-probabilities",
-            param=name,
         )
 
 
@@ -555,6 +533,7 @@ async def _run(
         finally:
             way.over = used is not None
             if way.refused:
+                metrics.REFUSED.labels(reason=type(way.refused).__name__).inc()
                 control.refused(way.refused, scope)
 
 

@@ -572,7 +572,9 @@ def test_what_a_request_may_come_to() -> None:
     assert come_to({"prompt": "x", "max_tokens": 5}, 400) == 100 + 5
     assert come_to({"prompt": ["x", "y"], "n": 3, "max_tokens": 5}) == 30
     assert come_to({"prompt": [1, 2, 3], "best_of": 4, "max_tokens": 5}) == 32, "a prompt for each answer"
-    assert come_to({"messages": []}) == come_to({"max_tokens": 10**9}) == 1000
+    assert come_to({"max_tokens": 10**9}) == come_to({"max_tokens": None}) == 1000
+    assert come_to({}) == 16, "the default of this route"
+    assert come_to({"max_tokens": 5.0}) == 5
     assert come_to({"max_tokens": -1}) == come_to({"max_tokens": 0}) == 1000, "as long as it likes"
     assert come_to({"max_tokens": 0, "echo": True}) == 0, "its prompt is all that is asked for"
     for no in ("false", "no", 1):
@@ -580,12 +582,15 @@ def test_what_a_request_may_come_to() -> None:
     assert come_to({"prompt": "x", "prompt_embeds": ["y"] * 50, "max_tokens": 10}) == 510, "each is answered"
     assert come_to({"prompt_embeds": "y", "max_tokens": 10}) >= 10
     chat, responses, messages = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+    assert come_to({"messages": []}, route=chat) == 1000
     assert come_to({"max_tokens": 1, "max_completion_tokens": 200}, route=chat) == 200
+    assert come_to({"max_tokens": 1, "max_completion_tokens": "200"}, route=chat) == 1000, "engines read some texts"
     assert come_to({"max_tokens": 1, "max_completion_tokens": 200}, route=f"/root{chat}") == 200
     assert come_to({"max_tokens": 0, "max_output_tokens": 800}, route=responses) == 800
     assert come_to({"max_completion_tokens": 0, "max_tokens": 800}, route=messages) == 800
-    for route, other in ((responses, "max_tokens"), (COMPLETIONS, "max_completion_tokens"), ("/v1/x", "max_tokens")):
+    for route, other in ((responses, "max_tokens"), (chat, "max_output_tokens"), ("/v1/x", "max_tokens")):
         assert come_to({other: 1}, route=route) == 1000, "a field that the route does not read"
+    assert come_to({"max_completion_tokens": 1}) == 16
     assert come_to({"max_tokens": "5"}) == come_to({"max_tokens": True}) == 1000
 
 

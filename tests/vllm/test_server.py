@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,12 +22,14 @@ from transformers import AutoTokenizer
 import steer
 from steer.direction import Direction
 from steer.spec import PHASES
+from steer.vllm.frontend import MAX_LOGPROBS
 from tests import clients, harness, models, oracle
 from tests.fuzz.life import Life, by_field
 from tests.fuzz.surface import Outcome
 from tests.servers import Server, outlives_clients, receipt
 from tests.vllm.engines import Home, Reference
 from tests.vllm.swaps import swap_under_load
+from tests.waiting import eventually
 
 KEY = {"Authorization": "Bearer secret"}
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -63,6 +66,12 @@ def server(home: Home) -> Iterator[Server]:
 def ask(server: Server, route: str, headers: dict[str, str] | None = None, **more: Any) -> Any:
     body = {"model": "tiny", "temperature": 0} | ROUTES[route] | more
     return server.client.post(route, json=body, headers=headers or {})
+
+
+def is_idle(server: Server) -> bool:
+    """Whether the engine has no request."""
+    found = re.findall(r"^vllm:num_requests_(?:running|waiting){\S* (\S+)", server.client.get("/metrics").text, re.M)
+    return len(found) >= 2 and not any(map(float, found))
 
 
 def words(answer: Any) -> str:
@@ -428,6 +437,35 @@ def test_log_probabilities_are_a_requests_own(server: Server) -> None:
     for other in others:
         answer = other.result()
         assert answer.status_code == 200 or "would give all requests of the batch" in answer.text
+
+
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions", "/invocations"])
+def test_log_probabilities_that_are_made_at_once_are_bounded(server: Server, route: str) -> None:
+    """vLLM makes them on its event loop, which answers nothing else meanwhile. They are counted as they come, so it
+    does not matter by which fields, or by what text, an answer gets long."""
+    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 20} if "chat" in route else {"logprobs": 20}
+    asked |= {"n": 32, "min_tokens": 200, "max_tokens": "200", "model": "tiny"}
+    body = ROUTES.get(route, {"prompt": "x"}) | asked
+    told = server.client.post(route, json=body)
+    assert (told.status_code, told.json()["error"]["param"]) == (400, "logprobs"), told.text
+    assert f"at most {MAX_LOGPROBS} log-probabilities" in told.json()["error"]["message"]
+    eventually(lambda: is_idle(server))
+    with server.client.stream("POST", route, json=body | {"stream": True}) as streamed:
+        assert streamed.read().endswith(b"data: [DONE]\n\n")
+    for fits in (body | {"n": 30}, {name: body[name] for name in body if "logprobs" not in name}):
+        assert server.client.post(route, json=fits).status_code == 200
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"steer": "refusal"}])
+def test_nor_may_those_of_prompts_be_more(server: Server, more: dict[str, Any]) -> None:
+    body: dict[str, Any] = {"prompt": [[5] * 200] * 32, "max_tokens": 1, "echo": True, "logprobs": 20}
+    told = ask(server, "/v1/completions", **body, **more)
+    assert told.status_code == (200 if "stream" in more else 400)  # a stream has begun by then
+    assert f"at most {MAX_LOGPROBS} log-probabilities" in told.text
+    eventually(lambda: is_idle(server))
+    fits = ask(server, "/v1/completions", **body | {"prompt": [[5] * 200] * 30}, **more)
+    assert fits.status_code == 200
+    assert "error" not in fits.text
 
 
 def test_reading_changes_no_answer_and_its_bounds_are_told(server: Server) -> None:

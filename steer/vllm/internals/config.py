@@ -171,6 +171,11 @@ def context_of(config: VllmConfig) -> int:
     return int(config.model_config.max_model_len)
 
 
+def vocabulary_of(config: VllmConfig) -> int:
+    """The number of the model's tokens."""
+    return int(config.model_config.get_vocab_size())
+
+
 def dimensions_of(config: VllmConfig) -> tuple[str, int, int]:
     """(architecture of the text model, number of layers of the whole model, d_model)."""
     model = config.model_config

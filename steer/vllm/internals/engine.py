@@ -18,6 +18,7 @@ from steer.runtime.selfcheck import tensors_in
 from steer.serve import metrics
 from steer.tokenization import Thinking, Tokenizer, thinking_of
 from steer.vllm.internals.base import ABOVE, CORRUPTED, PROBE_TOKENS, TESTED, Method, T, news_of, seam, version
+from steer.vllm.internals.config import vocabulary_of
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import (
@@ -81,6 +82,7 @@ def wrap_requests(outputs: OutputProcessor, requests: Requests) -> None:
     )
     states = seam(outputs, "request_states")
     formed = set[str]()  # the ids of requests whose answers are held to a form
+    counted: dict[str, Callable[[int], Exception | None]] = {}
 
     def adding(request: EngineCoreRequest, *args: object, **kwargs: object) -> object:
         requests.check_added(request)
@@ -91,19 +93,29 @@ def wrap_requests(outputs: OutputProcessor, requests: Requests) -> None:
                 requests.let_go(request.request_id)
             raise
         if (state := states.get(request.request_id)) is not None:
-            requests.has_added(request, state)
+            if (count := requests.has_added(request, state)) is not None:
+                counted[request.request_id] = count
             if has_form(request.sampling_params):
                 formed.add(request.request_id)
             metrics.current_usage().answer(lambda: answer_length(state))
         return out
 
     def processing(engine_core_outputs: Sequence[EngineCoreOutput], *args: object, **kwargs: object) -> object:
+        errors: dict[str, Exception] = {}
         fallen: list[str] = []
         if formed:
             _tell_of_forms(engine_core_outputs, states, formed)
             formed.difference_update([each for each in formed if each not in states])
+        if counted:
+            for one in engine_core_outputs:
+                if (count := counted.get(one.request_id)) and (error := count(len(one.new_token_ids))):
+                    errors[one.request_id] = error
+            for each in [each for each in counted if each not in states]:
+                del counted[each]
         if requests.held:
-            engine_core_outputs, fallen = _without_lost(engine_core_outputs, states, requests)
+            errors |= _lost(engine_core_outputs, requests)
+        if errors:
+            engine_core_outputs, fallen = _with_ends(engine_core_outputs, states, errors)
         try:
             out = process(engine_core_outputs, *args, **kwargs)
             if fallen:
@@ -135,26 +147,30 @@ def _tell_of_forms(outputs: Sequence[EngineCoreOutput], states: Mapping[str, Any
                 state.queue.put(client_error(InvalidInput("no answer can be held to the form that was asked for")))
 
 
-def _without_lost(
-    outputs: Sequence[EngineCoreOutput], states: Mapping[str, RequestState], requests: Requests
-) -> tuple[Sequence[EngineCoreOutput], list[str]]:
-    """The EngineCoreOutputs with an end in place of each output that reports a lost stream, and the ids of the requests
-    that end so."""
-    found: list[str] = []
+def _lost(outputs: Sequence[EngineCoreOutput], requests: Requests) -> dict[str, Exception]:
+    """The errors of the requests whose EngineCoreOutputs report a lost stream, by id."""
+    errors: dict[str, Exception] = {}
     for one in [one for one in outputs if getattr(one, CORRUPTED) >> ABOVE and one.request_id in requests.held]:
         position, holds = news_of(getattr(one, CORRUPTED))
         setattr(one, CORRUPTED, getattr(one, CORRUPTED) & ((1 << ABOVE) - 1))  # keep only the bits of vLLM's own count
         if holds is not None:
             requests.decided(one.request_id, holds)
-        if position is not None and one.request_id in states:
-            found.append(one.request_id)
-    if not found:
-        return outputs, []
+        if position is not None:
+            errors[one.request_id] = requests.lost(one.request_id)
+    return errors
+
+
+def _with_ends(
+    outputs: Sequence[EngineCoreOutput], states: Mapping[str, RequestState], errors: Mapping[str, Exception]
+) -> tuple[Sequence[EngineCoreOutput], list[str]]:
+    """The EngineCoreOutputs with an end in place of each output of a request that has an error, and the ids of the
+    requests that end so."""
     from vllm.v1.engine import EngineCoreOutput, FinishReason
 
     fallen: dict[str, str] = {}
-    for request_id in found:
-        error = requests.lost(request_id)
+    for request_id, error in errors.items():
+        if request_id not in states:
+            continue
         fallen[request_id] = str(error)
         if (queue := getattr(states[request_id], "queue", None)) is not None:
             # Put the error in before the output: the queue then takes no output any more. The other answers to the same
@@ -221,6 +237,20 @@ def is_beam_step(params: SamplingParams) -> bool:
 def prompt_length(request: EngineCoreRequest) -> int:
     """The number of tokens of the prompt of an EngineCoreRequest; 0 if the prompt came as embeddings."""
     return len(getattr(request, "prompt_token_ids", None) or ())
+
+
+def logprobs_of(request: EngineCoreRequest, vocabulary: int) -> tuple[int, int]:
+    """How many log-probabilities vLLM gives for the prompt of a request, and at the end of its answer for each token of
+    it. The second is 0 for a stream, which has them piece by piece."""
+    from vllm.sampling_params import RequestOutputKind
+
+    def each(asked: int | None) -> int:
+        return 0 if asked is None else 1 + (asked if asked >= 0 else vocabulary)
+
+    if (params := request.sampling_params) is None:  # pooling
+        return 0, 0
+    streams = params.output_kind == RequestOutputKind.DELTA
+    return positions_of(request) * each(params.prompt_logprobs), 0 if streams else each(params.logprobs)
 
 
 def positions_of(request: EngineCoreRequest) -> int:
@@ -431,7 +461,7 @@ def probe_parameters(config: VllmConfig, spec: str) -> SamplingParams:
     at every position."""
     import vllm
 
-    vocabulary = int(config.model_config.get_vocab_size())
+    vocabulary = vocabulary_of(config)
     asked = list(range(0, vocabulary, max(1, vocabulary // PROBE_LOGPROBS)))[:PROBE_LOGPROBS]
     return vllm.SamplingParams(
         max_tokens=PROBE_ANSWER,

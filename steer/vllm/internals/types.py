@@ -56,8 +56,13 @@ class Requests(Protocol):
     def check_added(self, request: EngineCoreRequest) -> None:
         """Told of each request before the OutputProcessor takes it."""
 
-    def has_added(self, request: EngineCoreRequest, state: RequestState) -> None:
-        """Told afterwards, with the state that is kept for the request."""
+    def has_added(self, request: EngineCoreRequest, state: RequestState) -> Callable[[int], Exception | None] | None:
+        """Told afterwards, with the state that is kept for the request.
+
+        Returns:
+            what is then told the number of tokens of each output of the request. It returns the error with which the
+            request has to end, or None. None if nobody counts the tokens of this request.
+        """
 
     def let_go(self, request_id: str) -> None:
         """Told of the end of a held request: it has finished, was stopped by a string, or was aborted."""

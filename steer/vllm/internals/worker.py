@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from steer.errors import UnsupportedModel
 from steer.runtime.token_index import Tokens
 from steer.vllm.internals.base import CORRUPTED, PROBE_TOKENS, Method, news, seam
+from steer.vllm.internals.config import vocabulary_of
 
 if TYPE_CHECKING:
     from steer.vllm.internals.types import (
@@ -307,7 +308,7 @@ def probe(worker: Worker) -> Tensor:
     This is collective: every rank of the engine must call it at the same time.
     """
     config, model, device = worker.vllm_config, worker.get_model(), worker.device
-    vocabulary = int(config.model_config.get_vocab_size())
+    vocabulary = vocabulary_of(config)
     ids = (torch.arange(PROBE_TOKENS, device=device) * 7 + 11) % vocabulary
     positions = torch.arange(PROBE_TOKENS, device=device)
     if getattr(worker.model_runner, "uses_mrope", False):

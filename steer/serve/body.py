@@ -43,9 +43,8 @@ LIMITS: Mapping[str, tuple[str, ...]] = {
     "/v1/messages": ("max_tokens",),
     "/v1/responses": ("max_output_tokens",),
     "/inference/v1/generate": ("max_tokens",),
-    "/invocations": ("max_completion_tokens", "max_tokens"),
 }
-#: The tokens of an answer where these fields are absent, by route; elsewhere, or if they are null, there is no limit.
+#: The tokens of an answer where these fields are absent, by route; elsewhere there is no limit then.
 DEFAULT_LIMITS: Mapping[str, int] = {"/v1/completions": 16}
 #: Where a scope has the parsed body, without the carriers, and how many bytes it was.
 BODY, SIZE = "steer.body", "steer.size"

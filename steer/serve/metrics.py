@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from steer.registry import Registry
 
 REQUESTS = Counter("steer_requests", "Requests by what was applied to them", ["direction", "mode", "outcome"])
-REFUSED = Counter("steer_refused_requests", "Requests refused before the engine saw them", ["reason"])
+REFUSED = Counter("steer_refused_requests", "Requests refused by Steer", ["reason"])
 TOKENS = Counter("steer_generated_tokens", "Generated tokens", ["steered"])
 POLICY_REFUSED = Counter("steer_policy_refusals", "Requests refused by keys and policy", ["rule"])
 POLICY_RELOADS = Counter("steer_policy_reloads", "Policy files that were read anew", ["result"])

@@ -188,7 +188,9 @@ class Passage:
         refused: the reason, once something was refused.
         turn: see `in_turn`.
         since: when the event loop last served others while requests were added to the engine.
+        beams: whether the log-probabilities of beams are in the answer.
         logprobs: how many log-probabilities vLLM has to put into the answer at once.
+        streams: the number of streams with log-probabilities.
     """
 
     plain: bool = False
@@ -200,17 +202,26 @@ class Passage:
     refused: SteerError | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     since: float = 0.0
+    beams: bool = False
     logprobs: int = 0
+    streams: int = 0
 
     def count_logprobs(self, count: int) -> RequestError | None:
         """Note `count` more log-probabilities. Returns an error if there are now too many."""
         self.logprobs += count
-        if self.logprobs <= MAX_LOGPROBS:
+        return self._check(self.logprobs, "of prompts, and of answers that are not streamed,", "ask for a stream, or")
+
+    def count_unread(self, count: int) -> RequestError | None:
+        """Note that `count` log-probabilities of one of the streams have not been read. Returns an error if those of
+        all could be too many: they are put into one chunk."""
+        return self._check(count * self.streams, "of streams that wait for their reader", "read faster, or ask")
+
+    def _check(self, count: int, which: str, remedy: str) -> RequestError | None:
+        if count <= MAX_LOGPROBS:
             return None
         self.refused = RequestError(
-            f"logprobs: at most {MAX_LOGPROBS} log-probabilities of prompts, and of answers that are not streamed, are "
-            f"given to one request, and this one has come to {self.logprobs}: ask for a stream, or for fewer prompts, "
-            "answers, tokens or log-probabilities",
+            f"logprobs: at most {MAX_LOGPROBS} log-probabilities {which} are given to one request, and this one has "
+            f"come to {count}: {remedy} for fewer prompts, answers, tokens or log-probabilities",
             param="logprobs",
         )
         return self.refused
@@ -556,7 +567,20 @@ class Frontend:
         _, each = internals.engine.logprobs_of(request, self.vocabulary)
         if (way := passage.get()) is None or not each:
             return None
-        return lambda tokens: way.count_logprobs(tokens * each)
+        delivery = internals.engine.delivery_of(request.sampling_params)
+        if delivery == "beam" and not way.beams:
+            return None
+        if delivery != "stream":
+            return lambda tokens: way.count_logprobs(tokens * each)
+        way.streams += 1
+        unread = 0
+
+        def count(tokens: int) -> RequestError | None:
+            nonlocal unread
+            unread = unread + tokens if internals.engine.is_unread(state) else 0
+            return way.count_unread(unread * each)
+
+        return count
 
     def let_go(self, request_id: str) -> None:
         """Release the admission of a request that has ended."""

@@ -40,6 +40,7 @@ from steer.serve.authorise import NO_READOUT, Caller, resolve
 from steer.serve.body import (
     BODY,
     LARGE,
+    LIMITS,
     SIZE,
     Gone,
     answer_count,
@@ -342,7 +343,8 @@ class Generation:
             used = None if ticket is None else lambda: ticket.used
             try:
                 caller = control.caller(scope)
-                way = Passage(not admission.spec and not admission.readout, caller.rules.forms, caller.manages)
+                plain = not admission.spec and not admission.readout
+                way = Passage(plain, caller.rules.forms, caller.manages, beams=_reads_beams(scope[BODY]))
                 await _run(self.app, control, way, scope[BODY], scope, receive, send, used)
             except Exception:
                 if ticket is None or not ticket.lost:
@@ -407,7 +409,8 @@ class Other(_Layer):
             return
         rules, tokens = run.caller.rules, tokens_of(fields, len(data), front.context, scope["path"])
         reserve = partial(control.reserve, run, scope, tokens, answer_count(fields), asks_most(fields))
-        way = Passage(body is not None and _may_be_plain(scope), rules.forms, run.caller.manages, reserve)
+        plain = body is not None and _may_be_plain(scope)
+        way = Passage(plain, rules.forms, run.caller.manages, reserve, beams=_reads_beams(fields))
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
@@ -465,9 +468,15 @@ def _fields(body: object, path: str) -> dict[str, object]:
     """The fields of a body, and on `NESTING_ROUTE` those of its `sampling_params`, which are read there in their
     place."""
     fields = dict(body) if isinstance(body, dict) else {}
-    params = fields.pop("sampling_params", None) if path.endswith(NESTING_ROUTE) else None
+    if not path.endswith(NESTING_ROUTE) or not isinstance(params := fields.pop("sampling_params", None), dict):
+        return fields
     kept = {"token_ids": fields["token_ids"]} if "token_ids" in fields else {}
-    return fields | params | kept if isinstance(params, dict) else fields
+    return {name: value for name, value in fields.items() if name not in LIMITS[NESTING_ROUTE]} | params | kept
+
+
+def _reads_beams(fields: Mapping[str, object]) -> bool:
+    """Whether the answer has log-probabilities, if it is of a beam search."""
+    return any(fields.get(name) not in (None, False) for name in ("logprobs", "top_logprobs"))
 
 
 async def _nothing() -> Message:

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi import APIRouter, FastAPI, Request, WebSocket
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -364,6 +365,61 @@ def test_many_answers_to_a_long_prompt_are_bounded_together(client: TestClient, 
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "a" * 2**20}}
     body = {"model": "tiny", "messages": [{"role": "user", "content": [image]}], "n": 128}
     assert client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_limits_count_where_vllm_reads_them() -> None:
+    """On one route in `sampling_params` alone: a limit beside them would be charged and not kept."""
+    from steer.serve.body import tokens_of
+    from steer.vllm.server import NESTING_ROUTE, _fields
+
+    for params, tokens in (({}, 1000), ({"max_tokens": 5}, 5)):
+        fields = _fields({"token_ids": [], "max_tokens": 1, "sampling_params": params}, NESTING_ROUTE)
+        assert tokens_of(fields, 0, 1000, NESTING_ROUTE) == tokens
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read", "unread"])
+def test_what_a_stream_leaves_unread_is_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch, read: bool) -> None:
+    """vLLM puts it into one chunk, and makes that at once."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+    from vllm.v1.outputs import LogprobsLists
+
+    monkeypatch.setattr("steer.vllm.frontend.MAX_LOGPROBS", 100)
+    outputs = OutputProcessor(None, log_stats=False)
+    internals.engine.wrap_requests(outputs, engine.steer)
+    options: dict[str, Any] = {"logprob_token_ids": list(range(4)), "detokenize": False, "max_tokens": 99}
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA, **options)
+    given: dict[str, Any] = dict.fromkeys(("mm_features", "lora_request", "cache_salt", "data_parallel_rank"))
+    token = passage.set(Passage(True))
+    queue = RequestOutputCollector(RequestOutputKind.DELTA, "one")
+    for name in ("1", "2"):
+        request = EngineCoreRequest(
+            request_id=name,
+            external_req_id="one",
+            prompt_token_ids=[1],
+            sampling_params=params,
+            pooling_params=None,
+            arrival_time=0.0,
+            **given,
+        )
+        outputs.add_request(request, None, queue=queue)
+    passage.reset(token)
+
+    def made(step: int) -> list[str]:
+        logprobs = LogprobsLists(*(np.zeros((1, 5), kind) for kind in (np.int32, np.float32)), np.zeros(1, np.int32))
+        found = outputs.process_outputs([EngineCoreOutput(each, [step], new_logprobs=logprobs) for each in ("1", "2")])
+        return sorted(found.reqs_to_abort)
+
+    for step in range(11):
+        assert made(step) == []
+        if read:
+            assert queue.get_nowait() is not None
+    assert made(12) == ([] if read else ["1", "2"])
+    with nullcontext() if read else pytest.raises(Exception, match="at most 100 log-probabilities of streams"):
+        queue.get_nowait()
+    assert not outputs.request_states if not read else len(outputs.request_states) == 2
 
 
 def test_beams_of_a_program_are_steered_at_all_tokens_or_refused(

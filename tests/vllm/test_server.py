@@ -450,8 +450,11 @@ def test_log_probabilities_that_are_made_at_once_are_bounded(server: Server, rou
     assert (told.status_code, told.json()["error"]["param"]) == (400, "logprobs"), told.text
     assert f"at most {MAX_LOGPROBS} log-probabilities" in told.json()["error"]["message"]
     eventually(lambda: is_idle(server))
-    with server.client.stream("POST", route, json=body | {"stream": True}) as streamed:
-        assert streamed.read().endswith(b"data: [DONE]\n\n")
+    for more, ended in (({}, False), ({"stream_interval": 1000}, True)):  # all in one chunk
+        with server.client.stream("POST", route, json=body | {"stream": True} | more) as streamed:
+            text = streamed.read().decode()
+            assert text.endswith("data: [DONE]\n\n")
+            assert (f"at most {MAX_LOGPROBS} log-probabilities" in text) == ended
     for fits in (body | {"n": 30}, {name: body[name] for name in body if "logprobs" not in name}):
         assert server.client.post(route, json=fits).status_code == 200
 
@@ -466,6 +469,14 @@ def test_nor_may_those_of_prompts_be_more(server: Server, more: dict[str, Any]) 
     fits = ask(server, "/v1/completions", **body | {"prompt": [[5] * 200] * 30}, **more)
     assert fits.status_code == 200
     assert "error" not in fits.text
+
+
+def test_beams_count_where_the_answer_has_their_log_probabilities(server: Server) -> None:
+    beams: dict[str, Any] = {"n": 10, "use_beam_search": True, "prompt": ["hello"] * 7, "max_tokens": 100}
+    assert ask(server, "/v1/completions", **beams).status_code == 200
+    told = ask(server, "/v1/completions", **beams, logprobs=1)
+    assert (told.status_code, told.json()["error"]["param"]) == (400, "logprobs"), told.text
+    eventually(lambda: is_idle(server))
 
 
 def test_reading_changes_no_answer_and_its_bounds_are_told(server: Server) -> None:

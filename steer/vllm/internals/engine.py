@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from steer.errors import InvalidInput, RequestError, UnsupportedModel, brief
 from steer.runtime.selfcheck import tensors_in
@@ -107,11 +107,11 @@ def wrap_requests(outputs: OutputProcessor, requests: Requests) -> None:
             _tell_of_forms(engine_core_outputs, states, formed)
             formed.difference_update([each for each in formed if each not in states])
         if counted:
+            for each in [each for each in counted if each not in states]:
+                del counted[each]
             for one in engine_core_outputs:
                 if (count := counted.get(one.request_id)) and (error := count(len(one.new_token_ids))):
                     errors[one.request_id] = error
-            for each in [each for each in counted if each not in states]:
-                del counted[each]
         if requests.held:
             errors |= _lost(engine_core_outputs, requests)
         if errors:
@@ -240,17 +240,33 @@ def prompt_length(request: EngineCoreRequest) -> int:
 
 
 def logprobs_of(request: EngineCoreRequest, vocabulary: int) -> tuple[int, int]:
-    """How many log-probabilities vLLM gives for the prompt of a request, and at the end of its answer for each token of
-    it. The second is 0 for a stream, which has them piece by piece."""
-    from vllm.sampling_params import RequestOutputKind
+    """How many log-probabilities vLLM gives for the prompt of a request, and for each token of its answer."""
 
     def each(asked: int | None) -> int:
         return 0 if asked is None else 1 + (asked if asked >= 0 else vocabulary)
 
     if (params := request.sampling_params) is None:  # pooling
         return 0, 0
-    streams = params.output_kind == RequestOutputKind.DELTA
-    return positions_of(request) * each(params.prompt_logprobs), 0 if streams else each(params.logprobs)
+    return positions_of(request) * each(params.prompt_logprobs), each(params.num_logprobs)
+
+
+#: A stream whose chunks may have more tokens is as an answer that is not streamed.
+MAX_INTERVAL = 16
+
+
+def delivery_of(params: SamplingParams) -> Literal["whole", "stream", "beam"]:
+    """How vLLM's server gives the tokens of an answer: all at once, in chunks, or one by one to a beam search, whose
+    answer has them all."""
+    from vllm.sampling_params import RequestOutputKind
+
+    if params.output_kind == RequestOutputKind.DELTA:
+        return "stream" if (params.stream_interval or 1) <= MAX_INTERVAL else "whole"
+    return "whole" if params.output_kind == RequestOutputKind.FINAL_ONLY else "beam"
+
+
+def is_unread(state: RequestState) -> bool:
+    """Whether the chunk of a stream that was made last still waits for its reader. The next is then added to it."""
+    return state.queue is not None and state.queue.output is not None
 
 
 def positions_of(request: EngineCoreRequest) -> int:

@@ -476,7 +476,8 @@ def _fields(body: object, path: str) -> dict[str, object]:
 
 def _reads_beams(fields: Mapping[str, object]) -> bool:
     """Whether the answer has log-probabilities, if it is of a beam search."""
-    return any(fields.get(name) not in (None, False) for name in ("logprobs", "top_logprobs"))
+    asked = map(fields.get, ("logprobs", "top_logprobs"))
+    return any(value is not None and value is not False for value in asked)  # 0 asks for that of the token itself
 
 
 async def _nothing() -> Message:

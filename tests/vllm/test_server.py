@@ -474,9 +474,10 @@ def test_nor_may_those_of_prompts_be_more(server: Server, more: dict[str, Any]) 
 def test_beams_count_where_the_answer_has_their_log_probabilities(server: Server) -> None:
     beams: dict[str, Any] = {"n": 10, "use_beam_search": True, "prompt": ["hello"] * 7, "max_tokens": 100}
     assert ask(server, "/v1/completions", **beams).status_code == 200
-    told = ask(server, "/v1/completions", **beams, logprobs=1)
-    assert (told.status_code, told.json()["error"]["param"]) == (400, "logprobs"), told.text
-    eventually(lambda: is_idle(server))
+    for logprobs in (0, 1):
+        told = ask(server, "/v1/completions", **beams, logprobs=logprobs)
+        assert (told.status_code, told.json()["error"]["param"]) == (400, "logprobs"), told.text
+        eventually(lambda: is_idle(server))
 
 
 def test_reading_changes_no_answer_and_its_bounds_are_told(server: Server) -> None:

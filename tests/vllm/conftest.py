@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tests.vllm import device
 
@@ -29,6 +30,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("default"))
             if not INSTALLED:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+#: Which dispatch keys a thread has at its start.
+DISPATCH = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Have each test begin with the dispatch keys of the start. PyTorch keeps them for a thread, and changes them by
+    objects that restore what they found: one that is collected late, of a test before, restores what was then, and no
+    model is compiled any more."""
+    with torch._C._ForceDispatchKeyGuard(*DISPATCH):
+        return (yield)
 
 
 @pytest.fixture(scope="module")

@@ -280,7 +280,9 @@ class Registry:
         needed = max(needed, 2) if phases else needed
         if needed <= (rank := self.placement.shape.rank):
             return []
-        condition = " (one of them for its condition)" if any(entry.condition for entry in entries) else ""
+        turning = [entry for entry in entries if entry.mode in TURNING]
+        condition = f" (two for the mode '{turning[0].mode}')" if turning else ""
+        condition = " (one of them for its condition)" if any(entry.condition for entry in entries) else condition
         condition = f" (two are the least with the tokens '{phases[0]}')" if phases else condition
         return [
             f"the request needs {needed} direction rows for each token{condition}, and the rank here is {rank}: "

@@ -48,7 +48,7 @@ def run(client: str, server: Server, folder: Path, key: str) -> subprocess.Compl
         },
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=1500,
     )
 
 

@@ -42,7 +42,7 @@ def evaluate(url: str, model: str, tokenizer: str, folder: Path, *, kind: str, a
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,
         cwd=folder,
         env={
             "HF_HOME": str(folder / "hf"),

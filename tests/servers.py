@@ -13,8 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from itertools import count
 from pathlib import Path
+from random import randrange
 from types import TracebackType
 from typing import Any
 
@@ -24,13 +26,19 @@ from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[1]
 #: Beside other work, not on a machine of its own.
-START_TIMEOUT = 540.0
+START_TIMEOUT = 1500.0
+
+
+#: Of each test process its own, below those that a system gives: until a server has bound one, nobody else takes it.
+_PORTS = count(20_000 + 6_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 12_000 + randrange(5_000))
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for port in _PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 class Client(httpx.Client):

@@ -63,7 +63,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def started(*arguments: str) -> str:
     """What the command prints as a process of its own."""
     command = [sys.executable, "-m", "steer", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=1500).stdout
 
 
 def test_help_has_every_setting() -> None:
@@ -75,7 +75,7 @@ def test_help_has_every_setting() -> None:
 def test_help_costs_no_torch_and_no_transformers() -> None:
     """Importing them takes seconds, and no help, version or completion needs them."""
     program = "import sys, steer.cli.app; print(sorted({'torch', 'transformers', 'vllm', 'numpy'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=1500)
     assert done.stdout.strip() == "[]"
 
 
@@ -141,7 +141,7 @@ def test_choices_are_completed(line: str, words: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
     program = "import sys; from steer.cli import main; sys.argv[0] = 'steer'; main()"  # of this name is the variable
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=1500)
     assert done.stdout.split() == words.split()
 
 
@@ -859,7 +859,7 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
         f"fit m {sets} {output} --judge h://a --judge h://b --judge-model a --judge-model b": "one judge decides here",
     }
     done = subprocess.run(
-        [sys.executable, "-c", LIGHT], input="\n".join(wrong), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", LIGHT], input="\n".join(wrong), capture_output=True, text=True, timeout=1500
     )
     told = done.stdout.splitlines()
     assert len(told) == len(wrong), done.stderr
@@ -902,7 +902,7 @@ def test_a_file_that_cannot_be_written_is_an_error_and_no_traceback(
         ),
         (bake, f"error: {tmp_path}/.baked.tmp/", "] File too large"),
     ):
-        done = subprocess.run([sys.executable, "-c", FULL, *given], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, "-c", FULL, *given], capture_output=True, text=True, timeout=1500)
         last = done.stderr.splitlines()[-1]
         assert (done.returncode, last.startswith(start), last.endswith(end)) == (2, True, True), done.stderr
         assert set(tmp_path.iterdir()) == before
@@ -913,7 +913,7 @@ def test_a_file_that_cannot_be_written_is_an_error_and_no_traceback(
 def test_what_is_printed_on_a_full_disk_is_an_error_and_no_traceback(asked: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "steer", asked], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
+            [sys.executable, "-m", "steer", asked], stdout=full, stderr=subprocess.PIPE, text=True, timeout=1500
         )
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 

@@ -59,14 +59,14 @@ def test_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
             block = block.replace(usual, smaller)
         block = re.sub(r"--max-tokens \d+", TOKENS, block)
         command = ["bash", "-euo", "pipefail", "-c", block]
-        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=1500)
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
 
 
 def test_the_python_page_runs() -> None:
     (block,) = blocks_of((ROOT / "docs/python.md").read_text(), "python")
     done = subprocess.run(
-        [sys.executable, "-c", block], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", block], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stderr
     shown, shape, taken = done.stdout.strip().splitlines()[-3:]

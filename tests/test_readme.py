@@ -84,7 +84,7 @@ def environment(server: Server | None = None) -> dict[str, str]:
 def run(block: str, language: str, server: Server, tree: Path) -> str:
     text = block.replace(ADDRESS, server.url)
     command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
-    done = subprocess.run(command, cwd=tree, env=environment(server), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tree, env=environment(server), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -127,7 +127,7 @@ def test_vllm_block(server: Server, tree: Path) -> None:
         env=environment(server) | settings,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     # vLLM logs to the same stream

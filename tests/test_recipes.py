@@ -122,7 +122,7 @@ def test_what_the_recipes_make_is_listed_derived_and_served(tiny_folder: Path, t
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

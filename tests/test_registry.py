@@ -283,8 +283,8 @@ def test_a_load_waits_for_running_requests_of_old_versions() -> None:
     held = admit(registry, "refusal")
     registry.put("refusal", B)
     timer = threading.Timer(0.3, held.release)
-    timer.start()
     began = time.monotonic()
+    timer.start()
     registry.put("refusal", C)
     assert 0.2 < time.monotonic() - began < 20
     assert served(registry) == {"refusal": digest(C)}

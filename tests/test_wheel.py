@@ -39,7 +39,7 @@ def test_the_wheel_serves_the_demo_model_from_anywhere(tmp_path: Path, monkeypat
             str(ROOT),
         ],
         check=True,
-        timeout=300,
+        timeout=1500,
     )
     (wheel,) = tmp_path.glob("steer_llm-*.whl")
     installed = tmp_path / "installed"
@@ -59,12 +59,12 @@ def test_the_wheel_serves_the_demo_model_from_anywhere(tmp_path: Path, monkeypat
 def test_a_clone_named_steer_does_not_shadow_an_editable_install(tmp_path: Path) -> None:
     """Its files are a path entry, and of path entries one with a package goes before a folder of that name."""
     program = f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=300, capture_output=True)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=1500, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as packed:
         (entry,) = [name for name in packed.namelist() if name.endswith((".pth", ".py"))]
         assert packed.read(entry).decode().strip() == str(ROOT)
     (tmp_path / "steer").mkdir()
     where = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r}); import steer; print(steer.__file__)"]
-    found = subprocess.run(where, cwd=tmp_path, check=True, timeout=300, capture_output=True, text=True).stdout.strip()
+    found = subprocess.run(where, cwd=tmp_path, check=True, timeout=1500, capture_output=True, text=True).stdout.strip()
     assert Path(found) == ROOT / "steer" / "__init__.py"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def eventually(holds: Callable[[], object], seconds: float = 30, told: str = "it did not happen in time") -> None:
+def eventually(holds: Callable[[], object], seconds: float = 120, told: str = "it did not happen in time") -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, told

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, WithJsonSchema
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from typing_extensions import TypedDict
 
 from steer.errors import (
@@ -185,6 +186,8 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
     problems: dict[str, str] = {}
     others: list[ErrorDetails] = []
     for item in islice(error.errors(), MAX_PROBLEMS):
+        if not isinstance(item, str) and item["type"] == "json_invalid":
+            return response(Code.INVALID_JSON, f"the body is not JSON: {item['ctx']['error']}")
         if isinstance(item, str):  # raised by an engine, without a field
             problems.setdefault("body", item[:MAX_PROBLEM])
             continue
@@ -232,6 +235,10 @@ async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return no_route(request.scope["path"])
-    status = error.status_code
-    code = next((code.wire for code in (Code.NOT_FOUND, Code.METHOD_NOT_ALLOWED) if code.status == status), None)
-    return JSONResponse(body(status, str(error.detail), param=None, code=code), status)
+    if error.status_code == 405:
+        scope = request.scope
+        on_path = [route for route in request.app.routes if route.matches(scope)[0] is not Match.NONE]
+        allowed = ", ".join(sorted({method for route in on_path for method in getattr(route, "methods", None) or ()}))
+        message = f"the method {scope['method'][:20]} is not accepted at {scope['path'][:100]}; accepted: {allowed}"
+        return of(HTTPProblem(Code.METHOD_NOT_ALLOWED, message, headers={"Allow": allowed}))
+    return JSONResponse(body(error.status_code, str(error.detail), param=None, code=None), error.status_code)

@@ -246,6 +246,11 @@ class KeyRules(Limits):
     def hashes(self) -> tuple[str, ...]:
         return (self.hash,) if isinstance(self.hash, str) else self.hash
 
+    @property
+    def named(self) -> set[str]:
+        """The directions that are allowed by their names."""
+        return {name for name in self.directions if name != ANY}
+
     def allows(self, direction: str) -> bool:
         return ANY in self.directions or direction in self.directions
 

@@ -189,8 +189,9 @@ class Passage:
         turn: see `in_turn`.
         since: when the event loop last served others while requests were added to the engine.
         beams: whether the log-probabilities of beams are in the answer.
+        repeats: whether the last chunk of a stream has all of its log-probabilities again.
         logprobs: how many log-probabilities vLLM has to put into the answer at once.
-        streams: the number of streams with log-probabilities.
+        streams: the number of streams with log-probabilities that have begun and not ended.
     """
 
     plain: bool = False
@@ -203,25 +204,27 @@ class Passage:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     since: float = 0.0
     beams: bool = False
+    repeats: bool = False
     logprobs: int = 0
     streams: int = 0
 
     def count_logprobs(self, count: int) -> RequestError | None:
         """Note `count` more log-probabilities. Returns an error if there are now too many."""
         self.logprobs += count
-        return self._check(self.logprobs, "of prompts, and of answers that are not streamed,", "ask for a stream, or")
+        remedy = "ask for" if self.repeats else "ask for a stream, or for"
+        return self._check(self.logprobs, remedy)
 
-    def count_unread(self, count: int) -> RequestError | None:
-        """Note that `count` log-probabilities of one of the streams have not been read. Returns an error if those of
-        all could be too many: they are put into one chunk."""
-        return self._check(count * self.streams, "of streams that wait for their reader", "read faster, or ask")
+    def count_chunk(self, count: int) -> RequestError | None:
+        """Note that one of the streams has a chunk of `count` log-probabilities. Returns an error if those of all could
+        be too many: they are made in one turn of the event loop."""
+        return self._check(count * self.streams, "read what comes, or ask for shorter chunks,")
 
-    def _check(self, count: int, which: str, remedy: str) -> RequestError | None:
+    def _check(self, count: int, remedy: str) -> RequestError | None:
         if count <= MAX_LOGPROBS:
             return None
         self.refused = RequestError(
-            f"logprobs: at most {MAX_LOGPROBS} log-probabilities {which} are given to one request, and this one has "
-            f"come to {count}: {remedy} for fewer prompts, answers, tokens or log-probabilities",
+            f"logprobs: at most {MAX_LOGPROBS} log-probabilities are made at once for one request, and this one has "
+            f"come to {count}: {remedy} fewer prompts, answers, tokens or log-probabilities",
             param="logprobs",
         )
         return self.refused
@@ -557,7 +560,9 @@ class Frontend:
         self.held[request.request_id] = ticket
         ticket.running.add(request.request_id)
 
-    def has_added(self, request: EngineCoreRequest, state: RequestState) -> Callable[[int], RequestError | None] | None:
+    def has_added(
+        self, request: EngineCoreRequest, state: RequestState
+    ) -> Callable[[int | None], RequestError | None] | None:
         """Note the `state` that the output processor keeps for a request that it has taken. Returns what has to be told
         of the tokens of its answer, if their log-probabilities count."""
         if (call := _adding.get()) is not None:
@@ -570,15 +575,19 @@ class Frontend:
         delivery = internals.engine.delivery_of(request.sampling_params)
         if delivery == "beam" and not way.beams:
             return None
-        if delivery != "stream":
-            return lambda tokens: way.count_logprobs(tokens * each)
-        way.streams += 1
-        unread = 0
+        if delivery != "stream" or way.repeats:
+            return lambda tokens: way.count_logprobs((tokens or 0) * each)
+        unread, begun = 0, False
 
-        def count(tokens: int) -> RequestError | None:
-            nonlocal unread
+        def count(tokens: int | None) -> RequestError | None:
+            nonlocal unread, begun
+            if tokens is None:
+                way.streams -= begun
+                return None
+            way.streams += not begun
+            begun = True
             unread = unread + tokens if internals.engine.is_unread(state) else 0
-            return way.count_unread(unread * each)
+            return way.count_chunk((unread + internals.engine.chunk_of(state)) * each)
 
         return count
 

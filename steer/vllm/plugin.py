@@ -116,6 +116,7 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
         thinking=internals.engine.engine_thinking(engine),
     )
     _wrap_requests(engine, frontend)
+    internals.engine.serve_between(engine)
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
     get_supported_tasks = internals.seam(engine, "get_supported_tasks")
     starting: list[asyncio.Task[None]] = []

@@ -344,7 +344,8 @@ class Generation:
             try:
                 caller = control.caller(scope)
                 plain = not admission.spec and not admission.readout
-                way = Passage(plain, caller.rules.forms, caller.manages, beams=_reads_beams(scope[BODY]))
+                beams, repeats = _reads_beams(scope[BODY]), _repeats(scope["path"])
+                way = Passage(plain, caller.rules.forms, caller.manages, beams=beams, repeats=repeats)
                 await _run(self.app, control, way, scope[BODY], scope, receive, send, used)
             except Exception:
                 if ticket is None or not ticket.lost:
@@ -410,7 +411,8 @@ class Other(_Layer):
         rules, tokens = run.caller.rules, tokens_of(fields, len(data), front.context, scope["path"])
         reserve = partial(control.reserve, run, scope, tokens, answer_count(fields), asks_most(fields))
         plain = body is not None and _may_be_plain(scope)
-        way = Passage(plain, rules.forms, run.caller.manages, reserve, beams=_reads_beams(fields))
+        beams, repeats = _reads_beams(fields), _repeats(scope["path"])
+        way = Passage(plain, rules.forms, run.caller.manages, reserve, beams=beams, repeats=repeats)
 
         async def sending(message: Message) -> None:
             if way.plain and message["type"] == "http.response.start" and message["status"] < 400:
@@ -476,8 +478,15 @@ def _fields(body: object, path: str) -> dict[str, object]:
 
 def _reads_beams(fields: Mapping[str, object]) -> bool:
     """Whether the answer has log-probabilities, if it is of a beam search."""
-    asked = map(fields.get, ("logprobs", "top_logprobs"))
-    return any(value is not None and value is not False for value in asked)  # 0 asks for that of the token itself
+    asked = [value for name in ("logprobs", "top_logprobs") if (value := fields.get(name)) is not None]
+    if "messages" in fields:  # a completion reads False as 0, which asks for that of the token itself
+        asked = [value for value in asked if value is not False]
+    return bool(asked)
+
+
+def _repeats(path: str) -> bool:
+    """Whether the last events of a stream on this route have the whole answer again."""
+    return path.endswith("/v1/responses")
 
 
 async def _nothing() -> Message:

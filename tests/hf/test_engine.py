@@ -571,7 +571,7 @@ def test_closing_the_stream_frees_the_place(which: str, request: pytest.FixtureR
         await stream.aclose()
         assert made.engine.in_flight == 0
         if isinstance(made.engine, BatchingEngine):
-            for _ in range(100):
+            for _ in range(1200):
                 if not made.engine._processor.scheduler.active_requests:
                     break
                 await asyncio.sleep(0.05)

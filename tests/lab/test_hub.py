@@ -101,7 +101,7 @@ def steer(home: Path, endpoint: str, *arguments: str) -> subprocess.CompletedPro
     hub_settings = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HOME": str(home)}
     environment = os.environ | hub_settings | {"HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "steer", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
 
 
 def test_what_is_pushed_is_pulled_byte_for_byte(file: Path, tmp_path: Path) -> None:

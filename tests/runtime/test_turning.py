@@ -195,7 +195,7 @@ def test_a_request_that_cannot_be_turned_is_refused(mode: Mode) -> None:
         check_mode(models.direction(MODEL, sites=("writers",)), mode, "d")
     with (
         steer.attach(model, {"d": MADE}, rank=1) as steering,
-        pytest.raises(SpecError, match=r"needs 2 direction rows for each token, .* rank here is 1: `--rank 2`"),
+        pytest.raises(SpecError, match=r"needs 2 .* \(two for the mode 'rotate.*'\), .* rank here is 1: `--rank 2`"),
         steering(f"d:{mode}"),
     ):
         pass

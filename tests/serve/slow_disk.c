@@ -1,4 +1,4 @@
-/* A slow disk, for LD_PRELOAD: files below a folder called "slow", and every fsync, take SLOW_SECONDS. */
+/* A slow disk, for LD_PRELOAD: files below a folder called "slow", and every fsync, wait until the file SLOW_UNTIL is there. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -8,7 +8,7 @@
 #include <unistd.h>
 
 static void wait_for_disk(void) {
-    usleep((useconds_t)(1e6 * atof(getenv("SLOW_SECONDS"))));
+    while (access(getenv("SLOW_UNTIL"), F_OK)) usleep(20000);
 }
 
 #define OPEN(name)                                                                            \

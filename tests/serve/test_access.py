@@ -328,16 +328,16 @@ def test_what_never_becomes_a_request_is_not_kept(server: Server, begin: bytes, 
     assert sent < 16 * 2**20, "what the system itself holds of a connection comes on top"
 
 
-def raw(server: Server, *parts: bytes) -> list[tuple[int, dict[str, str], Any]]:
-    """The answers to what is sent on one connection, with a while between the parts, until it ends or nothing more
-    comes: (status, headers, body as JSON)."""
+def raw(server: Server, *parts: bytes, count: int = 1) -> list[tuple[int, dict[str, str], Any]]:
+    """The answers to what is sent on one connection, with a while between the parts, until it ends, or
+    `count` have come and nothing more does: (status, headers, body as JSON)."""
     found: list[tuple[int, dict[str, str], Any]] = []
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         for number, part in enumerate(parts):
             time.sleep(0.2 * (number > 0))
             connection.sendall(part)
         with connection.makefile("rb", buffering=0) as answers:
-            while (not found or select.select([connection], [], [], 0.3)[0]) and (line := answers.readline()):
+            while (len(found) < count or select.select([connection], [], [], 0.3)[0]) and (line := answers.readline()):
                 headers = dict(each.decode().lower().strip().split(": ", 1) for each in iter(answers.readline, b"\r\n"))
                 body = answers.read(int(headers["content-length"]))
                 found.append((int(line.split()[1]), headers, json.loads(body) if body else None))
@@ -391,7 +391,7 @@ def test_a_request_that_asks_for_another_protocol_too_is_answered_in_this_one(
 
 def test_requests_that_wait_on_one_connection_are_few(server: Server) -> None:
     one = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    assert [status for status, *_ in raw(server, one * 10)] == [200] * 10
+    assert [status for status, *_ in raw(server, one * 10, count=10)] == [200] * 10
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         sent = 0
         with contextlib.suppress(ConnectionError):

@@ -40,14 +40,16 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(connection, "WRITE_TIMEOUT", 0.5)
+    monkeypatch.setattr(connection, "WRITE_TIMEOUT", 3)
     left.clear()
     server = uvicorn.Server(uvicorn.Config(app, port=0, http=connection.PROTOCOL, lifespan="off", log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
+    [listening] = server.servers[0].sockets
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**18)  # what is taken is noticed soon
+    yield listening.getsockname()[1]
     server.should_exit = True
     thread.join(30)
 
@@ -57,7 +59,7 @@ def test_only_who_takes_nothing_is_left(port: int, reads: bool) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         if reads:
-            for _ in range(30):  # longer than the server's patience
+            for _ in range(50):  # longer than the server's patience
                 assert client.recv(2**20)
                 time.sleep(0.1)
         assert left.wait(0 if reads else 30) != reads

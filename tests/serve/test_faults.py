@@ -78,7 +78,7 @@ def test_a_server_that_is_told_to_end_serves_its_streams_to_their_end(tiny_folde
         chunks = [json.loads(line[6:]) for line in got.splitlines() if line.startswith("data: {")]
         assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == whole
         assert got.rstrip().endswith("data: [DONE]")
-        assert server.process.wait(timeout=30) == 0
+        assert server.process.wait(timeout=120) == 0
         assert "Traceback" not in server.log
         assert "leaked" not in server.log
 
@@ -241,12 +241,13 @@ def test_a_folder_that_is_read_only_is_read(tiny_folder: Path, folder: Path) -> 
 
 
 def test_a_slow_disk_holds_up_no_request(tiny_folder: Path, tmp_path: Path) -> None:
-    folder, shim = tmp_path / "slow", tmp_path / "slow_disk.so"
+    folder, shim, disk = tmp_path / "slow", tmp_path / "slow_disk.so", tmp_path / "disk"
     folder.mkdir()
+    disk.touch()
     write_file(folder / "refusal.safetensors", FILES[0])
     source = Path(__file__).with_name("slow_disk.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, source, "-ldl"], check=True)
-    command = ["env", f"LD_PRELOAD={shim}", "SLOW_SECONDS=2"]
+    command = ["env", f"LD_PRELOAD={shim}", f"SLOW_UNTIL={disk}"]
     command += [sys.executable, "-m", "steer", "serve", "--backend", "transformers"]
     with (
         Server(str(tiny_folder), "--directions", str(folder), directions=folder, command=command) as server,
@@ -255,18 +256,22 @@ def test_a_slow_disk_holds_up_no_request(tiny_folder: Path, tmp_path: Path) -> N
         plain = text(server.complete())
         kind = {"content-type": "application/octet-stream"}
         url = f"{server.url}/v1/directions/refusal"
-        put = beside.submit(httpx.put, url, content=FILES[1], headers=kind, timeout=60)
+        disk.unlink()
+        put = beside.submit(httpx.put, url, content=FILES[1], headers=kind, timeout=1500)
         for _ in range(5):
             assert served(server) == digest(FILES[0])
             assert text(server.complete()) == plain
             assert health(server)["status"] == "ok"
             assert server.client.get("/v1/directions").status_code == 200
             assert not put.done(), "all of that came before the disk had written"
+        disk.touch()
         assert put.result().status_code == 200
         assert served(server) == digest(FILES[1])
+        disk.unlink()
         write_file(folder / "refusal.safetensors", FILES[0])
         for _ in range(5):
             assert served(server) == digest(FILES[1]), "it is being read"
+        disk.touch()
         eventually(lambda: served(server) == digest(FILES[0]))
         eventually(lambda: quiet(server))
 
@@ -358,7 +363,7 @@ def test_what_is_ended_as_the_server_ends_is_told(tiny_folder: Path, folder: Pat
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
         streamed, whole = (each.result() for each in asked)
-        assert server.process.wait(timeout=60) == 0
+        assert server.process.wait(timeout=120) == 0
         assert "Traceback" not in server.log
     assert streamed.text.endswith("data: [DONE]\n\n")
     assert '"code":"stopping"' in streamed.text
@@ -376,7 +381,7 @@ def test_a_client_that_never_reads_cannot_keep_a_server_that_is_told_to_end(tiny
             reader.sendall(posted(json.dumps(body).encode()))
             eventually(lambda: "steer_steered_running 1.0" in server.client.get("/metrics").text)
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(timeout=60) == 0
+            assert server.process.wait(timeout=120) == 0
 
 
 def test_a_connection_outlives_the_patience_of_clients(lasting: Server) -> None:

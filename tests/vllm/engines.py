@@ -53,6 +53,12 @@ PROMPTS = ("hello world", "this is a longer prompt of some words")
 TOLERANCE = 1e-3
 
 
+def are_likeliest(answer: Sequence[int], expected: torch.Tensor) -> bool:
+    """Whether a greedy answer has these `expected` log-probabilities `[tokens, vocabulary]`: of two tokens that are as
+    likely, to the tolerance, an engine may say either."""
+    return bool((expected.amax(-1) - expected[range(len(answer)), answer] < TOLERANCE).all())
+
+
 @dataclass(frozen=True)
 class Home:
     """A tiny model in a folder, with directions for it in another."""
@@ -136,7 +142,7 @@ class Reference:
         said = torch.tensor(
             [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, answer, strict=True)]
         )
-        assert expected.argmax(-1).tolist() == answer, f"{spec}: other tokens"
+        assert are_likeliest(answer, expected), f"{spec}: other tokens"
         error = (expected[range(len(answer)), answer] - said).abs().max().item()
         assert error < TOLERANCE, f"{spec}: logprobs are off by {error:.1e}"
 

@@ -576,7 +576,7 @@ def test_a_server_that_would_not_be_safe_does_not_start(home: Home, options: lis
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:  # as the front ends of vLLM listen
         taken = str(other.getsockname()[1])
         command += [{"POLICY": policy, "TAKEN": taken}.get(option, option) for option in options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 2, done.stderr[-2000:]
     assert says in done.stderr
 

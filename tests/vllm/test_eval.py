@@ -39,7 +39,7 @@ def report(folder: Path, backend: str, *more: str) -> dict[str, Any]:
         [*command, "--max-tokens", "48", "--dtype", "float32", "--report", str(folder / backend), *more],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
         cwd=ROOT,
         env=os.environ | device.ENVIRONMENT,
     )

@@ -22,7 +22,7 @@ from steer.serve.policy import hash_of
 from tests import models
 from tests.servers import Client, Server, front_ends, receipt, stopped_under_streams, text
 from tests.vllm import device
-from tests.vllm.engines import Home, Reference
+from tests.vllm.engines import Home, Reference, are_likeliest
 from tests.vllm.test_server import OPTIONS
 from tests.waiting import eventually
 
@@ -98,7 +98,7 @@ def test_each_steers(fronts: dict[int, Client], home: Home) -> None:
             body = answer.json()["choices"][0]
             prompt, ids = body["prompt_token_ids"], body["token_ids"]
             expected = reference.logprobs(prompt + ids, spec)[len(prompt) - 1 : -1]
-            assert expected.argmax(-1).tolist() == ids
+            assert are_likeliest(ids, expected)
             assert len(receipt(answer)) == (0 if spec == "off" else spec.count(",") + 1)
         for number, holds in ((-1e6, True), (1e6, False)):
             answer = ask(front, steer=f"refusal?verbosity@0>{number}", n=2, temperature=1)
@@ -269,9 +269,11 @@ def test_metrics_are_of_all_together(fronts: dict[int, Client]) -> None:
     for n, front in fronts.items():
         for _ in range(n + 1):
             assert receipt(ask(front, steer="refusal:add=0.1"))
-    assert [made(front) - before for front in fronts.values()] == [sum(n + 1 for n in fronts)] * COUNT
+    # counted behind an answer's last byte
+    eventually(lambda: [made(front) - before for front in fronts.values()] == [sum(n + 1 for n in fronts)] * COUNT)
+    eventually(lambda: "\nsteer_steered_running 0.0\n" in fronts[0].get("/metrics").text)
     told = fronts[0].get("/metrics").text
-    for line in ("steer_steering_enabled 1.0", "steer_audit_ok 1.0", "steer_steered_running 0.0"):
+    for line in ("steer_steering_enabled 1.0", "steer_audit_ok 1.0"):
         assert f"\n{line}\n" in told
     assert f"\nsteer_row_capacity {float(ROWS)}\n" in told
 

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from tests import models, oracle
 from tests.servers import ROOT
 from tests.vllm import device
-from tests.vllm.engines import SPECS, TOLERANCE, Home, Reference
+from tests.vllm.engines import SPECS, TOLERANCE, Home, Reference, are_likeliest
 from tests.vllm.run_gpu import STEPS, STOCK, Said
 
 pytestmark = [
@@ -66,7 +66,7 @@ class Runs:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=1500,
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(engine)}:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
@@ -107,7 +107,7 @@ def same(said: Said, expected: Said) -> None:
 
 def as_transformers_says(said: Said, reference: Reference) -> None:
     expected = reference.logprobs(said.ids + said.tokens, said.spec)[len(said.ids) - 1 : -1]
-    assert expected.argmax(-1).tolist() == said.tokens, f"{said.spec}: other tokens"
+    assert are_likeliest(said.tokens, expected), f"{said.spec}: other tokens"
     error = (expected[range(len(said.tokens)), said.tokens] - torch.tensor(said.logprobs)).abs().max().item()
     assert error < TOLERANCE, f"{said.spec}: log-probabilities are off by {error:.1e}"
 

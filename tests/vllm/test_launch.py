@@ -19,7 +19,7 @@ from steer.vllm.settings import EngineSettings
 from tests import models
 from tests.servers import Server, front_ends, receipt, text
 from tests.vllm import device
-from tests.vllm.engines import Home, Reference
+from tests.vllm.engines import Home, Reference, are_likeliest
 from tests.vllm.swaps import swap_under_load
 
 COMMAND = [sys.executable, "-m", "tests.vllm.command", "serve"]
@@ -49,7 +49,7 @@ def check(server: Server, home: Home) -> None:
         body = answer.json()["choices"][0]
         prompt, ids = body["prompt_token_ids"], body["token_ids"]
         expected = reference.logprobs(prompt + ids, spec)[len(prompt) - 1 : -1]
-        assert expected.argmax(-1).tolist() == ids
+        assert are_likeliest(ids, expected)
         assert len(receipt(answer)) == (0 if spec == "off" else spec.count(",") + 1)
     for number, holds in ((-1e6, True), (1e6, False)) * 3:
         answer = server.complete(steer=f"refusal?verbosity@0>{number}", n=2, temperature=1)
@@ -136,7 +136,7 @@ def test_the_batch_runner_would_ignore_it_as_well(tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=1500,
     )
     assert done.returncode != 0
     assert "batch runner would ignore the field 'steer'" in done.stdout + done.stderr

@@ -96,7 +96,7 @@ def test_fit_through_vllm_makes_the_direction_that_transformers_makes(tmp_path: 
             [*command, "-o", str(file), *GIVEN, "--dtype", "float32", *more],
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=1500,
             cwd=ROOT,
             env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         )

@@ -317,6 +317,6 @@ def test_the_command_writes_nothing_but_results_to_its_output(tmp_path: Path) ->
     command += ["--backend", "vllm", "--max-model-len", "128", "--max-num-seqs", "4", *device.ARGUMENTS]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_LOGGING")}
     environment |= device.ENVIRONMENT
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["arms"]

@@ -54,6 +54,6 @@ def test_it_answers_as_transformers_does(way: str, tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1500,
     )
     assert "EQUAL" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]

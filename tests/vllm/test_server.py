@@ -27,7 +27,7 @@ from tests import clients, harness, models, oracle
 from tests.fuzz.life import Life, by_field
 from tests.fuzz.surface import Outcome
 from tests.servers import Server, outlives_clients, receipt
-from tests.vllm.engines import Home, Reference
+from tests.vllm.engines import Home, Reference, are_likeliest
 from tests.vllm.swaps import swap_under_load
 from tests.waiting import eventually
 
@@ -127,7 +127,7 @@ def test_what_is_served_is_what_transformers_says(server: Server, home: Home) ->
         body = ask(server, "/v1/completions", steer=spec, logprobs=1, return_token_ids=True).json()["choices"][0]
         prompt, answer = body["prompt_token_ids"], body["token_ids"]
         expected = reference.logprobs(prompt + answer, spec)[len(prompt) - 1 : -1]
-        assert expected.argmax(-1).tolist() == answer
+        assert are_likeliest(answer, expected)
         for position, (token, said) in enumerate(zip(answer, body["logprobs"]["token_logprobs"], strict=True)):
             assert said == pytest.approx(expected[position, token].item(), abs=1e-3)
 
@@ -276,7 +276,7 @@ def test_vllms_own_benchmark(server: Server, home: Home, tmp_path: Path) -> None
             ],
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=1500,
             env=os.environ | {"OPENAI_API_KEY": "secret"},
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -450,13 +450,23 @@ def test_log_probabilities_that_are_made_at_once_are_bounded(server: Server, rou
     assert (told.status_code, told.json()["error"]["param"]) == (400, "logprobs"), told.text
     assert f"at most {MAX_LOGPROBS} log-probabilities" in told.json()["error"]["message"]
     eventually(lambda: is_idle(server))
-    for more, ended in (({}, False), ({"stream_interval": 1000}, True)):  # all in one chunk
+    for more, ended in (({}, False), ({"stream_interval": 199}, True), ({"stream_interval": 100}, False)):
         with server.client.stream("POST", route, json=body | {"stream": True} | more) as streamed:
             text = streamed.read().decode()
             assert text.endswith("data: [DONE]\n\n")
             assert (f"at most {MAX_LOGPROBS} log-probabilities" in text) == ended
     for fits in (body | {"n": 30}, {name: body[name] for name in body if "logprobs" not in name}):
         assert server.client.post(route, json=fits).status_code == 200
+
+
+@pytest.mark.parametrize("prompts", [1, 128])
+def test_streams_that_are_read_are_never_too_much(server: Server, prompts: int) -> None:
+    """The loop makes their chunks more slowly than this engine makes steps, and is not left behind."""
+    more: dict[str, Any] = {"n": 128 // prompts, "max_tokens": 150, "ignore_eos": True, "logprobs": 20, "stream": True}
+    body = {"model": "tiny", "prompt": ["hello"] * prompts} | more
+    with server.client.stream("POST", "/v1/completions", json=body) as streamed:
+        assert streamed.read().endswith(b"data: [DONE]\n\n")
+    assert "error" not in streamed.text
 
 
 @pytest.mark.parametrize("more", [{}, {"stream": True}, {"steer": "refusal"}])
@@ -474,7 +484,7 @@ def test_nor_may_those_of_prompts_be_more(server: Server, more: dict[str, Any]) 
 def test_beams_count_where_the_answer_has_their_log_probabilities(server: Server) -> None:
     beams: dict[str, Any] = {"n": 10, "use_beam_search": True, "prompt": ["hello"] * 7, "max_tokens": 100}
     assert ask(server, "/v1/completions", **beams).status_code == 200
-    for logprobs in (0, 1):
+    for logprobs in (0, False, 1):
         told = ask(server, "/v1/completions", **beams, logprobs=logprobs)
         assert (told.status_code, told.json()["error"]["param"]) == (400, "logprobs"), told.text
         eventually(lambda: is_idle(server))

@@ -73,6 +73,20 @@ async def call_workers_async(engine: AsyncLLM, method: str, *args: object) -> li
     return list(await seam(engine, "collective_rpc")(method, args=args))
 
 
+def serve_between(engine: AsyncLLM) -> None:
+    """Have the event loop serve others between two steps of the engine. Of steps that wait vLLM takes one after the
+    other, and joins what their streams get: the more it joins, the longer the loop makes the chunks, and the more steps
+    wait then."""
+    client = engine.engine_core
+    get = seam(client, "get_output_async", [])
+
+    async def getting() -> object:
+        await asyncio.sleep(0)
+        return await get()
+
+    client.get_output_async = getting
+
+
 def wrap_requests(outputs: OutputProcessor, requests: Requests) -> None:
     """Wrap the methods of an OutputProcessor so that `requests` is told of each request."""
     add, process, abort = (
@@ -82,7 +96,7 @@ def wrap_requests(outputs: OutputProcessor, requests: Requests) -> None:
     )
     states = seam(outputs, "request_states")
     formed = set[str]()  # the ids of requests whose answers are held to a form
-    counted: dict[str, Callable[[int], Exception | None]] = {}
+    counted: dict[str, Callable[[int | None], Exception | None]] = {}
 
     def adding(request: EngineCoreRequest, *args: object, **kwargs: object) -> object:
         requests.check_added(request)
@@ -108,7 +122,7 @@ def wrap_requests(outputs: OutputProcessor, requests: Requests) -> None:
             formed.difference_update([each for each in formed if each not in states])
         if counted:
             for each in [each for each in counted if each not in states]:
-                del counted[each]
+                counted.pop(each)(None)
             for one in engine_core_outputs:
                 if (count := counted.get(one.request_id)) and (error := count(len(one.new_token_ids))):
                     errors[one.request_id] = error
@@ -250,23 +264,24 @@ def logprobs_of(request: EngineCoreRequest, vocabulary: int) -> tuple[int, int]:
     return positions_of(request) * each(params.prompt_logprobs), each(params.num_logprobs)
 
 
-#: A stream whose chunks may have more tokens is as an answer that is not streamed.
-MAX_INTERVAL = 16
-
-
 def delivery_of(params: SamplingParams) -> Literal["whole", "stream", "beam"]:
     """How vLLM's server gives the tokens of an answer: all at once, in chunks, or one by one to a beam search, whose
     answer has them all."""
     from vllm.sampling_params import RequestOutputKind
 
     if params.output_kind == RequestOutputKind.DELTA:
-        return "stream" if (params.stream_interval or 1) <= MAX_INTERVAL else "whole"
+        return "stream"
     return "whole" if params.output_kind == RequestOutputKind.FINAL_ONLY else "beam"
 
 
 def is_unread(state: RequestState) -> bool:
     """Whether the chunk of a stream that was made last still waits for its reader. The next is then added to it."""
     return state.queue is not None and state.queue.output is not None
+
+
+def chunk_of(state: RequestState) -> int:
+    """The most tokens in a chunk of a stream, by its request or the server's `--stream-interval`, if it is read."""
+    return min(int(state.stream_interval), state.max_tokens_param or sys.maxsize)
 
 
 def positions_of(request: EngineCoreRequest) -> int:

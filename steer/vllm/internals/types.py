@@ -56,12 +56,14 @@ class Requests(Protocol):
     def check_added(self, request: EngineCoreRequest) -> None:
         """Told of each request before the OutputProcessor takes it."""
 
-    def has_added(self, request: EngineCoreRequest, state: RequestState) -> Callable[[int], Exception | None] | None:
+    def has_added(
+        self, request: EngineCoreRequest, state: RequestState
+    ) -> Callable[[int | None], Exception | None] | None:
         """Told afterwards, with the state that is kept for the request.
 
         Returns:
-            what is then told the number of tokens of each output of the request. It returns the error with which the
-            request has to end, or None. None if nobody counts the tokens of this request.
+            what is then told the number of tokens of each output of the request, and None after its end. It returns
+            the error with which the request has to end, or None. None if nobody counts the tokens of this request.
         """
 
     def let_go(self, request_id: str) -> None:

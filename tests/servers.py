@@ -30,7 +30,7 @@ START_TIMEOUT = 1500.0
 
 
 #: Of each test process its own, below those that a system gives: until a server has bound one, nobody else takes it.
-_PORTS = count(20_000 + 6_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 12_000 + randrange(5_000))
+_PORTS = count(20_000 + 1_500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 12_000 + randrange(1_000))
 
 
 def free_port() -> int:

@@ -243,8 +243,8 @@ class Control:
         own = [item for rules in what.keys.values() for item in (*rules.required, *(rules.default or ()))]
         served = self.registry.names()
         usable = {name for rules in what.keys.values() for name in rules.named}
-        named = {"limits": set(what.directions), "needs": {name for item in own for name in item.names}}
-        for verb, names in (named | {"lets keys use": usable}).items():
+        needed = {name for item in own for name in item.names}
+        for verb, names in (("limits", set(what.directions)), ("needs", needed), ("lets keys use", usable - needed)):
             if missing := ", ".join(sorted(names - served.keys())):
                 all_served = ", ".join(served) or "none"
                 log.warning("the policy %s directions that are not served: %s; served: %s", verb, missing, all_served)

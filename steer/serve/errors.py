@@ -238,7 +238,8 @@ async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 405:
         scope = request.scope
         on_path = [route for route in request.app.routes if route.matches(scope)[0] is not Match.NONE]
-        allowed = ", ".join(sorted({method for route in on_path for method in getattr(route, "methods", None) or ()}))
+        methods = {method for route in on_path for method in getattr(route, "methods", None) or ()}
+        allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
         message = f"the method {scope['method'][:20]} is not accepted at {scope['path'][:100]}; accepted: {allowed}"
         return of(HTTPProblem(Code.METHOD_NOT_ALLOWED, message, headers={"Allow": allowed}))
     return JSONResponse(body(error.status_code, str(error.detail), param=None, code=None), error.status_code)

@@ -217,7 +217,8 @@ class Passage:
     def count_chunk(self, count: int) -> RequestError | None:
         """Note that one of the streams has a chunk of `count` log-probabilities. Returns an error if those of all could
         be too many: they are made in one turn of the event loop."""
-        return self._check(count * self.streams, "read what comes, or ask for shorter chunks,")
+        remedy = "they wait for their reader, or for this server to write them; ask for shorter chunks,"
+        return self._check(count * self.streams, remedy)
 
     def _check(self, count: int, remedy: str) -> RequestError | None:
         if count <= MAX_LOGPROBS:

@@ -8,7 +8,7 @@ are wrapped so that every request passes the front end. The plugin does nothing 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
@@ -115,8 +115,7 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
         serves=serves,
         thinking=internals.engine.engine_thinking(engine),
     )
-    _wrap_requests(engine, frontend)
-    internals.engine.serve_between(engine)
+    internals.engine.serve_between(engine, _wrap_requests(engine, frontend))
     add_request = internals.seam(engine, "add_request", ["prompt", "params"])
     get_supported_tasks = internals.seam(engine, "get_supported_tasks")
     starting: list[asyncio.Task[None]] = []
@@ -179,10 +178,11 @@ def _attach_async(engine: types.AsyncLLM, settings: EngineSettings, serves: bool
     internals.server.on_app_built(check_app)
 
 
-def _wrap_requests(engine: types.LLMEngine | types.AsyncLLM, frontend: Frontend) -> None:
+def _wrap_requests(engine: types.LLMEngine | types.AsyncLLM, frontend: Frontend) -> Collection[str]:
     outputs = internals.seam(engine, "output_processor")
-    internals.engine.wrap_requests(outputs, frontend)
+    counted = internals.engine.wrap_requests(outputs, frontend)
     _trace(outputs, frontend.applied)
+    return counted
 
 
 #: The spec of the request whose span is being made.

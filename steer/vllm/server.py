@@ -344,7 +344,7 @@ class Generation:
             try:
                 caller = control.caller(scope)
                 plain = not admission.spec and not admission.readout
-                beams, repeats = _reads_beams(scope[BODY]), _repeats(scope["path"])
+                beams, repeats = _reads_beams(scope[BODY], scope["path"]), _repeats(scope["path"])
                 way = Passage(plain, caller.rules.forms, caller.manages, beams=beams, repeats=repeats)
                 await _run(self.app, control, way, scope[BODY], scope, receive, send, used)
             except Exception:
@@ -411,7 +411,7 @@ class Other(_Layer):
         rules, tokens = run.caller.rules, tokens_of(fields, len(data), front.context, scope["path"])
         reserve = partial(control.reserve, run, scope, tokens, answer_count(fields), asks_most(fields))
         plain = body is not None and _may_be_plain(scope)
-        beams, repeats = _reads_beams(fields), _repeats(scope["path"])
+        beams, repeats = _reads_beams(fields, scope["path"]), _repeats(scope["path"])
         way = Passage(plain, rules.forms, run.caller.manages, reserve, beams=beams, repeats=repeats)
 
         async def sending(message: Message) -> None:
@@ -476,10 +476,10 @@ def _fields(body: object, path: str) -> dict[str, object]:
     return {name: value for name, value in fields.items() if name not in LIMITS[NESTING_ROUTE]} | params | kept
 
 
-def _reads_beams(fields: Mapping[str, object]) -> bool:
+def _reads_beams(fields: Mapping[str, object], path: str) -> bool:
     """Whether the answer has log-probabilities, if it is of a beam search."""
     asked = [value for name in ("logprobs", "top_logprobs") if (value := fields.get(name)) is not None]
-    if "messages" in fields:  # a completion reads False as 0, which asks for that of the token itself
+    if path.endswith("/v1/chat/completions"):  # a completion reads False as 0, which asks for that of the token itself
         asked = [value for value in asked if value is not False]
     return bool(asked)
 

@@ -226,7 +226,7 @@ def test_what_else_is_wrong(tiny_server: Server) -> None:
     assert (told["code"], "the base URL of a client ends in /v1" in told["message"]) == ("not_found", True)
     told = error(tiny_server.client.post("/v1/embeddings", json={}), 404)
     assert told["message"] == "there is no route '/v1/embeddings' here"
-    for path, allowed in (("/v1/completions", "POST"), ("/v1/directions/x", "DELETE, GET, PUT")):
+    for path, allowed in (("/v1/completions", "POST"), ("/v1/directions/x", "DELETE, GET, HEAD, PUT")):
         answer = tiny_server.client.patch(path)
         told = error(answer, 405)
         message = f"the method PATCH is not accepted at {path}; accepted: {allowed}"

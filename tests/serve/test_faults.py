@@ -252,7 +252,9 @@ def test_a_slow_disk_holds_up_no_request(tiny_folder: Path, tmp_path: Path) -> N
     with (
         Server(str(tiny_folder), "--directions", str(folder), directions=folder, command=command) as server,
         ThreadPoolExecutor(1) as beside,
+        ExitStack() as at_end,
     ):
+        at_end.callback(disk.touch)
         plain = text(server.complete())
         kind = {"content-type": "application/octet-stream"}
         url = f"{server.url}/v1/directions/refusal"

@@ -9,7 +9,7 @@ import inspect
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,22 +73,29 @@ async def call_workers_async(engine: AsyncLLM, method: str, *args: object) -> li
     return list(await seam(engine, "collective_rpc")(method, args=args))
 
 
-def serve_between(engine: AsyncLLM) -> None:
-    """Have the event loop serve others between two steps of the engine. Of steps that wait vLLM takes one after the
-    other, and joins what their streams get: the more it joins, the longer the loop makes the chunks, and the more steps
+#: How many steps of the engine may wait while the event loop serves others. The tokens of all requests wait in them.
+MAX_WAITING = 32
+
+
+def serve_between(engine: AsyncLLM, counted: Collection[str]) -> None:
+    """Have the event loop serve others between two steps of the engine while there are requests that are `counted`. Of
+    steps that wait vLLM takes one after the other, and joins what their streams get. That saves time for any other
+    stream, but joined log-probabilities take as long as single ones, and the longer the loop makes them, the more steps
     wait then."""
     client = engine.engine_core
-    get = seam(client, "get_output_async", [])
+    get, waiting = seam(client, "get_output_async"), seam(client, "outputs_queue")
 
     async def getting() -> object:
-        await asyncio.sleep(0)
+        if counted and waiting.qsize() < MAX_WAITING:
+            await asyncio.sleep(0)
         return await get()
 
     client.get_output_async = getting
 
 
-def wrap_requests(outputs: OutputProcessor, requests: Requests) -> None:
-    """Wrap the methods of an OutputProcessor so that `requests` is told of each request."""
+def wrap_requests(outputs: OutputProcessor, requests: Requests) -> Collection[str]:
+    """Wrap the methods of an OutputProcessor so that `requests` is told of each request. Returns the ids of those whose
+    tokens it counts at the time."""
     add, process, abort = (
         seam(outputs, "add_request"),
         seam(outputs, "process_outputs"),
@@ -145,9 +152,12 @@ def wrap_requests(outputs: OutputProcessor, requests: Requests) -> None:
         out = abort(*args, **kwargs)
         for request_id in out:
             requests.let_go(request_id)
+            if (count := counted.pop(request_id, None)) is not None:
+                count(None)
         return out
 
     outputs.add_request, outputs.process_outputs, outputs.abort_requests = adding, processing, aborting
+    return counted
 
 
 def _tell_of_forms(outputs: Sequence[EngineCoreOutput], states: Mapping[str, Any], formed: Set[str]) -> None:

@@ -186,7 +186,7 @@ async def on_validation_error(_request: Request, error: Exception) -> JSONRespon
     problems: dict[str, str] = {}
     others: list[ErrorDetails] = []
     for item in islice(error.errors(), MAX_PROBLEMS):
-        if not isinstance(item, str) and item["type"] == "json_invalid":
+        if not isinstance(item, str) and item["type"] == "json_invalid" and [*map(type, item["loc"])] == [str, int]:
             return response(Code.INVALID_JSON, f"the body is not JSON: {item['ctx']['error']}")
         if isinstance(item, str):  # raised by an engine, without a field
             problems.setdefault("body", item[:MAX_PROBLEM])

@@ -459,6 +459,14 @@ def test_log_probabilities_that_are_made_at_once_are_bounded(server: Server, rou
         assert server.client.post(route, json=fits).status_code == 200
 
 
+@pytest.mark.parametrize("route", ["/tokenize", "/v1/completions"])
+def test_what_is_no_json_is_told_as_such(server: Server, route: str) -> None:
+    answer = server.client.post(route, content=b'{"prompt": "x",}', headers={"Content-Type": "application/json"})
+    told = answer.json()["error"]
+    assert (answer.status_code, told["code"], told["param"]) == (400, "invalid_json", None), told
+    assert told["message"].startswith("the body is not JSON: ")
+
+
 @pytest.mark.parametrize("prompts", [1, 128])
 def test_streams_that_are_read_are_never_too_much(server: Server, prompts: int) -> None:
     """The loop makes their chunks more slowly than this engine makes steps, and is not left behind."""

@@ -38,9 +38,9 @@ DISPATCH = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_lo
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """Have each test begin with the dispatch keys of the start. PyTorch keeps them for a thread, and changes them by
-    objects that restore what they found: one that is collected late, of a test before, restores what was then, and no
-    model is compiled any more."""
+    """Have each test begin with the dispatch keys of the start. PyTorch keeps them for a thread. The objects that
+    change them undo it when they are collected: late, if a test before has left one, and then no model can be compiled
+    any more."""
     with torch._C._ForceDispatchKeyGuard(*DISPATCH):
         return (yield)
 

@@ -306,7 +306,9 @@ def _exceeded(entries: Sequence[Entry], tools: bool, limits: Limits, who: str) -
     """The limits that the entries of one version break together."""
     direction, total = f"direction '{entries[0].direction}'", sum(abs(entry.strength) for entry in entries)
     if not isinstance(limits.max_strength, str) and total > limits.max_strength + ROUNDING:
-        yield "max_strength", f"{direction}: strength {total:g} is over the {limits.max_strength:g} that {who} may use"
+        asked = " and ".join(f"{entry.strength:g}" for entry in entries)
+        size = f"{total:g}" if asked == f"{total:g}" else f"{total:g} (the size of {asked})"
+        yield "max_strength", f"{direction}: strength {size} is over the {limits.max_strength:g} that {who} may use"
     for entry in entries:
         yield from ((rule, f"{direction}: for {who} {message}") for rule, message in limits.misplaced(entry))
     if tools and not limits.with_tools:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -86,6 +87,17 @@ def test_the_studies_are_commands_that_exist(tmp_path: Path) -> None:
     assert one_model
     for command in [*commands, *map(shlex.split, one_model)]:
         get_command(study).make_context("study", command[3:])
+
+
+def test_what_make_runs_keeps_what_python_compiles() -> None:
+    """pip compiles nothing there, so without it every process would compile all that it imports again."""
+    forbidden = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["make", "--silent", "--file=Makefile", "--file=-", "shown"]
+    told = subprocess.run(
+        command, cwd=ROOT, env=forbidden, input="shown: ; @env", capture_output=True, text=True, check=True
+    ).stdout
+    assert "PATH=" in told
+    assert "PYTHONDONTWRITEBYTECODE" not in told
 
 
 WRITTEN = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "steer").rglob("*.md")]

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import statistics
 import sys
@@ -123,11 +124,18 @@ def _interval(runs: Sequence[Sequence[float]], rng: random.Random) -> tuple[floa
     return drawn[25], drawn[974]
 
 
+def processor() -> str:
+    """The processor's name; that of its kind where the system has no `/proc`."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.*\S)", path.read_text(), re.MULTILINE) if path.exists() else []
+    return names[0] if names else platform.machine()
+
+
 def machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
-        f"{platform.system()} {platform.machine()}, {device}; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
+        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads of {processor()}{gpu}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
 
 

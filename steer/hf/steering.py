@@ -545,21 +545,22 @@ class Steering:
         if not operands:
             return x
         shape = x.shape if operands[0].strengths.dim() == 1 else (count, -1, x.shape[-1])
-        moved, lost = operate(x.reshape(shape), operands)
-        lost = lost.reshape(count, -1).any(-1)
-        if not _transformed(lost):
-            self.index.lost[:count].logical_or_(lost)
-        elif bool(torch.func.debug_unwrap(lost).any()):  # inside a transform nothing outside of it can be written
-            self._batch.error = NotFinite("")
+        asks = x.device.type == "cpu" and not _transformed(x)
+        moved, lost = operate(x.reshape(shape), operands, asks=asks)
+        if _transformed(lost):
+            if bool(torch.func.debug_unwrap(lost).any()):  # inside a transform nothing outside of it can be written
+                self._batch.error = NotFinite("")
+        elif not asks or lost.any():
+            self.index.lost[:count].logical_or_(lost.reshape(count, -1).any(-1))
         return moved.reshape(x.shape)
 
     def _gathered(self, point: HookPoint, count: int) -> list[Operands]:
         """The operands at `point` for the first `count` entries of the index. Those of small batches are kept."""
-        acting, everywhere, turning, keeping = self.index.acting(count)
+        acting, *how = self.index.acting(count)
         with lasting():  # operands that are kept may be used by a pass in another autograd mode
             if self._rows:  # the index is written in place, and a backward pass may come after it has changed
                 acting = acting._replace(strengths=acting.strengths.clone())
-            operands = gather(self.bank.slices[point], *acting, everywhere, turning, keeping)
+            operands = gather(self.bank.slices[point], *acting, *how)
         if acting.rows.shape[1] <= KEPT and not any(_transformed(each.vectors) for each in operands):
             self._kept[point] = operands
         return operands

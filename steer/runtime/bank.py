@@ -481,6 +481,7 @@ class Operands:
         vectors: the row of each token, `[..., d_model]`.
         coefficients: the coefficients of `op`, with shifted gates, one tensor `[...]` each.
         strengths: `[...]`.
+        gated: whether the entry may have a gate.
         steered: which tokens are steered, `[..., 1]` bool; None for all.
         shares: this entry's row of `op`'s M, `[..., rank]`; None for the identity.
         turned: which tokens are turned by this entry and the next one, `[...]` bool; None if no token can be.
@@ -490,6 +491,7 @@ class Operands:
     vectors: Tensor
     coefficients: tuple[Tensor, ...]
     strengths: Tensor
+    gated: bool
     steered: Tensor | None
     shares: Tensor | None
     turned: Tensor | None
@@ -505,6 +507,7 @@ def gather(
     shifts: Tensor | None = None,
     combinations: Tensor | None = None,
     everywhere: bool = False,
+    gated: bool = True,
     turning: bool = True,
     keeping: bool = True,
 ) -> list[Operands]:
@@ -515,6 +518,7 @@ def gather(
         rows, slots, strengths, bounds, shifts: `[rank, ...]`, as in `Acts`.
         combinations: `[...]`, as in `Acts`.
         everywhere: whether no strength is zero.
+        gated: whether a slot may be of a mode that has a gate.
         turning: whether a slot may be of a mode that turns.
         keeping: whether an entry may keep the norm.
     """
@@ -535,6 +539,7 @@ def gather(
             bank_slice.vectors[rows[j]],
             values[j],
             strengths[j],
+            gated,
             None if everywhere else (strengths[j] != 0).unsqueeze(-1),
             None if matrices is None else matrices[..., j, :count],
             turns(slots[j]) if turning and j % 2 == 0 and j + 1 < count else None,
@@ -544,7 +549,9 @@ def gather(
     ]
 
 
-def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def operate(
+    x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None = None, asks: bool = False
+) -> tuple[Tensor, Tensor]:
     """Apply the operation of all operands together. The arithmetic is in float32. Tokens that are not steered keep the
     same bits.
 
@@ -552,9 +559,12 @@ def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None =
         x: the stream, `[..., d_model]`.
         operands: the entries that act.
         dtype: the dtype of the model's stream if x has more bits than it; None for the dtype of x.
+        asks: whether to ask at once if any token is lost, and to leave out what is for lost tokens. On an accelerator
+            this would wait for the result.
 
     Returns:
-        The stream after the operation, in the dtype of x; and which tokens are lost (see `op.settled`), `[...]` bool.
+        The stream after the operation, in the dtype of x; and which tokens are lost (see `op.out_of_range`), `[...]`
+        bool.
     """
     before = x if x.dtype in (torch.float32, torch.float64) else x.float()
     moved, _, _ = _displaced(before, operands)
@@ -563,7 +573,8 @@ def operate(x: Tensor, operands: Sequence[Operands], dtype: torch.dtype | None =
     if keeps is not None:
         factor = torch.where(keeps, op.restoring(_square(before), square), 1.0)
         moved, square = moved * factor, (square * factor.square()).detach()
-    y, lost = op.settled(before, moved, square, _any([by.steered for by in operands]), dtype or x.dtype)
+    lost = op.out_of_range(square, _any([by.steered for by in operands]), dtype or x.dtype)
+    y = moved if asks and not lost.any() else op.settled(before, moved, lost)
     return y if y.dtype == x.dtype else y.to(x.dtype), lost.squeeze(-1)
 
 
@@ -593,7 +604,8 @@ def operate_before_norm(x: Tensor, operands: Sequence[Operands], dtype: torch.dt
         factor = torch.where(keeps, op.restoring(before, after), 1.0)
         moved, after = moved * factor, after * factor.square()
     steered = _any([by.steered for by in operands])
-    y, lost = op.settled(x, moved, after * d_model, steered, dtype)
+    lost = op.out_of_range(after * d_model, steered, dtype)
+    y = op.settled(x, moved, lost)
     if steered is not None:
         after = torch.where(steered, after, before)
     # For a lost token it is the mean square of x, or ∞ if that is not finite: a norm then makes 0 of the token.
@@ -604,7 +616,7 @@ def _displaced(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, list[Te
     """Return x', which may be out of range; and for each entry the component of x along its row, and the amount that is
     added along this row, `[...]` each."""
     found = [op.component(x, by.vectors) for by in operands]
-    asked = [op.amount(c, by.coefficients, by.strengths) for c, by in zip(found, operands, strict=True)]
+    asked = [op.amount(c, by.coefficients, by.strengths, by.gated) for c, by in zip(found, operands, strict=True)]
     for j, by in enumerate(operands):
         if by.turned is not None:
             both = op.turn(found[j], found[j + 1], by.coefficients, by.strengths)

@@ -44,7 +44,7 @@ that was set to another value than 0 is scaled too.
 
 A plain token has v = 0 and s = 0, so exactly zero is added.
 
-x' must stay in the range of the model's dtype (`settled`). If it would not, x is kept instead, and its request is
+x' must stay in the range of the model's dtype (`out_of_range`). If it would not, x is kept instead, and its request is
 *lost*: it fails. Otherwise NaN or ∞ of one row would reach others: attention adds −∞ to masked values, and keys and
 values are kept for other requests.
 """
@@ -76,26 +76,26 @@ def limit(dtype: torch.dtype) -> float:
     return min(torch.finfo(dtype).max / 2, 1.8e19) ** 2
 
 
-def settled(
-    x: Tensor, moved: Tensor, square: Tensor, steered: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The stream to pass on after the operation, and which tokens are lost.
+def out_of_range(square: Tensor, steered: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Which tokens are lost, in the shape of `square`: the steered ones whose ‖x'‖² is beyond the `limit`, or NaN.
 
     Args:
-        x: the stream before the operation, `[..., d_model]`.
-        moved: the stream after it.
-        square: ‖moved‖², `[..., 1]`.
+        square: ‖x'‖², `[..., 1]`.
         steered: which tokens are steered, `[..., 1]` bool; None for all.
         dtype: of the stream.
-
-    Returns:
-        `moved`, but x for lost tokens (with 0 where x was not finite); and which tokens are lost, `[..., 1]` bool: the
-        steered ones whose square is beyond the `limit` of `dtype`, or NaN.
     """
     lost = ~(square <= limit(dtype))
-    if steered is not None:
-        lost = lost & steered
-    return torch.where(lost, torch.nan_to_num(x, 0.0, 0.0, 0.0), moved), lost
+    return lost if steered is None else lost & steered
+
+
+def settled(x: Tensor, moved: Tensor, lost: Tensor) -> Tensor:
+    """The stream to pass on: `moved`, but x for lost tokens, with 0 where x was not finite.
+
+    Args:
+        x, moved: the stream before and after the operation, `[..., d_model]`.
+        lost: which tokens are lost, `[..., 1]` bool.
+    """
+    return torch.where(lost, torch.nan_to_num(x, 0.0, 0.0, 0.0), moved)
 
 
 def within(strengths: Tensor, bounds: Tensor, point: Tensor | int) -> Tensor:
@@ -145,15 +145,18 @@ def shifted(coefficients: tuple[Tensor, ...], shift: Tensor | float) -> tuple[Te
     return torch.where(by == 0, target, below), moved, weight, gamma, torch.minimum(floor - by, middle), spread
 
 
-def amount(c: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> Tensor:
+def amount(c: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float, gated: bool = True) -> Tensor:
     """δ of one entry, `[...]`: the change that it asks for of c. All in the dtype of `c` (float32 at run time).
 
     Args:
         c: the component along the entry's row, `[...]` (or an angle, see `turn`).
         coefficients: τ, g, w, γ, f and Δ, each `[...]`.
         strength: `[...]` or a number.
+        gated: whether an entry may have a gate. Without, eager code has fewer steps; a NaN in c then goes on.
     """
     target, gate, weight, gamma, floor, _ = coefficients
+    if not gated:
+        return strength * torch.addcmul(gamma, weight, c - target, value=-1)
     low = c < floor
     asked = torch.addcmul(gamma, weight, c - torch.where(low, floor, target), value=-1)
     return strength * torch.where(low | (c > gate), asked, 0.0)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.errors import NoRoom
-from steer.names import MODES, TURNING, Mode
+from steer.names import MODES, SHIFTING, TURNING, Mode
 from steer.runtime.combine import ALONE, Combination, Combinations
 from steer.runtime.memory import CopyEvent, CopyQueue, copy_queue_to, lasting
 from steer.runtime.op import KEEPS
@@ -36,6 +36,8 @@ Tokens: TypeAlias = "tuple[Tensor, Tensor]"
 #: tokens without a condition; and the place of tokens that each decide for themselves.
 DECISIONS, UNCONDITIONAL, EACH = 2**14, 0, 1
 
+_GATES = torch.tensor([mode in SHIFTING for mode in MODES])
+
 
 def slot(row: int, mode: Mode) -> int:
     """The number of a bank row in one mode. Each row has as many slots as there are modes, side by side."""
@@ -50,6 +52,11 @@ def slots_of(row: int) -> slice:
 def turns(slots: Tensor) -> Tensor:
     """Whether each of these slots is of a mode that turns, bool."""
     return slots % len(MODES) >= len(MODES) - len(TURNING)
+
+
+def gates(slots: Tensor) -> Tensor:
+    """Whether each of these slots, on the host, is of a mode that has a gate, bool."""
+    return _GATES[slots % len(MODES)]
 
 
 def bounds_of(span: tuple[int, int] | None, keeps: bool = False) -> int:
@@ -149,10 +156,12 @@ class Acting(NamedTuple):
     everywhere: bool
     #: Whether all tokens have the same entries.
     same: bool
-    #: Whether any entry combines directions, has bounds, shifts a gate, turns, keeps the norm, or has a condition.
+    #: Whether any entry combines directions, has bounds, shifts a gate, has a gate, turns, keeps the norm, or has a
+    #: condition.
     combined: bool
     bounded: bool
     shifting: bool
+    gated: bool
     turning: bool
     keeping: bool
     conditional: bool
@@ -423,7 +432,7 @@ class TokenIndex:
         self._used = 0
         #: The numbers and lengths that the buffers hold; None when they may hold something else.
         self._filled: tuple[NDArray[np.int64], Counts] | None = None
-        self._acting = Acting(0, *[False] * 8)
+        self._acting = Acting(0, *[False] * 9)
         #: The steering that has entered, by number; its fields in the index; and what the host knows of it.
         self._steers: dict[int, RequestSteer] = {}
         self._entries, self._parts = np.zeros(0, layout(rank)), np.zeros(0, PART)
@@ -708,10 +717,11 @@ class TokenIndex:
             conditional = self.rank > 1 and bool(self._entries["decision"][numbers].any())
             everywhere = bool(given[:depth].all()) and not bounded and not conditional
             same = same and not conditional
+            gated = bool((given & gates(slots)).any())
             turning = bool((given & turns(slots)).any())
             keeping = bounded and bool((given & ((bounds & KEEPS) != 0)).any())
             self._acting = Acting(
-                depth, everywhere, same, bool(combined.any()), bounded, shifting, turning, keeping, conditional
+                depth, everywhere, same, bool(combined.any()), bounded, shifting, gated, turning, keeping, conditional
             )
             return self._fill(numbers, counts, tokens)
         finally:
@@ -719,17 +729,17 @@ class TokenIndex:
                 if number != PLAIN:
                     self.leave(number)
 
-    def acting(self, count: int) -> tuple[Acts, bool, bool, bool]:
+    def acting(self, count: int) -> tuple[Acts, bool, bool, bool, bool]:
         """The entries that act on the first `count` tokens or rows that `fill_with` was called for.
 
         This is for eager passes. Compiled code reads the buffers themselves.
 
         Returns:
             The entries, `[depth, count, 1]` with combinations `[count, 1]`, or `[depth, 1]` and `[1]` if they are the
-            same for all, with `depth` as in `Acting`; whether they act on every token; whether any of them turns; and
-            whether any of them keeps the norm.
+            same for all, with `depth` as in `Acting`; whether they act on every token; and whether any of them has a
+            gate, turns, and keeps the norm.
         """
-        depth, everywhere, same, combined, bounded, shifting, turning, keeping, conditional = self._acting
+        depth, everywhere, same, combined, bounded, shifting, gated, turning, keeping, conditional = self._acting
         whole = self._used == count
         part = np.s_[:depth,] if same and whole else np.s_[:depth, :, None]
         acts = self.first(1 if same and whole else count, conditional)
@@ -739,7 +749,7 @@ class TokenIndex:
         shifts = shifts[part] if shifting and shifts is not None else None
         # indexing outside of compiled code takes int64
         acts = Acts(rows[part].long(), slots[part].long(), strengths[part], bounds, shifts, combinations)
-        return acts, everywhere and whole, turning, keeping
+        return acts, everywhere and whole, gated, turning, keeping
 
     def _combine(self, numbers: NDArray[np.int64]) -> bool:
         """Put the combinations of this step into slots of the device. In a steady step this only compares two arrays.

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.names import MODES
+from steer.names import MODES, SHIFTING, Mode
 from steer.readout import Line, Readout
 from steer.runtime.bank import DirectionBank, HookPoint, gather, operate
 from steer.runtime.combine import Combination
-from steer.runtime.op import FLOOR, GATE
+from steer.runtime.op import FLOOR, GATE, SPREAD
 from steer.runtime.readout import ReadIndex
 from steer.runtime.token_index import (
     PLAIN,
@@ -200,12 +200,16 @@ def test_what_acts_is_what_the_buffers_say(data: st.DataObject) -> None:
     bank_slice.vectors.normal_()
     bank_slice.coefficients.normal_()
     bank_slice.coefficients[:, FLOOR] = bank_slice.coefficients[:, GATE] - 1
+    ungated = [slot(row, mode) for row in range(5) for mode in MODES if mode not in SHIFTING]
+    for column, value in ((GATE, -torch.inf), (FLOOR, -torch.inf), (SPREAD, 0)):
+        bank_slice.coefficients[ungated, column] = value
+    modes: st.SearchStrategy[Mode] = st.sampled_from(["ablate", "one_sided"])
     steers = []
     for _ in range(data.draw(st.integers(1, 2))):
         steer = RequestSteer.plain(rank)
         turned = 2 * data.draw(st.integers(0, 1))
         for j in range(data.draw(st.integers(turned, rank))):
-            steer.slots[j] = slot(data.draw(st.integers(1, 4)), "rotate" if j < turned else "ablate")
+            steer.slots[j] = slot(data.draw(st.integers(1, 4)), "rotate" if j < turned else data.draw(modes))
             steer.strengths[j] = data.draw(st.sampled_from([0.0, 0.5, -1.0]))
         steer.strengths[1:turned] = steer.strengths[0]
         shifts = data.draw(st.none() | st.lists(st.sampled_from([0.0, 0.5, -1.0]), min_size=rank, max_size=rank))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -196,8 +197,9 @@ class Steering:
         #: How many passes of the decoder began with the hooks on.
         self.passes = 0
         self.watchers: list[Recorder] = []
-        #: The operands at each hook point. They are kept until the next `fill`, because a batch has many passes.
-        self._kept: dict[HookPoint, list[Operands]] = {}
+        #: The operands of the last steered passes and what they are of, by hook point; and the requests of these passes.
+        self._kept: dict[HookPoint, tuple[tuple[int, int, int], list[Operands]]] = {}
+        self._keeps: tuple[Sequence[RequestSteer | None], Sequence[int]] = [], []
         #: All batches that have not ended, of which the last is in force; and the thread and task that own them.
         self._batches: list[_Batch] = []
         self._owner: _Owner | None = None
@@ -372,7 +374,12 @@ class Steering:
     ) -> None:
         """Steer the `lengths[i]` tokens of request i in the next pass by `steers[i]`, in batch order; see
         `TokenIndex.fill`."""
-        self._kept.clear()
+        if any(steers):
+            last, counts = self._keeps
+            same = counts == lengths and all(map(operator.is_, last, steers))
+            if not same or not all(steer is None or steer.steady for steer in steers):
+                self._kept.clear()
+            self._keeps = list(steers), list(lengths)
         self.index.fill_with(steers, lengths, starts, tokens)
 
     def _hook(self, hook: Callable[..., T]) -> Callable[..., T]:
@@ -541,7 +548,7 @@ class Steering:
     def _moved(self, x: Tensor, point: HookPoint) -> Tensor:
         """The stream `[..., d_model]` of all tokens after the operation."""
         count = len(self._rows) or x.shape[:-1].numel()
-        operands = self._kept.get(point) or self._gathered(point, count)
+        operands = self._operands(point, count)
         if not operands:
             return x
         shape = x.shape if operands[0].strengths.dim() == 1 else (count, -1, x.shape[-1])
@@ -554,15 +561,21 @@ class Steering:
             self.index.lost[:count].logical_or_(lost.reshape(count, -1).any(-1))
         return moved.reshape(x.shape)
 
-    def _gathered(self, point: HookPoint, count: int) -> list[Operands]:
-        """The operands at `point` for the first `count` entries of the index. Those of small batches are kept."""
+    def _operands(self, point: HookPoint, count: int) -> list[Operands]:
+        """The operands at `point` for the first `count` entries of the index. Those of small batches are kept until the
+        entries or the rows change."""
+        bank_slice = self.bank.slices[point]
+        of = bank_slice.vectors._version, bank_slice.coefficients._version, count
+        kept = self._kept.get(point)
+        if kept is not None and kept[0] == of:
+            return kept[1]
         acting, *how = self.index.acting(count)
         with lasting():  # operands that are kept may be used by a pass in another autograd mode
-            if self._rows:  # the index is written in place, and a backward pass may come after it has changed
-                acting = acting._replace(strengths=acting.strengths.clone())
-            operands = gather(self.bank.slices[point], *acting, *how)
+            # the index is written in place, and a backward pass may come after it has changed
+            acting = acting._replace(strengths=acting.strengths.clone())
+            operands = gather(bank_slice, *acting, *how)
         if acting.rows.shape[1] <= KEPT and not any(_transformed(each.vectors) for each in operands):
-            self._kept[point] = operands
+            self._kept[point] = of, operands
         return operands
 
     def _find_targets(self) -> list[selfcheck.HookedModule]:

@@ -298,6 +298,11 @@ class RequestSteer:
     shifts: NDArray[np.float32] | None = None
 
     @property
+    def steady(self) -> bool:
+        """Whether the same entries act on all tokens."""
+        return not self.then and self.decision is None and self.probe is None
+
+    @property
     def acting(self) -> RequestSteer:
         """The last part."""
         return self.then[-1][1] if self.then else self

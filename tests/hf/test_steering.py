@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,9 @@ import steer
 from steer.errors import DirectionError, SpecError, UnsupportedModel
 from steer.hf.steering import Anatomy, Steering
 from steer.names import MODES, Mode
-from steer.runtime.bank import EMBEDDING, HookPoint
+from steer.runtime.bank import EMBEDDING, HookPoint, gather
 from steer.runtime.hook_points import find_writers, hooks, on_output
+from steer.spec import Entry, Spec
 from tests import bad, models
 from tests.models import IDS, logits, relative
 from tests.oracle import ablated, orthogonalised, reference_logits
@@ -136,6 +138,53 @@ def test_a_batch_inside_a_batch_ends_with_the_outer_one() -> None:
             assert torch.equal(logits(model), steered)
         assert torch.equal(logits(model), inner)
         assert not torch.equal(inner, steered)
+
+
+def test_passes_that_repeat_gather_no_rows_anew_and_see_each_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of an engine is a batch of the same requests again: what the pass before gathered is used until the
+    requests or the rows change."""
+    model, rng, gathered = models.tiny("llama"), random.Random(3), list[object]()
+    steering = Steering(model, rank=2)
+    bank, directions = steering.bank, [models.direction(model, seed=seed, plane=True) for seed in range(3)]
+    for name in "de":
+        bank.load(name, directions[0])
+    modes: list[tuple[Mode, str, float]] = [
+        ("ablate", "d", 1),
+        ("ablate", "e", 0.5),
+        ("one_sided", "d", 1),
+        ("rotate", "d", 1),
+    ]
+    specs = [Spec(), *(Spec((Entry(name, name, mode, strength),)) for mode, name, strength in modes)]
+    asked = [bank.steer(spec) for spec in specs]
+
+    def gathering(*given: Any) -> Any:
+        gathered.append(given)
+        return gather(*given)
+
+    monkeypatch.setattr("steer.hf.steering.gather", gathering)
+
+    def made(batch: list[Any], lengths: list[int] | None) -> torch.Tensor:
+        gathered.clear()
+        with steering.batch(batch, lengths):
+            return logits(model)
+
+    steering.attach()
+    try:
+        for _ in range(60):
+            which = rng.choices(range(len(specs)), k=2)
+            lengths = rng.choice([None, None, [3, IDS.numel() - 3], [IDS.numel(), 0]])
+            first = made([asked[i] for i in which], lengths)
+            again = made([asked[i] for i in which], lengths)
+            assert not gathered
+            assert torch.equal(again, first)
+            if rng.random() < 0.5:
+                bank.unload("d")
+                bank.load("d", rng.choice(directions))
+            again = made([asked[i] for i in which], lengths)
+            assert torch.equal(made([bank.steer(specs[i]) for i in which], lengths), again)
+            assert bool(gathered) == any(which)
+    finally:
+        steering.detach()
 
 
 def test_two_threads_cannot_steer_one_model_at_once() -> None:

@@ -197,7 +197,7 @@ class Steering:
         #: How many passes of the decoder began with the hooks on.
         self.passes = 0
         self.watchers: list[Recorder] = []
-        #: The operands of the last steered passes and what they are of, by hook point; and the requests of these passes.
+        #: The operands of the last steered passes and what they are of, by hook point; and the requests of the passes.
         self._kept: dict[HookPoint, tuple[tuple[int, int, int], list[Operands]]] = {}
         self._keeps: tuple[Sequence[RequestSteer | None], Sequence[int]] = [], []
         #: All batches that have not ended, of which the last is in force; and the thread and task that own them.

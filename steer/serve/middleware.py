@@ -55,6 +55,8 @@ CHAT_TEMPLATE_KWARGS = "chat_template_kwargs"
 MAX_WARNINGS = 256
 #: The beginnings of an event that ends a stream with an error, as OpenAI's and Anthropic's APIs write it.
 FAILED = (b'data: {"error"', b"event: error", b"event: response.failed")
+#: Bytes that are sent to a client whether it reads them or not. (uvicorn waits where it holds more.)
+UNREAD = 2**16
 Forward = Callable[[dict[str, object], Admission], None]
 
 
@@ -72,7 +74,10 @@ def wrap_routes(app: Starlette, layers: Mapping[tuple[str, str], Callable[[ASGIA
 
 def _before_end(send: Send, done: Callable[[], None]) -> Send:
     """A `send` that calls `done` before it sends the end of an answer: a client that has read the end may ask again
-    before the app has returned. Clients of OpenAI's API take `[DONE]` for the end of a stream."""
+    before the app has returned. Clients of OpenAI's API take `[DONE]` for the end of a stream.
+
+    `done` waits for a client that does not read what was sent before. The end of a large piece is its last byte.
+    """
     streams = False
 
     async def sending(message: Message) -> None:
@@ -80,6 +85,10 @@ def _before_end(send: Send, done: Callable[[], None]) -> Send:
         if message["type"] == "http.response.start":
             streams = is_event_stream(message)
         elif not message.get("more_body") or (streams and message.get("body", b"").rstrip().endswith(b"data: [DONE]")):
+            if len(body := message.get("body", b"")) > UNREAD:
+                await send({**message, "body": body[:-1], "more_body": True})
+                message = {**message, "body": body[-1:]}
+            await send({"type": "http.response.body", "body": b"", "more_body": True})  # returns when there is room
             done()
         await send(message)
 

@@ -21,6 +21,7 @@ import httpx
 import openai
 import pytest
 import schemathesis
+import uvicorn
 from hypothesis import HealthCheck, given, settings
 
 from steer import watch
@@ -28,6 +29,7 @@ from steer.serve import control
 from steer.serve.audit import verify
 from steer.serve.authorise import Caller, Refusal
 from steer.serve.body import tokens_of
+from steer.serve.connection import PROTOCOL
 from steer.serve.origin import is_loopback
 from steer.serve.policy import hash_of, read
 from steer.serve.routes import health
@@ -496,7 +498,7 @@ def test_a_client_that_has_its_whole_answer_may_ask_again(path: str, tmp_path: P
     held: list[float] = []
 
     def seen(message: Any) -> None:
-        if message["type"] == "http.response.body":
+        if message.get("body"):
             held.append(inside.control.shared.total("at_once:gated"))
 
     async def run() -> None:
@@ -504,7 +506,50 @@ def test_a_client_that_has_its_whole_answer_may_ask_again(path: str, tmp_path: P
         inside.control.stop()
 
     asyncio.run(run())
-    assert held == ([1, 0, 0] if path == "stream" else [0])
+    assert held == ([1, 0] if path == "stream" else [0])
+
+
+def test_an_answer_that_is_not_read_holds_its_place(tmp_path: Path) -> None:
+    """Or a key could leave any number of long answers in the memory of the server. One that is read does not: its
+    client asks again at once."""
+    size = 8 * 2**20
+
+    async def long(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": b"x" * size})
+
+    inside = gated(tmp_path, long, at_once=1)
+    data = json.dumps(BODY).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {KEY['Authorization']}\r\n"
+    asked = f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+
+    async def answer(reader: asyncio.StreamReader) -> int:
+        top = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(top.lower().split(b"content-length:")[1].split(b"\r\n")[0]))
+        return int(top.split(b"HTTP/1.1 ")[-1].split()[0])
+
+    async def run() -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # or the system takes all of an answer
+        config = uvicorn.Config(inside.app, http=PROTOCOL, lifespan="off", log_level="error")
+        serving = asyncio.create_task((server := uvicorn.Server(config)).serve([listening]))
+        one, other = [await asyncio.open_connection(*listening.getsockname(), limit=2**16) for _ in range(2)]
+        one[1].write(asked)
+        await one[0].readuntil(b"HTTP/1.1 ")
+        await asyncio.sleep(0.1)
+        other[1].write(asked)
+        assert await answer(other[0]) == 429
+        await answer(one[0])
+        for _ in range(20):
+            other[1].write(asked)
+            assert await answer(other[0]) == 200
+        for _, writer in (one, other):
+            writer.close()
+        server.should_exit = True
+        await serving
+        inside.control.stop()
+
+    asyncio.run(run())
 
 
 def test_a_key_has_so_many_requests_at_once(tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ hypothesis.settings.load_profile("steer")
 
 from tests import models  # noqa: E402
 from tests.servers import Server  # noqa: E402
+from tests.vllm import device  # noqa: E402
+
+for name, value in device.share(os.environ).items():
+    os.environ.setdefault(name, value)
 
 #: Modules of a few long tests come first: at the end one process would run them while the others have nothing to do.
 LONG = {

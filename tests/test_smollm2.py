@@ -120,7 +120,7 @@ def test_it_is_served_as_transformers_says(
         if find_spec("vllm") is None:
             pytest.skip("vLLM is not installed")
         monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        options += ["--max-model-len", "512", "--max-num-seqs", "4"]
+        options += ["--max-model-len", "512", "--max-num-seqs", "4", "--max-num-batched-tokens", "512"]
     command = [sys.executable, "-m", "steer", "serve", "--backend", backend]
     with Server(str(folder / "model"), *options, command=command) as server:
         answers = {key: server.chat(key[0], steer=key[1], max_tokens=TOKENS) for key in said}

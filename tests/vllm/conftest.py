@@ -13,7 +13,7 @@ import torch
 
 from tests.vllm import device
 
-for name, value in (device.ENVIRONMENT | device.share(os.environ)).items():
+for name, value in device.ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

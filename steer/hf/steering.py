@@ -375,11 +375,13 @@ class Steering:
         """Steer the `lengths[i]` tokens of request i in the next pass by `steers[i]`, in batch order; see
         `TokenIndex.fill`."""
         if any(steers):
+            at = starts or [0] * len(steers)
+            parts = [steer and steer.part(*each) for steer, *each in zip(steers, at, lengths, strict=True)]
+            known = all(part or not steer for steer, part in zip(steers, parts, strict=True))
             last, counts = self._keeps
-            same = counts == lengths and all(map(operator.is_, last, steers))
-            if not same or not all(steer is None or steer.steady for steer in steers):
+            if not known or counts != lengths or not all(map(operator.is_, last, parts)):
                 self._kept.clear()
-            self._keeps = list(steers), list(lengths)
+            self._keeps = (parts, list(lengths)) if known else ([], [])
         self.index.fill_with(steers, lengths, starts, tokens)
 
     def _hook(self, hook: Callable[..., T]) -> Callable[..., T]:

@@ -619,7 +619,7 @@ def _displaced(x: Tensor, operands: Sequence[Operands]) -> tuple[Tensor, list[Te
     asked = [op.amount(c, by.coefficients, by.strengths, by.gated) for c, by in zip(found, operands, strict=True)]
     for j, by in enumerate(operands):
         if by.turned is not None:
-            both = op.turn(found[j], found[j + 1], by.coefficients, by.strengths)
+            both = op.turn(found[j], found[j + 1], by.coefficients, by.strengths, by.gated)
             asked[j : j + 2] = [torch.where(by.turned, new, c) for new, c in zip(both, asked[j : j + 2], strict=True)]
     added = [own if by.shares is None else op.shared(asked, by.shares) for own, by in zip(asked, operands, strict=True)]
     for a, by in zip(added, operands, strict=True):

@@ -162,11 +162,13 @@ def amount(c: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float
     return strength * torch.where(low | (c > gate), asked, 0.0)
 
 
-def turn(q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float) -> tuple[Tensor, Tensor]:
+def turn(
+    q: Tensor, p: Tensor, coefficients: tuple[Tensor, ...], strength: Tensor | float, gated: bool = True
+) -> tuple[Tensor, Tensor]:
     """δ along the direction and along the axis of an entry that turns: `amount` of the angle. q and p are the
     components along direction and axis. Both results are 0 if q and p are, with finite gradients."""
     angle = torch.atan2(q, torch.where((q == 0) & (p == 0), 1.0, p))
-    by = amount(angle, coefficients, strength)
+    by = amount(angle, coefficients, strength, gated)
     sine, fall = torch.sin(by), -2 * torch.sin(by / 2).square()  # cos − 1, without its cancellation
     return q * fall + p * sine, p * fall - q * sine
 

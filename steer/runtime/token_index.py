@@ -297,10 +297,17 @@ class RequestSteer:
     phase: Phase | None = None
     shifts: NDArray[np.float32] | None = None
 
-    @property
-    def steady(self) -> bool:
-        """Whether the same entries act on all tokens."""
-        return not self.then and self.decision is None and self.probe is None
+    def part(self, start: int, count: int) -> RequestSteer | None:
+        """The part of `count` tokens from the position `start`; None if they are in several, or if it is decided in the
+        pass which of them are steered."""
+        found, stop = self, END
+        for at, after in self.then:
+            if start < at:
+                stop = at
+                break
+            found = after
+        decided = found.decision is not None or found.probe is not None
+        return None if decided or start + count > stop else found
 
     @property
     def acting(self) -> RequestSteer:

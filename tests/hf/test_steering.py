@@ -17,7 +17,8 @@ from steer.hf.steering import Anatomy, Steering
 from steer.names import MODES, Mode
 from steer.runtime.bank import EMBEDDING, HookPoint, gather
 from steer.runtime.hook_points import find_writers, hooks, on_output
-from steer.spec import Entry, Spec
+from steer.runtime.token_index import RequestSteer
+from steer.spec import Condition, Entry, Spec
 from tests import bad, models
 from tests.models import IDS, logits, relative
 from tests.oracle import ablated, orthogonalised, reference_logits
@@ -144,45 +145,57 @@ def test_passes_that_repeat_gather_no_rows_anew_and_see_each_change(monkeypatch:
     """A step of an engine is a batch of the same requests again: what the pass before gathered is used until the
     requests or the rows change."""
     model, rng, gathered = models.tiny("llama"), random.Random(3), list[object]()
-    steering = Steering(model, rank=2)
+    steering = Steering(model, rank=3)
     bank, directions = steering.bank, [models.direction(model, seed=seed, plane=True) for seed in range(3)]
     for name in "de":
         bank.load(name, directions[0])
-    modes: list[tuple[Mode, str, float]] = [
-        ("ablate", "d", 1),
-        ("ablate", "e", 0.5),
-        ("one_sided", "d", 1),
-        ("rotate", "d", 1),
+    if_harmful = Condition("d", 0, 0.1, digest="d", each=True)
+    entries = [
+        *(Entry("d", "d", mode, 1.0) for mode in MODES),
+        Entry("e", "e", "ablate", 0.5),
+        Entry("d", "d", "ablate", 1.0, tokens="answer"),
+        Entry("e", "e", "ablate", 1.0, layers="1-2", condition=if_harmful),
     ]
-    specs = [Spec(), *(Spec((Entry(name, name, mode, strength),)) for mode, name, strength in modes)]
-    asked = [bank.steer(spec) for spec in specs]
+    specs = [Spec(), *(Spec((entry,)) for entry in entries)]
+
+    def steers(which: list[int]) -> list[RequestSteer | None]:
+        return [bank.steer(specs[i], prompt=6) for i in which]
 
     def gathering(*given: Any) -> Any:
         gathered.append(given)
         return gather(*given)
 
     monkeypatch.setattr("steer.hf.steering.gather", gathering)
+    tokens, asked = IDS.numel(), steers(list(range(len(specs))))
+    found = dict[tuple[int, ...], torch.Tensor]()
+    ids = IDS.flatten(), torch.arange(tokens)
 
-    def made(batch: list[Any], lengths: list[int] | None) -> torch.Tensor:
+    def made(batch: list[RequestSteer | None], lengths: list[int] | None, starts: list[int]) -> torch.Tensor:
         gathered.clear()
-        with steering.batch(batch, lengths):
+        with steering.batch(batch, lengths, starts, ids):
             return logits(model)
 
     steering.attach()
     try:
         for _ in range(60):
-            which = rng.choices(range(len(specs)), k=2)
-            lengths = rng.choice([None, None, [3, IDS.numel() - 3], [IDS.numel(), 0]])
-            first = made([asked[i] for i in which], lengths)
-            again = made([asked[i] for i in which], lengths)
-            assert not gathered
-            assert torch.equal(again, first)
+            lengths, starts = rng.choice([[3, tokens - 3], [tokens, 0]]), rng.choice([[0, 0], [1, 9], [9, 9]])
+            one = rng.randrange(len(specs))
+            batches = [[one, rng.choice([0, 0, *range(len(specs))])] for _ in range(6)]
+            made([asked[i] for i in batches[0]], lengths, starts)
             if rng.random() < 0.5:
                 bank.unload("d")
                 bank.load("d", rng.choice(directions))
-            again = made([asked[i] for i in which], lengths)
-            assert torch.equal(made([bank.steer(specs[i]) for i in which], lengths), again)
-            assert bool(gathered) == any(which)
+            for batch in batches:
+                parts = [
+                    steer and steer.part(*each) for steer, *each in zip(steers(batch), starts, lengths, strict=True)
+                ]
+                known = all(part or not i for part, i in zip(parts, batch, strict=True))
+                found[tuple(batch)] = made([asked[i] for i in batch], lengths, starts)
+                again = made([asked[i] for i in batch], lengths, starts)
+                assert not (known and gathered)
+                assert torch.equal(again, found[tuple(batch)])
+            for batch in batches:
+                assert torch.equal(made(steers(batch), lengths, starts), found[tuple(batch)])
     finally:
         steering.detach()
 

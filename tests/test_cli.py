@@ -423,6 +423,10 @@ def test_eval_writes_a_report_and_goes_on_in_its_folder(
     assert before.keys() == {path.name for path in (folder / "measured").iterdir()}
     told = run("eval", str(tiny_folder), *options, "--max-tokens", "4", code=2).stderr
     assert "max_tokens = 3, this command has 4" in told
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for message in messages %}<{{ message['content'] }}>{% endfor %}")
+    told = run("eval", str(tiny_folder), *options, "--max-tokens", "3", "--chat-template", str(template), code=2).stderr
+    assert "was measured with chat_template_sha256 = " in told
 
 
 def test_eval_names_every_wrong_option(tiny_folder: Path, tmp_path: Path) -> None:

@@ -178,9 +178,10 @@ def evaluate(
         opt.check_served(files, source)
         loading = {"model": model, "revision": opening.revision, "backend": backend, "dtype": opening.dtype}
         conditions: dict[str, Any] = loading | asdict(rendering)
-        # keeps apart what was measured with other weights, on another machine or in another precision
-        fingerprint = {} if report is None else {"fingerprint": source.fingerprint()}
-        cache = Cache(report, conditions | fingerprint)
+        # keeps apart what was measured with other weights or another chat template, on another machine or in another
+        # precision
+        template = {"chat_template_sha256": source.facts.chat_template_sha256}
+        cache = Cache(report, conditions | ({} if report is None else template | {"fingerprint": source.fingerprint()}))
         if report is not None and cache.resumes:
             echo_resumed(report)
         evaluator = evaluator_of(max(arm.rows for arm in arms), max_tokens, rendering)

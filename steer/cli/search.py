@@ -210,7 +210,8 @@ def search(
             options = MeasurementOptions((position,), None, rendering, vectors=vectors)
             return measure(source, *sets, options, batch_size=batch_size, progress=progress, partial=partial, every=60)
 
-        begun = Search.begin(folder, settings, measured)
+        of_model = {"weights": source.fingerprint(), "chat_template": source.facts.chat_template_sha256 or ""}
+        begun = Search.begin(folder, settings.model_copy(update=of_model), measured)
         evaluator = evaluator_of(rank_of(begun.settings.space, begun.measurement), max_tokens, rendering)
         evaluator.check_room([*sets, *([] if border is None else [border])])
 

@@ -70,6 +70,8 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     response_prefix: str = ""
     position: int = -1
     dtype: str = "auto"
+    weights: str | None = Field(None, description="the fingerprint of the model; None in older files")
+    chat_template: str | None = Field(None, description="its SHA-256, empty for none; None in older files")
     prompts: int = Field(96, ge=8, description="prompts of each set that a trial is tried on, at most")
     tokens: int = Field(32, ge=1, description="longest answer")
     group: int = Field(16, ge=1, le=256, description="trials that are tried at once")
@@ -109,6 +111,13 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
 
 #: The options of `steer search` with other names than their settings.
 _OPTIONS = {"tokens": "max-tokens", "methods": "method", "modes": "mode"}
+
+
+#: What a search was started with, if one of these settings is no longer the same. No option sets them.
+_OF_MODEL = {
+    "weights": "other weights of the model, on another machine or in another precision",
+    "chat_template": "another chat template",
+}
 
 
 def _option(setting: str) -> str:
@@ -161,9 +170,12 @@ class Search:
         asked, have = settings.model_dump(mode="json"), begun.settings.model_dump(mode="json")
         for each in (asked, have):
             each |= each.pop("space")
-        found_out = ("measurement_sha256", "layers", "depth")
+        found_out = ("measurement_sha256", "layers", "depth", *(name for name in _OF_MODEL if have[name] is None))
         if different := [name for name in have if name not in found_out and asked[name] != have[name]]:
-            started = [f"{_option(name)} {_value(have[name])}, not {_value(asked[name])}" for name in different]
+            started = [
+                _OF_MODEL.get(name, f"{_option(name)} {_value(have[name])}, not {_value(asked[name])}")
+                for name in different
+            ]
             again = "give the same options again, or another folder"
             raise InvalidInput([*(f"{folder}: was started with {each}" for each in started), again])
         return begun

@@ -36,7 +36,7 @@ Tokens: TypeAlias = "tuple[Tensor, Tensor]"
 #: tokens without a condition; and the place of tokens that each decide for themselves.
 DECISIONS, UNCONDITIONAL, EACH = 2**14, 0, 1
 
-_GATES = torch.tensor([mode in SHIFTING for mode in MODES])
+_GATES = torch.tensor([mode in SHIFTING for mode in MODES], device="cpu")
 
 
 def slot(row: int, mode: Mode) -> int:
@@ -343,7 +343,9 @@ class _Stages:
     def __init__(self, like: Tensor, queue: CopyQueue) -> None:
         self._queue, self._turn = queue, 0
         with lasting():
-            self._sets = [torch.zeros(like.shape, dtype=like.dtype, pin_memory=queue.pinned) for _ in range(STAGES)]
+            self._sets = [
+                torch.zeros(like.shape, dtype=like.dtype, device="cpu", pin_memory=queue.pinned) for _ in range(STAGES)
+            ]
         self._copied: list[CopyEvent | None] = [None] * STAGES
 
     def next(self) -> Tensor:
@@ -700,7 +702,7 @@ class TokenIndex:
         """A copy of `here` on the host, which is complete once the queue has reached it."""
         if self._queue is None:
             return here.clone()
-        flags = torch.empty(len(here), dtype=torch.bool, pin_memory=self._queue.pinned)
+        flags = torch.empty(len(here), dtype=torch.bool, device="cpu", pin_memory=self._queue.pinned)
         self._queue.copy(flags, here)
         return flags
 

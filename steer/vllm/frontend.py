@@ -144,9 +144,9 @@ class Ticket:
         name: the engine gets it in place of a spec, until `Frontend.forget`.
         used: whether the engine has got a request with this ticket.
         forgotten: whether no more requests may be made for this ticket.
-        running: the ids of its requests that the engine has.
+        running: the requests of it that the engine has: by their ids, the salts that keep them apart from others in the
+            prefix cache, without the ending that a loss adds.
         lost: whether steering has taken the stream of one of its answers out of range.
-        salt: keeps its requests apart from others in the prefix cache; without the ending that a loss adds.
         states: the states of its requests that are read or have a condition or a phase, by the choices that they
             answer.
         holds: by the ids of its requests, whether their conditions hold, as far as that is known.
@@ -157,9 +157,8 @@ class Ticket:
     usage: metrics.Usage = field(default_factory=metrics.current_usage)
     used: bool = False
     forgotten: bool = False
-    running: set[str] = field(default_factory=set)
+    running: dict[str, str] = field(default_factory=dict)
     lost: bool = False
-    salt: str = ""
     states: dict[tuple[str, int], RequestState] = field(default_factory=dict)
     holds: dict[str, bool] = field(default_factory=dict)
 
@@ -553,13 +552,13 @@ class Frontend:
         ticket = call.ticket
         if ticket.forgotten:
             raise over()
-        ticket.salt = salted(request, ticket.admission.spec)
-        request.cache_salt = self.salts.current(ticket.salt)
+        own = salted(request, ticket.admission.spec)
+        request.cache_salt = self.salts.current(own)
         if ticket.admission.spec.decided_once:
             request.cache_salt += f"?{request.request_id}"  # an equal request may decide otherwise, because of rounding
         ticket.admission.hold(request.request_id)
         self.held[request.request_id] = ticket
-        ticket.running.add(request.request_id)
+        ticket.running[request.request_id] = own
 
     def has_added(
         self, request: EngineCoreRequest, state: RequestState
@@ -596,7 +595,7 @@ class Frontend:
         """Release the admission of a request that has ended."""
         if ticket := self.held.pop(request_id, None):
             ticket.admission.release(request_id)
-            ticket.running.discard(request_id)
+            ticket.running.pop(request_id, None)
             self._read_no_more(ticket)
 
     def left_of_call(self) -> list[str]:
@@ -609,7 +608,7 @@ class Frontend:
         """Note that the stream of this request was lost, so that no later request finds its blocks. Returns the error
         of the request."""
         if ticket := self.held.get(request_id):
-            self.salts.renew(ticket.salt)
+            self.salts.renew(ticket.running[request_id])
             ticket.usage.failed = ticket.lost = True
         return NotFinite()
 

@@ -237,6 +237,13 @@ def test_other_settings_are_another_search(whole: Search, begin: Begin, tmp_path
     replace(whole.measurement, meta=whole.measurement.meta.model_copy(update={"tool": "other"})).save(
         folder / MEASUREMENT
     )
+    older = whole.settings
+    assert older.weights is older.chat_template is None
+    begin(whole.folder, weights="a", chat_template="b")  # older files do not say
+    new = begin(tmp_path / "new", weights="a", chat_template="b")
+    for change, told in {"weights": "other weights", "chat_template": "another chat template"}.items():
+        with pytest.raises(InvalidInput, match=f"was started with {told}"):
+            begin(new.folder, **{"weights": "a", "chat_template": "b", change: "c"})
     with pytest.raises(InvalidInput, match="not the measurement that this search was started with"):
         Search.open(folder)
     with pytest.raises(InvalidInput, match="there is no search in this folder"):

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from steer.runtime.token_index import Decision, Losses
 from steer.shared import Shared
 from steer.spec import Entry, Spec
-from steer.vllm.frontend import GROUPS, SALT, Salts, parted, salt
+from steer.vllm import frontend
+from steer.vllm.frontend import GROUPS, SALT, Frontend, Salts, Ticket, parted, salt
 from steer.vllm.internals.base import ABOVE, news_of
 from steer.vllm.internals.worker import prompt_of
 from steer.vllm.losses import KEPT, SteeredRun, SteeredRuns, Step
@@ -159,6 +160,33 @@ def test_however_many_salts_are_lost_the_table_of_the_front_ends_has_room() -> N
     for n in range(10 * GROUPS):
         salts.renew(f"salt {n}")
     assert shared._count - before <= GROUPS
+
+
+def test_a_loss_parts_the_prompt_that_was_lost_from_later_ones_and_no_other_of_its_ticket() -> None:
+    """A ticket has a request for each prompt, and the salt may depend on how long a prompt is."""
+    spec = Spec((Entry("d", "d" * 64, "ablate", 1.0, tokens="prompt"),))
+    admission: Any = SimpleNamespace(spec=spec, readout=None, hold=lambda key: None, release=lambda key: None)
+    front = object.__new__(Frontend)
+    front.held, front.salts = {}, Salts(Shared())
+
+    def held(request_id: str, prompt: int, ticket: Ticket) -> str:
+        request: Any = SimpleNamespace(
+            request_id=request_id,
+            cache_salt=None,
+            prompt_token_ids=[0] * prompt,
+            prompt_embeds=None,
+            mm_features=None,
+            sampling_params=SimpleNamespace(extra_args={RESOLVED: spec.receipt()}),
+        )
+        front._hold(request, frontend._Call(ticket))
+        return str(request.cache_salt)
+
+    ticket, later = Ticket(admission), Ticket(admission)
+    before = [held("a", 40, ticket), held("b", 50, ticket)]
+    front.lost("a")
+    after = [held("c", 40, later), held("d", 50, later)]
+    assert before[0] != after[0]
+    assert before[1] == after[1]
 
 
 def test_a_salt_is_parted_for_requests_alone_that_a_front_end_has_steered() -> None:

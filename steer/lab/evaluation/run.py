@@ -3,6 +3,8 @@ harmless prompts and on plain text."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import random
@@ -244,7 +246,9 @@ class Evaluation:
             return judged(judge, prompts.prompts[start:stop], texts[start:stop])
 
         name = f"{title}.{arm}.verdicts-{judge.name.replace('/', '_')}"
-        return self.cache.rows(name, {"sha256": prompts.sha256} | judge.identity, len(prompts), make)
+        answers = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        conditions = {"sha256": prompts.sha256, "answers": answers} | judge.identity
+        return self.cache.rows(name, conditions, len(prompts), make)
 
     def _read(self, text: figures.Text, arm: Arm | None, steer: Steer) -> Floats:
         def make() -> list[float]:

@@ -147,8 +147,10 @@ def test_one_vector_for_the_whole_stream_is_baked_as_writers_and_more_are_refuse
         direction.with_meta(sites=("writers",), mode="ablate"), embedding=direction.directions[0].clone()
     )
     assert relative(logits(edited), served(model, expected)) <= 1e-4
-    with pytest.raises(InvalidInput, match="--sites writers"):
+    with pytest.raises(InvalidInput, match=r"each layer removes its own direction; .*--sites writers"):
         removal(models.direction(model))
+    with pytest.raises(InvalidInput, match=r"'resid_post': some layers remove more of it than others \(weights\); "):
+        removal(replace(direction, weights=torch.linspace(0, 1, direction.layers)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3"])

@@ -100,11 +100,16 @@ def removal(direction: Direction, strength: float | None = None) -> Removal:
     meta = direction.meta
     if not acts_on_terms(meta.sites):
         first = direction.directions[0]
-        shared = torch.equal(direction.directions, first.expand_as(direction.directions))
-        if not (shared and bool((direction.weights == 1).all())):
+        problems = []
+        if not torch.equal(direction.directions, first.expand_as(direction.directions)):
+            problems.append("each layer removes its own direction")
+        if bool((direction.weights != 1).any()):
+            problems.append("some layers remove more of it than others (weights)")
+        if problems:
             raise InvalidInput(
-                "each layer removes its own direction from the whole stream (site 'resid_post'), and no edit of "
-                "weights equals that; derive it with --sites writers, or with one source layer"
+                f"no edit of weights equals what this direction does at the site 'resid_post': {' and '.join(problems)}; "
+                "accepted: one direction of weight 1 at all layers, or a file of the site 'writers' (`steer fit` and "
+                "`steer derive` with --sites writers)"
             )
         direction = replace(direction.with_meta(sites=("writers",), mode="ablate"), embedding=first.clone())
     strength = meta.strength_in("ablate") if strength is None else strength

@@ -248,6 +248,21 @@ def test_report_pictures_and_page_hold_every_figure(
     assert f"{found.divergence[-1].mean:.5f}" in page
 
 
+def test_verdicts_are_those_of_the_answers_that_were_judged(probe: Watched, loaded: Loaded, tmp_path: Path) -> None:
+    """Answers that are made anew, of other lengths here, are not given the verdicts of the old ones."""
+    with judging(lambda body: (200, "No")) as (url, bodies, _):
+        judge = ChatJudge(url, "judge", REFUSAL)
+        one = EvaluationPlan([], {"harmful": SETS["harmful"]}, 6, REFUSAL, (judge,))
+        Evaluation(probe, one, Cache(tmp_path, {})).run()
+        judged = len(bodies)
+        for file in (tmp_path / "measured").glob("*.answers.jsonl"):
+            file.unlink()
+        probe.max_tokens = 3
+        with pytest.raises(InvalidInput, match=r"verdicts-judge.*: was measured with answers = "):
+            Evaluation(probe, replace(one, max_tokens=3), Cache(tmp_path, {})).run()
+    assert len(bodies) == judged == 3
+
+
 def test_projections_are_the_components_at_the_last_token(loaded: Loaded, arms: list[Arm]) -> None:
     layer = 1
     direction = replace(arms[0].direction, meta=arms[0].direction.meta.model_copy(update={"source_layer": layer}))

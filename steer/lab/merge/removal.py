@@ -107,9 +107,9 @@ def removal(direction: Direction, strength: float | None = None) -> Removal:
             problems.append("some layers remove more of it than others (weights)")
         if problems:
             raise InvalidInput(
-                f"no edit of weights equals what this direction does at the site 'resid_post': {' and '.join(problems)}; "
-                "accepted: one direction of weight 1 at all layers, or a file of the site 'writers' (`steer fit` and "
-                "`steer derive` with --sites writers)"
+                "no edit of weights equals what this direction does at the site 'resid_post': "
+                f"{' and '.join(problems)}; accepted: one direction of weight 1 at all layers, or a file of the "
+                "site 'writers' (`steer fit` and `steer derive` with --sites writers)"
             )
         direction = replace(direction.with_meta(sites=("writers",), mode="ablate"), embedding=first.clone())
     strength = meta.strength_in("ablate") if strength is None else strength

@@ -333,6 +333,9 @@ def test_what_a_glp_file_says_and_we_cannot_is_refused(model: Any, tmp_path: Pat
         ({"glp.mode": "project", "glp.rank": 2}, "glp.rank is 2, and its layers have 1 vectors each"),
         ({"glp.mode": "project", "glp.gain": 2.0}, r"'glp\.gain': not known here"),
         ({"glp.hook_point": "residual_stream_post_layer"}, r"no glp\.mode, which says whether"),
+        ({"glp.mode": "project", "glp.layer_ids_zero_based": "0"}, "'0', and its tensors are of the layers 1: one"),
+        ({"glp.mode": "project", "glp.layer_ids_zero_based": "1,2"}, "'1,2', and its tensors are of the layers 1: "),
+        ({"glp.mode": "project", "glp.layer_ids_zero_based": False}, "False, and its tensors are of the layers 1: "),
     ):
         path = control_vector(tmp_path / "v.gguf", {1: torch.ones(D)}, keys=dict(keys))
         with pytest.raises(InvalidInput, match=says):
@@ -346,6 +349,9 @@ def test_what_a_glp_file_says_and_we_cannot_is_refused(model: Any, tmp_path: Pat
     )
     with pytest.raises(InvalidInput, match="its layers have 1 to 2 vectors"):
         formats.read(uneven, FOREIGN)
+    sound = {"glp.mode": "project", "glp.layer_ids_zero_based": "1, 2"}
+    path = control_vector(tmp_path / "v.gguf", {2: torch.ones(D), 1: torch.ones(D)}, keys=dict(sound))
+    assert isinstance(formats.read(path, FOREIGN), Direction)
     found = formats.read(control_vector(tmp_path / "v.gguf", {1: torch.ones(D)}, keys={"glp.mode": "project"}), FOREIGN)
     assert isinstance(found, Direction)
     assert found.meta.mode == "ablate"

@@ -12,7 +12,7 @@ is written if the name ends in `.glp.gguf`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def read(path: Path, foreign: Foreign) -> Direction:
             f"{path}: its layers have {min(counts)} to {max(counts)} vectors; all layers must have the same number"
         )
     projects = metadata.get("glp.mode", "add") == "project"
-    InvalidInput.raise_for(f"{path}: {problem}" for problem in _glp_problems(metadata, *counts))
+    InvalidInput.raise_for(f"{path}: {problem}" for problem in _glp_problems(metadata, rows, *counts))
     facts = foreign.model(path, d_model)
     for layer in rows:
         foreign.check_layer(path, layer)
@@ -75,9 +75,9 @@ def read(path: Path, foreign: Foreign) -> Direction:
     return made.with_meta(strength=float(metadata.get("glp.alpha_default", 1.0)))
 
 
-def _glp_problems(told: Mapping[str, object], rank: int) -> Iterator[str]:
+def _glp_problems(told: Mapping[str, object], layers: Collection[int], rank: int) -> Iterator[str]:
     """Yield every problem of a file: what a direction of `rank` rows cannot express (keys of GLP, or several rows of a
-    layer in another control vector), and every contradiction within the file."""
+    layer in another control vector), and every contradiction within the file, whose tensors are of `layers`."""
     several = rank > 1
     if unknown := sorted(key for key in told if key.startswith("glp.") and key not in GLP_KEYS):
         listed = ", ".join(map(brief, unknown))
@@ -101,6 +101,14 @@ def _glp_problems(told: Mapping[str, object], rank: int) -> Iterator[str]:
             yield f"{key} is not read: write a file whose scales are 1"
     if several and told.get("glp.mode") != "project":
         yield "has several vectors for a layer, which only a GLP file of the mode 'project' may have"
+    # The list of layers from which the file was made. One writer says instead whether its numbers begin with 0.
+    named = ",".join(map(str, sorted(layers)))
+    listed = told.get("glp.layer_ids_zero_based", True)
+    if listed is not True and str(listed).replace(" ", "") != named:
+        yield (
+            f"glp.layer_ids_zero_based is {listed!r}, and its tensors are of the layers {named}: one of the two is "
+            f"wrong, perhaps by one layer; accepted: {named!r}, or no such key"
+        )
     strength = told.get("glp.alpha_default", 1.0)
     if not (isinstance(strength, int | float) and abs(strength) <= MAX_STRENGTH):
         yield f"glp.alpha_default is {strength!r}; read is a number from -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}"

@@ -88,7 +88,12 @@ Winsorize = Annotated[
     Annotated[float, Field(gt=0, le=1)] | None, "clip each activation vector at this quantile of its magnitudes"
 ]
 FILE_MODE = "the file's default mode"
-Modes = Annotated[tuple[Mode, ...], f"modes, separated by commas: {', '.join(MODES)}"]
+#: The modes that `select` and `search` try by default, where the sites have them.
+TRIED_MODES: tuple[Mode, ...] = ("ablate", "one_sided")
+TriedModes = Annotated[
+    tuple[Mode, ...] | None,
+    f"modes, separated by commas: {', '.join(MODES)}; default: {', '.join(TRIED_MODES)}, at the site writers ablate",
+]
 STRENGTH = "the file's default strength"
 Sites = Annotated[
     tuple[Site, ...],

@@ -16,6 +16,7 @@ from steer.errors import InvalidInput, imported
 from steer.lab.progress import Progress
 from steer.lab.prompts import LEAST_SHOWN, check_contrast, read_prompts
 from steer.lab.tables import shown
+from steer.names import Mode, Site, site_problem
 from steer.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def select(
     position: Annotated[
         tuple[int, ...] | None, opt.AllByDefault, "numbers separated by commas, or all measured positions (the default)"
     ] = None,
-    mode: opt.Modes = ("ablate", "one_sided"),
+    mode: opt.TriedModes = None,
     strength: Annotated[float, "strength of each candidate"] = 1.0,
     sites: opt.Sites = ("resid_post",),
     counted: opt.Counted,
@@ -60,6 +61,7 @@ def select(
     figures of each. With --backend vllm, any further options are those of `vllm serve`.
     """
     engine = opt.EngineOptions(backend, model, ctx, opening)
+    modes = _modes_at(sites, mode)
     sets, behaviour = (read_prompts(harmful), read_prompts(harmless)), counted.loaded()
     check_contrast(*sets)
     if len(sets[0]) < LEAST_SHOWN:
@@ -77,7 +79,7 @@ def select(
     measured = Measurement.load(measurement)
     if (known := engine.described()) is not None:
         _check_same(measured, *known)
-    actions = tuple(Action(one, strength) for one in mode)
+    actions = tuple(Action(one, strength) for one in modes)
     grid = Grid(
         made, measured.meta.positions if position is None else position, "auto" if layer is None else layer, actions
     )
@@ -134,13 +136,14 @@ def search(
     trials: Annotated[int, Field(ge=1), "number of trials, rounded up to whole groups"] = 192,
     method: opt.MethodList = ("slerp", "projected", "linear", "whitened"),
     t: Annotated[tuple[float, float] | None, opt.LeastAndLargest, "least and largest t of slerp (-1,1)"] = None,
-    mode: opt.Modes = ("ablate", "one_sided"),
+    mode: opt.TriedModes = None,
     strength: Annotated[
         tuple[float, float], opt.LeastAndLargest, "least and largest strength; the mode add uses -1/100 of both"
     ] = (
         0.5,
         1.5,
     ),
+    sites: opt.Sites = ("resid_post",),
     position: opt.Position = -1,
     rendered: opt.Rendered,
     counted: opt.Counted,
@@ -158,9 +161,12 @@ def search(
     """Search for directions of MODEL that leave few refusals, little divergence and little over-refusal.
 
     An interrupted search goes on when the same command is given again, and comes out the same. `steer trials FOLDER`
-    shows the front and saves any trial's direction. With --backend vllm, any further options are those of `vllm serve`.
+    shows the front and saves any trial's direction. At the site `writers` the layers' weights of attention and MLPs are
+    searched apart, and `steer bake` writes a trial's direction into weights. With --backend vllm, any further options
+    are those of `vllm serve`.
     """
     engine = opt.EngineOptions(backend, model, ctx, opening)
+    modes = _modes_at(sites, mode)
     _check_output(pick, output)
     most = -(-trials // group) * group
     if pick is not None and pick >= most and not folder.exists():
@@ -177,7 +183,7 @@ def search(
     from steer.lab.race import Sets
     from steer.lab.search import TRYING, Search, SearchSpace, Settings, Trial, front_table, rank_of, work, write_front
 
-    space = SearchSpace(methods=method, modes=mode, t=t or (-1.0, 1.0), strength=strength)
+    space = SearchSpace(methods=method, modes=modes, t=t or (-1.0, 1.0), strength=strength, sites=sites)
     progress = Progress(shown=True)
     judging = counted.only_judge(behaviour, progress)
     settings = Settings(
@@ -204,7 +210,7 @@ def search(
     tried = Sets.drawn(*sets, border, limit=prompts)
     with progress:
         progress.plan(TRYING, work(settings, tried, trials))
-        source, evaluator_of = engine.open(progress, batch=batch_size)
+        source, evaluator_of = engine.open(progress, sites, batch_size)
 
         def measured(partial: Path) -> Measurement:
             options = MeasurementOptions((position,), None, rendering, vectors=vectors)
@@ -271,6 +277,15 @@ def _check_same(measured: Measurement, architecture: str, layers: int, d_model: 
         for name, value in (("architecture", architecture), ("d_model", d_model), ("layers", layers))
         if getattr(known, name) != value
     )
+
+
+def _modes_at(sites: tuple[Site, ...], named: tuple[Mode, ...] | None) -> tuple[Mode, ...]:
+    """The modes to try at `sites`: those that are named, by default all of `opt.TRIED_MODES` that are defined there.
+    Raises InvalidInput for a named one that is not."""
+    if named is None:
+        return tuple(mode for mode in opt.TRIED_MODES if site_problem(sites, mode) is None)
+    InvalidInput.raise_for(f"--mode: {problem}" for mode in named if (problem := site_problem(sites, mode)))
+    return named
 
 
 def _has_t(name: str) -> bool:

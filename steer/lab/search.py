@@ -16,15 +16,15 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Self, cast
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, FrozenTrial
-from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from steer.direction import Dataset
 from steer.errors import InvalidInput, brief, noted, problems_of
@@ -41,7 +41,7 @@ from steer.lab.resume import Alone
 from steer.lab.select import layers_of
 from steer.lab.statistics import undominated
 from steer.lab.tables import Table, markdown, shown
-from steer.names import Mode
+from steer.names import Mode, Site, acts_on_terms, site_problem
 
 log = logging.getLogger("steer")
 
@@ -306,7 +306,7 @@ def work(settings: Settings, sets: Sets, count: int) -> float:
 
 def rank_of(space: SearchSpace, measurement: Measurement) -> int:
     """Return the most rows that act on a token, of any direction of `space` in any of its modes."""
-    made = [derive(measurement, Recipe(make_method(m), space.layers[-1])) for m in space.methods]
+    made = [derive(measurement, Recipe(make_method(m), space.layers[-1], sites=space.sites)) for m in space.methods]
     return max(direction.rows_in(mode) for direction in made for mode in space.modes)
 
 
@@ -337,6 +337,7 @@ class SearchSpace(BaseModel, frozen=True, extra="forbid"):
     )
     layers: tuple[int, ...] = Field((), description="source layers that are tried")
     depth: Annotated[int, Field(ge=1, description="layers of the model")] = 1
+    sites: Annotated[tuple[Site, ...], Field(min_length=1, description="where every direction acts")] = ("resid_post",)
 
     @field_validator("t", "strength", "threshold")
     @classmethod
@@ -345,6 +346,12 @@ class SearchSpace(BaseModel, frozen=True, extra="forbid"):
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"the least, {low:g}, must be below the most, {high:g}, and both finite")
         return bounds
+
+    @model_validator(mode="after")
+    def _check_modes(self) -> Self:
+        if problems := [problem for mode in self.modes if (problem := site_problem(self.sites, mode))]:
+            raise ValueError("; ".join(problems))
+        return self
 
     def bounded(self, measurement: Measurement) -> SearchSpace:
         """Return the space with the layers of `measurement` whose classes separate. Raises InvalidInput with every
@@ -356,7 +363,7 @@ class SearchSpace(BaseModel, frozen=True, extra="forbid"):
         InvalidInput.raise_for(problems)
         layers = layers_of(measurement, Recipe(make_method(self.methods[0])))
         bounded = self.model_copy(update={"layers": layers, "depth": measurement.meta.model.layers})
-        offered = derive(measurement, Recipe(make_method(self.methods[0]), layers[-1])).meta.modes
+        offered = derive(measurement, Recipe(make_method(self.methods[0]), layers[-1], sites=self.sites)).meta.modes
         InvalidInput.raise_for(
             f"the mode '{mode}' needs means that this measurement does not have"
             for mode in self.modes
@@ -375,9 +382,14 @@ class SearchSpace(BaseModel, frozen=True, extra="forbid"):
         point["strength"] = trial.suggest_float("strength", *self.strength)
         if point["mode"] == "one_sided":
             point["threshold"] = trial.suggest_float("threshold", *self.threshold)
-        point["peak"] = trial.suggest_float("peak", 0.0, float(max(1, self.depth - 1)))
-        point["width"] = trial.suggest_float("width", 0.5, float(2 * self.depth), log=True)
-        point["least"] = trial.suggest_float("least", 0.0, 1.0)
+        if self.sites != ("resid_post",):
+            point["sites"] = ",".join(self.sites)
+        for prefix in ("", "mlp_") if acts_on_terms(self.sites) else ("",):
+            point[f"{prefix}peak"] = trial.suggest_float(f"{prefix}peak", 0.0, float(max(1, self.depth - 1)))
+            point[f"{prefix}width"] = trial.suggest_float(f"{prefix}width", 0.5, float(2 * self.depth), log=True)
+            point[f"{prefix}least"] = trial.suggest_float(f"{prefix}least", 0.0, 1.0)
+        if acts_on_terms(self.sites):
+            point["mlp_most"] = trial.suggest_float("mlp_most", 0.0, 1.5)
         return point
 
 
@@ -394,12 +406,27 @@ def candidate(
         strength = -strength / 100  # against the behaviour, and small because it is added at each layer
     method = make_method(str(point["method"]), {} if t is None else {"t": t})
     at = float(point["threshold"]) if "threshold" in point else None
-    base = derive(measurement, Recipe(method, int(point["layer"]) if "layer" in point else "all", threshold=at))
-    shape = (float(point[name]) for name in ("peak", "width", "least"))
-    weighted = replace(base, weights=layer_weights(base.layers, *shape))
+    made = derive(
+        measurement,
+        Recipe(
+            method,
+            int(point["layer"]) if "layer" in point else "all",
+            threshold=at,
+            sites=cast(tuple[Site, ...], tuple(str(point.get("sites", "resid_post")).split(","))),
+            weights=_bell(point, "", measurement.meta.model.layers),
+            mlp_weights=_bell(point, "mlp_", measurement.meta.model.layers) if "mlp_peak" in point else None,
+        ),
+    )
     if selection is not None:
-        weighted = weighted.with_meta(mode=mode, strength=strength, selection=selection)
-    return Candidate.of(weighted, mode, strength)
+        made = made.with_meta(mode=mode, strength=strength, selection=selection)
+    return Candidate.of(made, mode, strength)
+
+
+def _bell(point: Mapping[str, Parameter], prefix: str, depth: int) -> list[float]:
+    """The weights of `depth` layers that the values under `prefix` say."""
+    peak, width, least = (float(point[prefix + name]) for name in ("peak", "width", "least"))
+    bell: list[float] = (float(point.get(f"{prefix}most", 1.0)) * layer_weights(depth, peak, width, least)).tolist()
+    return bell
 
 
 def described(trial: Trial) -> str:
@@ -408,10 +435,16 @@ def described(trial: Trial) -> str:
     method = point["method"] + (f" t={point['t']:.2f}" if "t" in point else "")
     source = f"layer {point['layer']}" if "layer" in point else "each layer's own"
     mode = point["mode"] + (f" from {point['threshold']:.2f}" if "threshold" in point else "")
-    return (
-        f"{method}, {source}, {mode} at {point['strength']:.2f}, weights {point['least']:.2f} to 1 at layer "
-        f"{point['peak']:.1f} ± {point['width']:.1f}"
-    )
+    at = f"{method}, {source}, {mode} at {point['strength']:.2f}"
+    if "mlp_peak" not in point:
+        return f"{at}, weights {_bell_text(point, '')}"
+    return f"{at}, attention {_bell_text(point, '')}, MLP {_bell_text(point, 'mlp_')}"
+
+
+def _bell_text(point: Mapping[str, Parameter], prefix: str) -> str:
+    most = float(point.get(f"{prefix}most", 1))
+    least, peak, width = (float(point[prefix + name]) for name in ("least", "peak", "width"))
+    return f"{most * least:.2f} to {most:{'.2f' if most != 1 else 'g'}} at layer {peak:.1f} ± {width:.1f}"
 
 
 def front_table(trials: Sequence[Trial], table: Table = shown) -> str:

@@ -257,6 +257,8 @@ def test_a_space_that_cannot_be_searched_is_refused_with_all_reasons(measured: M
     assert len(caught.value.problems) == 2
     with pytest.raises(ValidationError, match="2 validation errors"):
         SearchSpace(t=(1.0, 1.0), strength=(2.0, float("nan")))
+    with pytest.raises(ValidationError, match="only the mode 'ablate' is defined, not 'affine'"):
+        SearchSpace(modes=("ablate", "affine"), sites=("writers",))
     less = replace(measured, harmless=replace(measured.harmless, mean_all=None))
     with pytest.raises(InvalidInput, match="the mode 'affine' needs means"):
         SearchSpace(modes=("affine",)).bounded(less)
@@ -325,6 +327,32 @@ def test_a_killed_search_goes_on_with_the_same_command(tiny_folder: Path, files:
     assert Direction.load(files / "e.safetensors").meta.selection["point"] == outcomes[0][3][1]
 
 
+def test_a_trial_at_the_writers_can_be_written_into_weights(tiny_folder: Path, files: Path) -> None:
+    """`steer bake` compares what it writes with what is served. Attention and MLPs have weights of their own."""
+
+    def run(*command: object) -> str:
+        done = CliRunner().invoke(app, list(map(str, command)))
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    picked = files / "d.safetensors"
+    shown = run(*arguments(tiny_folder, files, files / "f", trials=4, sites="writers", pick=3, output=picked))
+    assert ", attention 0." in shown
+    found, (*_, trial) = Direction.load(picked), Search.open(files / "f").trials()
+    point = trial.point
+    assert (found.meta.sites, found.meta.mode, found.embedding) == (("writers",), "ablate", None)
+    assert point["sites"] == "writers"
+    mlp = point["mlp_most"] * layer_weights(
+        found.layers, *(point[f"mlp_{name}"] for name in ("peak", "width", "least"))
+    )
+    assert found.mlp_weights is not None
+    torch.testing.assert_close(found.mlp_weights, mlp)
+    torch.testing.assert_close(
+        found.weights, layer_weights(found.layers, *(point[name] for name in ("peak", "width", "least")))
+    )
+    assert "verified: logits as served" in run("bake", tiny_folder, "--direction", picked, "-o", files / "baked")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -335,6 +363,7 @@ def test_a_killed_search_goes_on_with_the_same_command(tiny_folder: Path, files:
         ({"t": "a,b"}, "--t: 'a' is not accepted: a number"),
         ({"method": "linear,projected", "t": "0,1"}, "--t: no method of linear, projected has a t"),
         ({"mode": "ablate,gone"}, "--mode: 'gone' is not accepted: 'ablate'"),
+        ({"mode": "ablate,one_sided", "sites": "writers"}, "--mode: at the site 'writers' only the mode 'ablate' is"),
         ({"method": "nope"}, "method 'nope' is not known"),
         ({"pick": 3}, "belong together"),
         ({"harmful": "/no/such.txt"}, "cannot be read"),

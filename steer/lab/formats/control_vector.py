@@ -103,10 +103,10 @@ def _glp_problems(told: Mapping[str, object], layers: Collection[int], rank: int
         yield "has several vectors for a layer, which only a GLP file of the mode 'project' may have"
     # The list of layers from which the file was made. One writer says instead whether its numbers begin with 0.
     named = ",".join(map(str, sorted(layers)))
-    listed = told.get("glp.layer_ids_zero_based", True)
-    if listed is not True and str(listed).replace(" ", "") != named:
+    numbers = told.get("glp.layer_ids_zero_based", True)
+    if numbers is not True and str(numbers).replace(" ", "") != named:
         yield (
-            f"glp.layer_ids_zero_based is {listed!r}, and its tensors are of the layers {named}: one of the two is "
+            f"glp.layer_ids_zero_based is {numbers!r}, and its tensors are of the layers {named}: one of the two is "
             f"wrong, perhaps by one layer; accepted: {named!r}, or no such key"
         )
     strength = told.get("glp.alpha_default", 1.0)

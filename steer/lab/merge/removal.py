@@ -109,7 +109,7 @@ def removal(direction: Direction, strength: float | None = None) -> Removal:
             raise InvalidInput(
                 "no edit of weights equals what this direction does at the site 'resid_post': "
                 f"{' and '.join(problems)}; accepted: one direction of weight 1 at all layers, or a file of the "
-                "site 'writers' (`steer fit` and `steer derive` with --sites writers)"
+                "site 'writers' (`steer fit`, `steer search` or `steer derive` with --sites writers)"
             )
         direction = replace(direction.with_meta(sites=("writers",), mode="ablate"), embedding=first.clone())
     strength = meta.strength_in("ablate") if strength is None else strength

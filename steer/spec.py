@@ -11,7 +11,7 @@ A request names directions, never paths or vectors. As text:
     refusal@10-20=0.7            only at some layers; refusal@10-20@answer=0.7
     refusal?harm@12>0.3          only for some requests: see `Condition`; refusal:one_sided@13-20?harm@12<0.3=0.7
     refusal?each:harm@12>0.3     only at tokens that meet the condition, which each token decides for itself
-    refusal=1,verbosity=-0.5     several directions, which act together
+    refusal,verbosity=0.5        several directions, which act together
     off                          plain, also if the server has a default
 
 As JSON: such a text, an object `{"direction", "mode", "strength", "shift", "norm_preserving", "layers", "tokens", "if",

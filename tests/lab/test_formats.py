@@ -349,9 +349,10 @@ def test_what_a_glp_file_says_and_we_cannot_is_refused(model: Any, tmp_path: Pat
     )
     with pytest.raises(InvalidInput, match="its layers have 1 to 2 vectors"):
         formats.read(uneven, FOREIGN)
-    sound = {"glp.mode": "project", "glp.layer_ids_zero_based": "1, 2"}
-    path = control_vector(tmp_path / "v.gguf", {2: torch.ones(D), 1: torch.ones(D)}, keys=dict(sound))
-    assert isinstance(formats.read(path, FOREIGN), Direction)
+    for numbers in ("1, 2", "2,1", [1, 2], True):
+        sound: dict[str, object] = {"glp.mode": "project", "glp.layer_ids_zero_based": numbers}
+        path = control_vector(tmp_path / "v.gguf", {2: torch.ones(D), 1: torch.ones(D)}, keys=sound)
+        assert isinstance(formats.read(path, FOREIGN), Direction)
     found = formats.read(control_vector(tmp_path / "v.gguf", {1: torch.ones(D)}, keys={"glp.mode": "project"}), FOREIGN)
     assert isinstance(found, Direction)
     assert found.meta.mode == "ablate"

@@ -102,12 +102,12 @@ def _glp_problems(told: Mapping[str, object], layers: Collection[int], rank: int
     if several and told.get("glp.mode") != "project":
         yield "has several vectors for a layer, which only a GLP file of the mode 'project' may have"
     # The list of layers from which the file was made. One writer says instead whether its numbers begin with 0.
-    named = ",".join(map(str, sorted(layers)))
     numbers = told.get("glp.layer_ids_zero_based", True)
-    if numbers is not True and str(numbers).replace(" ", "") != named:
+    if numbers is not True and sorted(map(int, re.findall(r"-?[0-9]{1,9}", str(numbers)))) != sorted(layers):
+        named = ",".join(map(str, sorted(layers)))
         yield (
-            f"glp.layer_ids_zero_based is {numbers!r}, and its tensors are of the layers {named}: one of the two is "
-            f"wrong, perhaps by one layer; accepted: {named!r}, or no such key"
+            f"glp.layer_ids_zero_based is {brief(numbers, python=True)}, and its tensors are of the layers {named}: "
+            f"one of the two is wrong, perhaps by one layer; accepted: '{named}', or no such key"
         )
     strength = told.get("glp.alpha_default", 1.0)
     if not (isinstance(strength, int | float) and abs(strength) <= MAX_STRENGTH):
